@@ -1,0 +1,209 @@
+//! Control flow of one command: position, time, exactly-once, dispatch.
+
+use bytes::Bytes;
+use heliofs_proto::error::FsError;
+use heliofs_proto::ids::{Position, SegmentId, SessionId, UnixNanos, VolumeId};
+use heliofs_proto::v1::{self, command::Op};
+use prost::Message;
+
+use crate::change::{Change, Corruption, Touched};
+use crate::records::{HeadRecord, Record, SessionRecord, SettingsRecord};
+use crate::txn::{Effects, OpError, OpResult, Txn};
+use crate::view::View;
+use crate::{keys, limits, ops};
+
+/// What the proposer adds to a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// The proposer's clock. The command's effective time is not before that of the command before it.
+    pub time: UnixNanos,
+}
+
+/// What a command did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Applied {
+    /// The position that the command took; `Position::START` if its volume does not exist.
+    pub position: Position,
+    /// Its effective time.
+    pub time: UnixNanos,
+    /// The answer. A refusal has `error` set.
+    pub reply: v1::Reply,
+    /// Records to write, in key order, each key once. Never empty for an existing volume: the head moves.
+    pub changes: Vec<Change>,
+    /// Segments that lost their last reference: to be put on this cluster's deletion queue.
+    pub freed: Vec<SegmentId>,
+    /// What clients may have cached and must drop.
+    pub touched: Vec<Touched>,
+}
+
+/// Applies one committed command. The same view, stamp and command give the same result on every node and every run.
+///
+/// Every command of an existing volume takes the next position, a refused or repeated one too, so that positions can be counted
+/// off the log. A repeated (session, sequence) returns the first reply and changes only the head.
+pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Applied, Corruption> {
+    let volume = VolumeId(command.volume);
+    let head_key = keys::head(volume);
+    let head = view
+        .get(&head_key)?
+        .map(|value| HeadRecord::decode(&head_key, &value))
+        .transpose()?;
+    let begins = matches!(command.op, Some(Op::VolumeInit(_)));
+    let mut head = match head {
+        Some(head) => head,
+        None if begins => HeadRecord {
+            epochs: vec![(Position::START.epoch, 1)],
+            ..HeadRecord::default()
+        },
+        // The volume was destroyed while the command was on its way.
+        None => {
+            let reply = v1::Reply {
+                error: FsError::Stale as i32,
+                ..v1::Reply::default()
+            };
+            return Ok(Applied {
+                position: Position::START,
+                time: stamp.time,
+                reply,
+                changes: Vec::new(),
+                freed: Vec::new(),
+                touched: Vec::new(),
+            });
+        }
+    };
+    check_core_level(view, volume)?;
+    head.position = head.position.next();
+    head.time = head.time.max(stamp.time);
+
+    let mut txn = Txn::new(view, command, head.position, head.time);
+    let outcome = once(&mut txn, command).and_then(|repeated| match repeated {
+        Some(reply) => Ok(reply),
+        None => dispatch(&mut txn, command).and_then(|mut reply| {
+            reply.position = Some(head.position.into());
+            remember(&mut txn, command, &reply)?;
+            Ok(reply)
+        }),
+    });
+    let (mut txn, reply) = match outcome {
+        Ok(reply) => (txn, reply),
+        Err(OpError::Corrupt(corruption)) => return Err(corruption),
+        // A refusal changes nothing but the head. It is not remembered: asking again may only be answered by what is true then.
+        Err(OpError::Refused(error)) => {
+            let reply = v1::Reply {
+                position: Some(head.position.into()),
+                error: error as i32,
+                ..v1::Reply::default()
+            };
+            (Txn::new(view, command, head.position, head.time), reply)
+        }
+    };
+    txn.put(head_key, &head)?;
+    let Effects {
+        changes,
+        freed,
+        touched,
+    } = txn.finish()?;
+    Ok(Applied {
+        position: head.position,
+        time: head.time,
+        reply,
+        changes,
+        freed,
+        touched,
+    })
+}
+
+fn check_core_level(view: &impl View, volume: VolumeId) -> Result<(), Corruption> {
+    let key = keys::settings(volume);
+    let Some(value) = view.get(&key)? else {
+        return Ok(());
+    };
+    let level = SettingsRecord::decode(&key, &value)?.0.core_level;
+    if level > limits::CORE_LEVEL_MAX {
+        return Err(Corruption::UpgradeRequired {
+            volume: volume.0,
+            level,
+            known: limits::CORE_LEVEL_MAX,
+        });
+    }
+    Ok(())
+}
+
+/// The first reply if this request was applied before.
+fn once<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult<Option<v1::Reply>> {
+    if txn.session == SessionId::SYSTEM {
+        return Ok(None);
+    }
+    let session: Option<SessionRecord> = txn.get(&keys::session(txn.volume, txn.session))?;
+    let session = session.ok_or(FsError::SessionGone)?;
+    if command.sequence < session.acknowledged_below {
+        return Err(FsError::AlreadyAcknowledged.into());
+    }
+    let key = keys::reply(txn.volume, txn.session, command.sequence);
+    let Some(value) = txn.get_bytes(&key)? else {
+        return Ok(None);
+    };
+    match v1::Reply::decode(value) {
+        Ok(reply) => Ok(Some(reply)),
+        Err(_) => Err(Corruption::Record {
+            key: key.to_vec(),
+            why: "reply can't be decoded",
+        }
+        .into()),
+    }
+}
+
+/// Keeps the reply for a repeated request, and drops those that the client has acknowledged.
+fn remember<V: View>(txn: &mut Txn<V>, command: &v1::Command, reply: &v1::Reply) -> OpResult<()> {
+    if txn.session == SessionId::SYSTEM {
+        return Ok(());
+    }
+    let (volume, session) = (txn.volume, txn.session);
+    let key = keys::session(volume, session);
+    let mut record: SessionRecord = txn.get(&key)?.ok_or(FsError::SessionGone)?;
+    // Never past the request itself, whatever the client claims.
+    let below = command.acknowledged_below.min(command.sequence);
+    if below > record.acknowledged_below {
+        // Bounded by the session's window; a client that jumps further than its window loses only cache entries that nobody asks for.
+        let from = record
+            .acknowledged_below
+            .max(below.saturating_sub(limits::REPLIES_PER_COMMAND_MAX));
+        for sequence in from..below {
+            let key = keys::reply(volume, session, sequence);
+            if txn.exists(&key)? {
+                txn.remove(key)?;
+            }
+        }
+        record.acknowledged_below = below;
+        txn.put(key, &record)?;
+    }
+    txn.put_bytes(
+        keys::reply(volume, session, command.sequence),
+        Bytes::from(reply.encode_to_vec()),
+    )?;
+    Ok(())
+}
+
+fn dispatch<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult {
+    let op = command.op.as_ref().ok_or(FsError::NotSupported)?;
+    match op {
+        Op::VolumeInit(op) => ops::volume::init(txn, op),
+        Op::SettingsUpdate(op) => ops::volume::update_settings(txn, op),
+        Op::SessionBegin(op) => ops::session::begin(txn, op),
+        Op::SessionEnd(op) => ops::session::end(txn, op),
+        Op::SegmentsAllocate(op) => ops::segments::allocate(txn, op),
+        Op::Create(op) => ops::create::create(txn, op),
+        Op::Link(op) => ops::link::link(txn, op),
+        Op::Unlink(op) => ops::unlink::unlink(txn, op),
+        Op::Rename(op) => ops::rename::rename(txn, op),
+        Op::SetAttr(op) => ops::set_attr::set_attr(txn, op),
+        Op::SetXattr(op) => ops::xattr::set(txn, op),
+        Op::RemoveXattr(op) => ops::xattr::remove(txn, op),
+        Op::Commit(op) => ops::commit::commit(txn, op),
+        Op::Fallocate(op) => ops::fallocate::fallocate(txn, op),
+        Op::CopyRange(op) => ops::copy_range::copy_range(txn, op),
+        Op::Reap(op) => ops::reap::reap(txn, op),
+        Op::EraseStep(op) => ops::erase::step(txn, op),
+        Op::RemoveTree(op) => ops::remove_tree::begin(txn, op),
+        Op::RemoveTreeStep(op) => ops::remove_tree::step(txn, op),
+    }
+}

@@ -1,0 +1,9 @@
+//! Being written.
+use crate::{
+    txn::{OpResult, Txn},
+    view::View,
+};
+use heliofs_proto::{error::FsError, v1};
+pub(crate) fn link<V: View>(_txn: &mut Txn<V>, _op: &v1::Link) -> OpResult {
+    Err(FsError::NotSupported.into())
+}

@@ -1,0 +1,24 @@
+//! What each command does: one file per command, on a `Txn` (see `txn.rs`).
+//!
+//! Namespace: [`create`], [`link`], [`unlink`], [`rename`], [`set_attr`], [`xattr`], with [`dir`] for what they share.
+//! Data: [`commit`], [`fallocate`], [`copy_range`], [`erase`], [`reap`], with [`extents`] and [`segments`] for what they share.
+//! The rest: [`volume`], [`session`], [`remove_tree`].
+
+pub(crate) mod commit;
+pub(crate) mod copy_range;
+pub(crate) mod create;
+pub(crate) mod dir;
+pub(crate) mod erase;
+pub(crate) mod extents;
+pub(crate) mod fallocate;
+pub(crate) mod link;
+pub(crate) mod privileges;
+pub(crate) mod reap;
+pub(crate) mod remove_tree;
+pub(crate) mod rename;
+pub(crate) mod segments;
+pub(crate) mod session;
+pub(crate) mod set_attr;
+pub(crate) mod unlink;
+pub(crate) mod volume;
+pub(crate) mod xattr;

@@ -1,0 +1,12 @@
+//! Being written.
+use crate::{
+    txn::{OpResult, Txn},
+    view::View,
+};
+use heliofs_proto::{error::FsError, v1};
+pub(crate) fn begin<V: View>(_txn: &mut Txn<V>, _op: &v1::SessionBegin) -> OpResult {
+    Err(FsError::NotSupported.into())
+}
+pub(crate) fn end<V: View>(_txn: &mut Txn<V>, _op: &v1::SessionEnd) -> OpResult {
+    Err(FsError::NotSupported.into())
+}

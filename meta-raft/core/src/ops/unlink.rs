@@ -1,0 +1,9 @@
+//! Being written.
+use crate::{
+    txn::{OpResult, Txn},
+    view::View,
+};
+use heliofs_proto::{error::FsError, v1};
+pub(crate) fn unlink<V: View>(_txn: &mut Txn<V>, _op: &v1::Unlink) -> OpResult {
+    Err(FsError::NotSupported.into())
+}

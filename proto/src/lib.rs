@@ -1,0 +1,16 @@
+//! Wire types and services of heliofs, and the ids and error codes that every part shares.
+//!
+//! - [`ids`]: a newtype for every id, and positions
+//! - [`error`]: verdicts of the file system and how they map to errno
+//! - [`limits`]: bounds that both ends of a connection rely on
+//! - [`v1`]: messages and services, generated from `proto/heliofs/v1/*.proto`
+
+pub mod error;
+pub mod ids;
+pub mod limits;
+
+/// Messages and services of wire version 1, generated from the `.proto` files; their comments are the documentation.
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]
+pub mod v1 {
+    tonic::include_proto!("heliofs.v1");
+}
