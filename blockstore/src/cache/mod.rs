@@ -1,0 +1,24 @@
+//! The cache tiers in front of the bucket.
+//!
+//! - [`memory`]: pages, by bytes, least recently used first; one scan does not drive out what is used often
+//! - [`disk`]: runs of pages as they lie in the object, verified whenever they are read, kept over a restart
+//! - `disk_file`: one file of the disk tier
+
+pub mod disk;
+mod disk_file;
+pub mod memory;
+
+use heliofs_proto::ids::SegmentId;
+
+use crate::FrameNumber;
+
+/// Names a page: what the tiers hold. Segments are immutable, so an entry is never stale.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct PageKey {
+    /// The object.
+    pub segment: SegmentId,
+    /// The frame in it.
+    pub frame: FrameNumber,
+    /// The page of the frame.
+    pub page: u32,
+}

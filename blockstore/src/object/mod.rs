@@ -1,0 +1,16 @@
+//! Buckets behind one interface: durable puts, ranged gets, deletes, with bounded retries and errors that say what to do.
+//!
+//! - [`backend`]: opens `file`, `s3` and `memory` from a `StorageConfig`
+//! - [`s3`]: bucket URLs, and what only S3 has (create a bucket)
+//! - [`bucket`]: [`Bucket`], the operations on one volume's objects
+//! - [`marker`]: the object that says whose prefix this is
+//! - [`fault`]: what an error of `object_store` means
+
+pub mod backend;
+pub mod bucket;
+pub mod fault;
+pub mod marker;
+pub mod s3;
+
+pub use backend::create_bucket;
+pub use bucket::Bucket;

@@ -1,0 +1,202 @@
+//! The header in front of each page, and the check that a page is the one that was asked for.
+//!
+//! The header names volume, segment, frame and page, and its CRC32 covers them with the data: a ranged GET of any pages can
+//! be verified by itself, and bytes of another place, object or volume are refused for what they are, not by luck.
+
+use bytes::{Buf, Bytes};
+use heliofs_proto::ids::{SegmentId, VolumeId};
+use heliofs_proto::limits::FRAME_BYTES_MAX;
+
+use super::layout::{FrameNumber, PAGE_BYTES, PAGE_HEADER_BYTES};
+
+/// "hP": what every page header begins with.
+const PAGE_MAGIC: [u8; 2] = *b"hP";
+
+/// How a frame's data is encoded. One byte on disk; numbers are never reused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[repr(u8)]
+pub enum Codec {
+    /// Stored bytes are the data.
+    None = 0,
+}
+
+impl TryFrom<u8> for Codec {
+    type Error = u8;
+
+    fn try_from(byte: u8) -> Result<Self, u8> {
+        match byte {
+            0 => Ok(Self::None),
+            other => Err(other),
+        }
+    }
+}
+
+/// Where a page was first written. Compaction moves a frame but not its identity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct PageIdentity {
+    /// Volume that the segment was built for.
+    pub volume: VolumeId,
+    /// Segment that the frame was first written to.
+    pub segment: SegmentId,
+    /// The frame's number there.
+    pub frame: FrameNumber,
+}
+
+/// Why a page is not the one that was asked for.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PageFault {
+    /// Fewer bytes than the page has.
+    #[error("ends after {got} of {want} bytes")]
+    Truncated {
+        /// Bytes that are there.
+        got: usize,
+        /// Bytes that should be there.
+        want: usize,
+    },
+    /// No page header at this place.
+    #[error("no page begins here")]
+    NoHeader,
+    /// Header or data were changed.
+    #[error("checksum is {actual:08x}, should be {expected:08x}")]
+    Checksum {
+        /// As stored.
+        expected: u32,
+        /// As computed.
+        actual: u32,
+    },
+    /// A sound page of another place: misdirected, or moved by compaction.
+    #[error(
+        "holds page {page} of volume {} segment {:?} frame {}",
+        identity.volume, identity.segment, identity.frame.0
+    )]
+    Foreign {
+        /// Whose page it is.
+        identity: PageIdentity,
+        /// And which one.
+        page: u32,
+    },
+    /// Written by a later release.
+    #[error("codec {0} is unknown to this release; upgrade the mount")]
+    UnknownCodec(u8),
+    /// Sound, but its fields contradict each other.
+    #[error("a frame of {stored_bytes} bytes has no page {page}")]
+    Impossible {
+        /// Length of the frame, stored bytes.
+        stored_bytes: u32,
+        /// Number of the page.
+        page: u32,
+    },
+}
+
+/// One verified page.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Page {
+    /// Stored bytes of the whole frame, page headers not counted.
+    pub frame_bytes: u32,
+    /// Its stored bytes: 64 KiB, fewer only if it is the frame's last.
+    pub data: Bytes,
+}
+
+impl PageIdentity {
+    /// The header of page `page` of a frame of `stored_bytes`; `data` has digested the page's bytes and nothing else.
+    pub fn encode(
+        &self,
+        codec: Codec,
+        page: u32,
+        stored_bytes: u32,
+        mut data: crc32fast::Hasher,
+    ) -> [u8; PAGE_HEADER_BYTES] {
+        let mut header = [0; PAGE_HEADER_BYTES];
+        header[0..2].copy_from_slice(&PAGE_MAGIC);
+        header[2] = codec as u8;
+        header[4..8].copy_from_slice(&self.volume.0.to_le_bytes());
+        header[8..16].copy_from_slice(&self.segment.0.to_le_bytes());
+        header[16..20].copy_from_slice(&self.frame.0.to_le_bytes());
+        header[20..24].copy_from_slice(&page.to_le_bytes());
+        header[24..28].copy_from_slice(&stored_bytes.to_le_bytes());
+        data.update(&header[..28]);
+        header[28..32].copy_from_slice(&data.finalize().to_le_bytes());
+        header
+    }
+}
+
+/// Takes page `page` of `identity` off the front of `bytes`. Any bytes are allowed; on a fault they are left as they were.
+pub fn take_page(bytes: &mut Bytes, identity: &PageIdentity, page: u32) -> Result<Page, PageFault> {
+    let Some(header) = bytes.get(..PAGE_HEADER_BYTES) else {
+        return Err(PageFault::Truncated {
+            got: bytes.len(),
+            want: PAGE_HEADER_BYTES,
+        });
+    };
+    if header[0..2] != PAGE_MAGIC {
+        return Err(PageFault::NoHeader);
+    }
+    let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
+    let (found_page, stored_bytes, expected) = (word(20), word(24), word(28));
+    // The length is not trusted before the checksum, but the checksum needs it: bounded, so that a flipped bit costs at most
+    // one page of reading, and no frame is longer than this.
+    let begin = u64::from(found_page) * PAGE_BYTES as u64;
+    if begin >= u64::from(stored_bytes) || u64::from(stored_bytes) > FRAME_BYTES_MAX {
+        return Err(PageFault::Impossible {
+            stored_bytes,
+            page: found_page,
+        });
+    }
+    let length = PAGE_BYTES.min((u64::from(stored_bytes) - begin) as usize);
+    let want = PAGE_HEADER_BYTES + length;
+    let Some(data) = bytes.get(PAGE_HEADER_BYTES..want) else {
+        return Err(PageFault::Truncated {
+            got: bytes.len(),
+            want,
+        });
+    };
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(data);
+    sum.update(&header[..28]);
+    let actual = sum.finalize();
+    if actual != expected {
+        return Err(PageFault::Checksum { expected, actual });
+    }
+    let found = PageIdentity {
+        volume: VolumeId(word(4)),
+        segment: SegmentId(u64::from(word(12)) << 32 | u64::from(word(8))),
+        frame: FrameNumber(word(16)),
+    };
+    if found != *identity || found_page != page {
+        return Err(PageFault::Foreign {
+            identity: found,
+            page: found_page,
+        });
+    }
+    // The fourth byte is reserved: a later release that gives it a meaning also gives it a codec number of its own.
+    if let Err(codec) = Codec::try_from(header[2]) {
+        return Err(PageFault::UnknownCodec(codec));
+    }
+    let data = bytes.slice(PAGE_HEADER_BYTES..want);
+    bytes.advance(want);
+    Ok(Page {
+        frame_bytes: stored_bytes,
+        data,
+    })
+}
+
+/// Takes pages `first`, `first + 1`, … off the front of `bytes`, at most `count`, fewer when the frame ends before; at least
+/// one. On a fault the page that has it is named.
+pub fn take_pages(
+    bytes: &mut Bytes,
+    identity: &PageIdentity,
+    first: u32,
+    count: u32,
+) -> Result<Vec<Page>, (u32, PageFault)> {
+    let mut pages = Vec::with_capacity(count.min(1024) as usize);
+    for page in first..first.saturating_add(count) {
+        let taken = take_page(bytes, identity, page).map_err(|fault| (page, fault))?;
+        let end = (u64::from(page) + 1) * PAGE_BYTES as u64;
+        let last = end >= u64::from(taken.frame_bytes);
+        pages.push(taken);
+        if last {
+            break;
+        }
+    }
+    Ok(pages)
+}

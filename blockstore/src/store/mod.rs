@@ -1,0 +1,203 @@
+//! [`SegmentStore`]: puts, reads and deletes the segments of one volume through the cache tiers.
+//!
+//! - [`options`]: how it behaves; values only
+//! - `fetch`: pages from disk tier or bucket, verified
+//! - `keep`: what goes into the caches
+//! - `flights`: what is being fetched, so that nobody fetches it twice
+
+mod fetch;
+mod flights;
+mod keep;
+pub mod options;
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use heliofs_proto::ids::{SegmentId, VolumeId};
+use heliofs_proto::limits::FRAME_BYTES_MAX;
+use heliofs_proto::v1::StorageConfig;
+use object_store::PutPayload;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+
+use crate::metrics::Metrics;
+use crate::object::Bucket;
+use crate::segment::layout::PAGE_BYTES;
+use crate::{EncodedSegment, FrameRange, StoreError, StoreOptions};
+use fetch::Shared;
+
+/// Deletions of one [`SegmentStore::delete`] in flight.
+const DELETES_MAX: usize = 16;
+
+/// Prefetch budget is counted in units of this many bytes, so that it fits a semaphore's permits.
+const BUDGET_UNIT: u64 = 4096;
+
+/// The segments of one volume. One per mount; share it by `Arc`.
+#[derive(Debug)]
+pub struct SegmentStore {
+    shared: Arc<Shared>,
+    prefetch_budget: Arc<Semaphore>,
+    cache_uploads: bool,
+    runtime: Handle,
+}
+
+impl SegmentStore {
+    /// Opens the store of volume `volume` (`volume_name` is the bucket prefix). Sends nothing: use [`SegmentStore::bucket`] and
+    /// [`Bucket::check_marker`] to see whether it is the right one and answers. Must be called within a tokio runtime, which then
+    /// runs its fetches.
+    ///
+    /// `volume` is the id that the segments were built under; on a mirror that is the source's.
+    ///
+    /// Errors: `Invalid`.
+    pub fn open(
+        config: &StorageConfig,
+        volume_name: &str,
+        volume: VolumeId,
+        options: StoreOptions,
+    ) -> Result<Arc<Self>, StoreError> {
+        let bucket = Bucket::open(config, volume_name, &options)?;
+        Self::over(bucket, volume, options)
+    }
+
+    /// As [`SegmentStore::open`], over a bucket that is open already.
+    pub fn over(
+        bucket: Bucket,
+        volume: VolumeId,
+        options: StoreOptions,
+    ) -> Result<Arc<Self>, StoreError> {
+        let runtime = Handle::try_current()
+            .map_err(|_| StoreError::Invalid("a segment store needs a tokio runtime".to_owned()))?;
+        let budget = options.prefetch_bytes_max / BUDGET_UNIT;
+        Ok(Arc::new(Self {
+            prefetch_budget: Arc::new(Semaphore::new(
+                (budget as usize).min(Semaphore::MAX_PERMITS),
+            )),
+            cache_uploads: options.cache_uploads,
+            shared: Arc::new(Shared::new(bucket, volume, &options, runtime.clone())?),
+            runtime,
+        }))
+    }
+
+    /// The bucket below.
+    pub fn bucket(&self) -> &Bucket {
+        &self.shared.bucket
+    }
+
+    /// What has been counted.
+    pub fn metrics(&self) -> &Metrics {
+        self.shared.bucket.metrics()
+    }
+
+    /// Stores a segment. Durable once it returns `Ok`; then commit the extents. Putting the same segment again is fine.
+    ///
+    /// Errors: `AlreadyExists` (other bytes lie there: a segment id was used twice), `Denied`, `Unavailable` (it may or may not
+    /// be stored: put it again, or abandon it), `Invalid` (built for another volume).
+    pub async fn put(&self, segment: EncodedSegment) -> Result<(), StoreError> {
+        if segment.volume != self.shared.volume {
+            return Err(StoreError::Invalid(format!(
+                "a segment of volume {} cannot be put into volume {}",
+                segment.volume, self.shared.volume
+            )));
+        }
+        let payload = PutPayload::from_iter(segment.chunks.iter().cloned());
+        let name = segment.id.object_name();
+        self.shared
+            .bucket
+            .put_new(&name, payload, segment.checksum)
+            .await?;
+        if self.cache_uploads && self.shared.caches() {
+            self.shared.cache_segment(&segment);
+        }
+        Ok(())
+    }
+
+    /// Reads bytes of a frame, every page of them verified. Concurrent readers of the same pages share one fetch, which goes on
+    /// when a reader is dropped.
+    ///
+    /// Shape: exactly `at.length` bytes. Time: at most twice the deadline per request to the bucket (its turn, then its attempts), and
+    /// one more request when the bytes do not verify.
+    /// Errors: `NotFound` (the object is gone: refresh extents once), `Corrupt`, `Denied`,
+    /// `Unavailable`, `Invalid` (longer than a frame can be).
+    pub async fn read(&self, at: FrameRange) -> Result<Bytes, StoreError> {
+        if u64::from(at.offset) + u64::from(at.length) > FRAME_BYTES_MAX {
+            return Err(StoreError::Invalid(format!(
+                "{at:?} is outside of any frame"
+            )));
+        }
+        if at.length == 0 {
+            return Ok(Bytes::new());
+        }
+        let wanted = at.pages();
+        let first = wanted.start;
+        let pages = Shared::pages(&self.shared, at.segment, at.frame, wanted).await?;
+        let beyond = |page: u32| {
+            self.shared.corrupt(
+                &at,
+                page,
+                "the extent reaches beyond the end of its frame".to_owned(),
+            )
+        };
+        let end = at.offset as usize + at.length as usize;
+        let part = |page: u32, data: &Bytes| {
+            let base = page as usize * PAGE_BYTES;
+            let from = (at.offset as usize).max(base) - base;
+            let to = end.min(base + PAGE_BYTES) - base;
+            (to <= data.len())
+                .then(|| data.slice(from..to))
+                .ok_or_else(|| beyond(page))
+        };
+        if let [only] = &pages[..] {
+            return part(first, only);
+        }
+        let mut bytes = BytesMut::with_capacity(at.length as usize);
+        for (page, data) in (first..).zip(&pages) {
+            bytes.extend_from_slice(&part(page, data)?);
+        }
+        Ok(bytes.freeze())
+    }
+
+    /// Fetches ranges into the caches in the background. What exceeds the budget, or fails, is left to the read that needs it.
+    pub fn prefetch(&self, ranges: Vec<FrameRange>) {
+        for range in ranges {
+            let pages = range.pages();
+            let bytes = u64::from(pages.end - pages.start) * PAGE_BYTES as u64;
+            let metrics = self.metrics();
+            let units = u32::try_from(bytes / BUDGET_UNIT).unwrap_or(u32::MAX);
+            let Ok(permit) = Arc::clone(&self.prefetch_budget).try_acquire_many_owned(units) else {
+                metrics.prefetch_skipped_bytes.inc_by(bytes);
+                continue;
+            };
+            metrics.prefetched_bytes.inc_by(bytes);
+            // Registered before this returns: a read that follows at once shares the fetch.
+            let warming = Shared::warm(&self.shared, range.segment, range.frame, pages);
+            self.runtime.spawn(async move {
+                if let Err(error) = warming.await {
+                    tracing::debug!(?range, %error, "read-ahead failed; the read itself will try again");
+                }
+                drop(permit);
+            });
+        }
+    }
+
+    /// Deletes segments from bucket and caches; one that does not exist is deleted already. One result per id, in order.
+    pub async fn delete(&self, ids: &[SegmentId]) -> Vec<(SegmentId, Result<(), StoreError>)> {
+        futures::stream::iter(ids.iter().copied())
+            .map(|id| async move {
+                let deleted = self.shared.bucket.delete(&id.object_name()).await;
+                self.shared.forget(id);
+                (id, deleted)
+            })
+            .buffered(DELETES_MAX)
+            .collect()
+            .await
+    }
+
+    /// Waits until what has been handed to the disk tier is written. For tests and for a clean end.
+    pub async fn flush_cache(&self) {
+        self.shared.flush_disk().await;
+    }
+}
+
+#[cfg(test)]
+mod tests;
