@@ -11,7 +11,7 @@
 //! | 0x13 | ino, offset | extent |
 //! | 0x14 | ino | symlink target |
 //! | 0x15 | ino, name | extended attribute |
-//! | 0x16 | ino, start | erase: a range whose older extents are dead |
+//! | 0x16 | ino | erase: the ranges of a file whose older extents are dead and not removed yet |
 //! | 0x17 | segment | segment |
 //! | 0x18 | block | segment id block: which session may commit ids of it |
 //! | 0x19 | ino | orphan |
@@ -140,9 +140,9 @@ pub fn xattr(volume: VolumeId, ino: Ino, name: &[u8]) -> Bytes {
     named(volume, Tag::Xattr, ino, name)
 }
 
-/// Key of an erase record by the first byte of its range.
-pub fn erase(volume: VolumeId, ino: Ino, start: u64) -> Bytes {
-    numbers(volume, Tag::Erase, [ino.0, start])
+/// Key of the erased ranges of a file.
+pub fn erase(volume: VolumeId, ino: Ino) -> Bytes {
+    numbers(volume, Tag::Erase, [ino.0])
 }
 
 /// Key of a segment.

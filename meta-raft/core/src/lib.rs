@@ -6,7 +6,7 @@
 //!
 //! - [`keys`]: the layout of keys; [`records`]: what lies under them
 //! - [`mod@apply`]: control flow of one command; `ops/<op>.rs`: what each command does
-//! - [`query`]: reads
+//! - [`query`]: what clients and drivers read
 //! - [`view`]: the reads that ops need, and [`view::Overlay`], changes on top of a view
 //! - [`digest`]: the sums that replicas and mirrors compare
 

@@ -18,3 +18,24 @@ pub const EXTENTS_PER_COPY: usize = 200;
 
 /// Repeated requests whose cached replies one command drops: the window of a session, twice over.
 pub const REPLIES_PER_COMMAND_MAX: u64 = 2 * heliofs_proto::limits::IN_FLIGHT_MAX as u64;
+
+/// Extended attributes of one inode: so many that removing an inode with all of them stays well below 1,000 records.
+pub const XATTRS_PER_INODE_MAX: usize = 400;
+
+/// Bytes of names and values of one inode's attributes: a change carries the old value, so this bounds the memory of removing
+/// them all in one command. Far above what other Linux file systems hold per inode.
+pub const XATTR_BYTES_PER_INODE_MAX: usize = 1 << 20;
+
+/// Cached replies that one `SessionEnd` drops: the whole window of a well-behaved client; a rest is left to a repeated `SessionEnd`.
+pub const REPLIES_PER_SESSION_END: usize = 500;
+
+/// Erased ranges of one file that wait to be worked off; an erasure that would leave more is refused with `BUSY`. All of them
+/// lie in one record, which each erasure and each step rewrites: 4,096 are about 100 KiB. Reaching it takes 32 full commits,
+/// each of 128 ranges that hold hundreds of extents, with no step in between.
+pub const ERASED_RANGES_MAX: usize = 4096;
+
+/// Records that a command may have set when it still removes extents in place; leaves room to 1,000 for inodes, replies, counters.
+pub const IN_PLACE_RECORDS_MAX: usize = 900;
+
+/// Stored extents that one read or step looks at, live or dead, before it answers with what it has.
+pub const EXTENTS_EXAMINED_MAX: usize = 16384;

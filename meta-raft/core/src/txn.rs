@@ -151,6 +151,11 @@ impl<V: View> Txn<V> {
         self.overlay.scan(from, to, records_max)
     }
 
+    /// Records that this command has set so far.
+    pub(crate) fn changed(&self) -> usize {
+        self.overlay.changed()
+    }
+
     /// This command's view, for code that reads through [`View`] (queries).
     #[allow(
         dead_code,

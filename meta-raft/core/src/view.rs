@@ -19,6 +19,14 @@ pub trait View {
         to: &[u8],
         records_max: usize,
     ) -> Result<Vec<(Bytes, Bytes)>, Corruption>;
+
+    /// The last `records_max` records with `from <= key < to`, in descending key order.
+    fn scan_back(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        records_max: usize,
+    ) -> Result<Vec<(Bytes, Bytes)>, Corruption>;
 }
 
 impl<V: View + ?Sized> View for &V {
@@ -33,6 +41,15 @@ impl<V: View + ?Sized> View for &V {
         records_max: usize,
     ) -> Result<Vec<(Bytes, Bytes)>, Corruption> {
         (**self).scan(from, to, records_max)
+    }
+
+    fn scan_back(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        records_max: usize,
+    ) -> Result<Vec<(Bytes, Bytes)>, Corruption> {
+        (**self).scan_back(from, to, records_max)
     }
 }
 
@@ -53,6 +70,23 @@ impl View for BTreeMap<Bytes, Bytes> {
             std::ops::Bound::Excluded(to),
         ));
         Ok(records
+            .take(records_max)
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect())
+    }
+
+    fn scan_back(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        records_max: usize,
+    ) -> Result<Vec<(Bytes, Bytes)>, Corruption> {
+        let records = self.range::<[u8], _>((
+            std::ops::Bound::Included(from),
+            std::ops::Bound::Excluded(to),
+        ));
+        Ok(records
+            .rev()
             .take(records_max)
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect())
@@ -103,6 +137,11 @@ impl<V: View> Overlay<V> {
                 new: Some(new),
             },
         );
+    }
+
+    /// Records that were set so far.
+    pub fn changed(&self) -> usize {
+        self.changes.len()
     }
 
     /// Takes over the changes of one command, which was applied to a view over this overlay.
@@ -192,6 +231,45 @@ impl<V: View> View for Overlay<V> {
         }
         Ok(found)
     }
+
+    fn scan_back(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        records_max: usize,
+    ) -> Result<Vec<(Bytes, Bytes)>, Corruption> {
+        use std::ops::Bound::{Excluded, Included};
+        let mut found = Vec::new();
+        let mut cursor = Bytes::copy_from_slice(to);
+        while found.len() < records_max && *from < cursor[..] {
+            let wanted = records_max - found.len();
+            let page = self.base.scan_back(from, &cursor, wanted)?;
+            let last_page = page.len() < wanted;
+            let until = match page.last() {
+                Some((key, _)) if !last_page => key.clone(),
+                _ => Bytes::copy_from_slice(from),
+            };
+            let own = self
+                .changes
+                .range::<[u8], _>((Included(&until[..]), Excluded(&cursor[..])));
+            // What both have is taken from the changes.
+            let mut merged: BTreeMap<Bytes, Option<Bytes>> = page
+                .into_iter()
+                .map(|(key, value)| (key, Some(value)))
+                .collect();
+            merged.extend(own.map(|(key, slot)| (key.clone(), slot.new.clone())));
+            let records = merged
+                .into_iter()
+                .rev()
+                .filter_map(|(key, value)| Some((key, value?)));
+            found.extend(records.take(wanted));
+            if last_page {
+                break;
+            }
+            cursor = until;
+        }
+        Ok(found)
+    }
 }
 
 #[cfg(test)]
@@ -225,6 +303,10 @@ mod tests {
             prop_assert_eq!(
                 overlay.scan(&range.0, &range.1, records_max).unwrap(),
                 model.scan(&range.0, &range.1, records_max).unwrap()
+            );
+            prop_assert_eq!(
+                overlay.scan_back(&range.0, &range.1, records_max).unwrap(),
+                model.scan_back(&range.0, &range.1, records_max).unwrap()
             );
             let mut rewritten = base;
             for change in overlay.into_changes() {

@@ -1,9 +1,37 @@
-//! Being written.
-use crate::{
-    txn::{OpResult, Txn},
-    view::View,
-};
-use heliofs_proto::{error::FsError, v1};
-pub(crate) fn link<V: View>(_txn: &mut Txn<V>, _op: &v1::Link) -> OpResult {
-    Err(FsError::NotSupported.into())
+//! link: one more name for an inode.
+
+use heliofs_proto::error::FsError;
+use heliofs_proto::ids::Ino;
+use heliofs_proto::v1;
+
+use super::dir;
+use crate::txn::{OpResult, Txn};
+use crate::view::View;
+
+/// Adds a name. Refused for directories (`NOT_PERMITTED`) and for inodes without a name (`NOT_FOUND`): those are on their way
+/// out.
+pub(crate) fn link<V: View>(txn: &mut Txn<V>, op: &v1::Link) -> OpResult {
+    let (ino, parent) = (Ino(op.ino), Ino(op.parent));
+    let mut dir = dir::live_directory(txn, parent)?;
+    dir::check_name(&op.name)?;
+    if txn.entry(parent, &op.name)?.is_some() {
+        return Err(FsError::Exists.into());
+    }
+    let mut inode = txn.inode(ino)?;
+    if inode.is_directory() {
+        return Err(FsError::NotPermitted.into());
+    }
+    if inode.nlink == 0 {
+        return Err(FsError::NotFound.into());
+    }
+    dir::gain_name(txn, &mut inode)?;
+    inode.parent = parent;
+    dir::add_entry(txn, parent, &mut dir, &op.name, ino, inode.kind)?;
+    txn.put_inode(parent, &dir)?;
+    txn.put_inode(ino, &inode)?;
+    Ok(v1::Reply {
+        attr: Some(inode.attr(ino)),
+        parent: Some(dir.attr(parent)),
+        ..v1::Reply::default()
+    })
 }

@@ -1,6 +1,7 @@
 //! What each command does: one file per command, on a `Txn` (see `txn.rs`).
 //!
-//! Namespace: [`create`], [`link`], [`unlink`], [`rename`], [`set_attr`], [`xattr`], with [`dir`] for what they share.
+//! Namespace: [`create`], [`link`], [`unlink`], [`rename`], [`set_attr`], [`xattr`], with [`dir`], [`privileges`] and [`posix_acl`] for what
+//! they share.
 //! Data: [`commit`], [`fallocate`], [`copy_range`], [`erase`], [`reap`], with [`extents`] and [`segments`] for what they share.
 //! The rest: [`volume`], [`session`], [`remove_tree`].
 
@@ -12,6 +13,7 @@ pub(crate) mod erase;
 pub(crate) mod extents;
 pub(crate) mod fallocate;
 pub(crate) mod link;
+pub(crate) mod posix_acl;
 pub(crate) mod privileges;
 pub(crate) mod reap;
 pub(crate) mod remove_tree;

@@ -1,12 +1,88 @@
-//! Being written.
-use crate::{
-    txn::{OpResult, Txn},
-    view::View,
-};
-use heliofs_proto::{error::FsError, v1};
-pub(crate) fn init<V: View>(_txn: &mut Txn<V>, _op: &v1::VolumeInit) -> OpResult {
-    Err(FsError::NotSupported.into())
+//! The volume's beginning and its settings.
+
+use heliofs_proto::error::FsError;
+use heliofs_proto::ids::Ino;
+use heliofs_proto::limits::SEGMENTS_PER_BLOCK;
+use heliofs_proto::v1::{self, FileKind};
+
+use super::dir;
+use crate::change::Corruption;
+use crate::keys;
+use crate::limits::CORE_LEVEL_MAX;
+use crate::records::{CountersRecord, InodeRecord, SettingsRecord};
+use crate::txn::{OpResult, Txn};
+use crate::view::View;
+
+/// Creates the root directory. Errors: `EXISTS` if the volume was begun before.
+pub(crate) fn init<V: View>(txn: &mut Txn<V>, op: &v1::VolumeInit) -> OpResult {
+    let volume = txn.volume;
+    if txn.exists(&keys::settings(volume))? {
+        return Err(FsError::Exists.into());
+    }
+    let mut settings = op.settings.unwrap_or_default();
+    // Not this build's newest: the outcome must not depend on the build.
+    settings.core_level = settings.core_level.max(1);
+    check_level(txn, settings.core_level)?;
+    txn.put(keys::settings(volume), &SettingsRecord(settings))?;
+    *txn.counters()? = CountersRecord {
+        // 1 is the root.
+        next_ino: 2,
+        // 0 names no segment.
+        next_segment: SEGMENTS_PER_BLOCK,
+        // 0 is the system.
+        next_session: 1,
+        next_intent: 1,
+        used_bytes: 0,
+        used_inodes: 1,
+        segments: 0,
+    };
+    let root = InodeRecord {
+        kind: FileKind::Directory,
+        mode: op.root_mode & 0o7777,
+        nlink: 2,
+        uid: op.root_uid,
+        gid: op.root_gid,
+        size: 0,
+        allocated: 0,
+        atime: txn.time,
+        mtime: txn.time,
+        ctime: txn.time,
+        btime: txn.time,
+        rdev: 0,
+        data_seq: txn.position.seq,
+        parent: Ino::ROOT,
+        flags: 0,
+        next_cookie: dir::COOKIE_FIRST,
+        erases: 0,
+    };
+    txn.put_inode(Ino::ROOT, &root)?;
+    Ok(v1::Reply {
+        attr: Some(root.attr(Ino::ROOT)),
+        created: true,
+        ..v1::Reply::default()
+    })
 }
-pub(crate) fn update_settings<V: View>(_txn: &mut Txn<V>, _op: &v1::SettingsUpdate) -> OpResult {
-    Err(FsError::NotSupported.into())
+
+/// Replaces the settings. Errors: `INVALID` if the core level falls.
+pub(crate) fn update_settings<V: View>(txn: &mut Txn<V>, op: &v1::SettingsUpdate) -> OpResult {
+    let settings = op.settings.ok_or(FsError::Invalid)?;
+    if settings.core_level < txn.settings()?.core_level {
+        return Err(FsError::Invalid.into());
+    }
+    check_level(txn, settings.core_level)?;
+    txn.put(keys::settings(txn.volume), &SettingsRecord(settings))?;
+    Ok(v1::Reply::default())
+}
+
+/// A build that does not know a level stops. It must not refuse: a newer build would not, and the two would go separate ways.
+/// Proposers check [`CORE_LEVEL_MAX`] of all nodes before they propose.
+fn check_level<V: View>(txn: &Txn<V>, level: u32) -> Result<(), Corruption> {
+    if level > CORE_LEVEL_MAX {
+        return Err(Corruption::UpgradeRequired {
+            volume: txn.volume.0,
+            level,
+            known: CORE_LEVEL_MAX,
+        });
+    }
+    Ok(())
 }

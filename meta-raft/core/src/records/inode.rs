@@ -43,7 +43,7 @@ pub struct InodeRecord {
     pub flags: u32,
     /// Cookie of the next entry (directories).
     pub next_cookie: u64,
-    /// Erase records that are not worked off yet: readers of extents must look at them.
+    /// Erased ranges that are not worked off yet: readers of extents must look at them.
     pub erases: u32,
 }
 

@@ -12,7 +12,7 @@ mod volume;
 pub use dentry::{CookieRecord, NameRecord};
 pub use extent::{ExtentData, ExtentRecord};
 pub use inode::InodeRecord;
-pub use intent::{EraseRecord, OrphanRecord};
+pub use intent::{EraseRecord, ErasedRange, OrphanRecord, RemoveTreeRecord};
 pub use segment::{SegmentBlockRecord, SegmentRecord};
 pub use session::SessionRecord;
 pub use volume::{CountersRecord, HeadRecord, SettingsRecord};

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use heliofs_proto::ids::SessionId;
+use heliofs_proto::limits::SEGMENTS_PER_BLOCK;
 
 use super::Record;
 use crate::change::Corruption;
@@ -25,6 +26,9 @@ pub struct SegmentRecord {
 pub struct SegmentBlockRecord {
     /// The block is closed when this session no longer exists.
     pub session: SessionId,
+    /// A bit per id, lowest id first: a commit has brought it. An id whose bit is set and that has no record was freed and must
+    /// never live again: its object is, or will be, deleted.
+    pub brought: [u8; SEGMENTS_PER_BLOCK as usize / 8],
 }
 
 impl Record for SegmentRecord {
@@ -53,7 +57,7 @@ impl Record for SegmentRecord {
 impl Record for SegmentBlockRecord {
     fn encode(&self) -> Bytes {
         let mut w = Writer::record(1);
-        w.varint(self.session.0);
+        w.varint(self.session.0).rest(&self.brought);
         w.finish()
     }
 
@@ -61,8 +65,12 @@ impl Record for SegmentBlockRecord {
         let mut r = Reader::record(key, value, 1)?;
         let record = Self {
             session: SessionId(r.varint()?),
+            brought: r
+                .rest()
+                .as_ref()
+                .try_into()
+                .map_err(|_| r.corrupt("block does not have one bit per id"))?,
         };
-        r.end()?;
         Ok(record)
     }
 }
