@@ -36,10 +36,10 @@ pub const IN_FLIGHT_MAX: usize = 256;
 
 /// Extents in one commit: each may split two neighbours and touches two segment records, so that a commit stays within 1,000
 /// records.
-pub const COMMIT_EXTENTS_MAX: usize = 128;
+pub const COMMIT_EXTENTS_MAX: usize = 96;
 
-/// Files in one commit.
-pub const COMMIT_FILES_MAX: usize = 128;
+/// Files in one commit. 96 files whose extents each cut two others in segments of their own change about 960 records.
+pub const COMMIT_FILES_MAX: usize = 96;
 
 /// Segment ids are given to sessions in aligned blocks of this many, so that the owner of an id is one lookup away.
 pub const SEGMENTS_PER_BLOCK: u64 = 256;

@@ -39,7 +39,7 @@ pub struct Applied {
 /// Applies one committed command. The same view, stamp and command give the same result on every node and every run.
 ///
 /// Every command of an existing volume takes the next position, a refused or repeated one too, so that positions can be counted
-/// off the log. A repeated (session, sequence) returns the first reply and changes only the head.
+/// off the log. A repeated (session, sequence) returns the first reply, a refusal too, and changes only the head.
 pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Applied, Corruption> {
     let volume = VolumeId(command.volume);
     let head_key = keys::head(volume);
@@ -74,26 +74,30 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
     head.position = head.position.next();
     head.time = head.time.max(stamp.time);
 
+    let refused = |error: FsError| v1::Reply {
+        position: Some(head.position.into()),
+        error: error as i32,
+        ..v1::Reply::default()
+    };
     let mut txn = Txn::new(view, command, head.position, head.time);
-    let outcome = once(&mut txn, command).and_then(|repeated| match repeated {
-        Some(reply) => Ok(reply),
-        None => dispatch(&mut txn, command).and_then(|mut reply| {
-            reply.position = Some(head.position.into());
-            remember(&mut txn, command, &reply)?;
-            Ok(reply)
-        }),
-    });
-    let (mut txn, reply) = match outcome {
-        Ok(reply) => (txn, reply),
-        Err(OpError::Corrupt(corruption)) => return Err(corruption),
-        // A refusal changes nothing but the head. It is not remembered: asking again may only be answered by what is true then.
-        Err(OpError::Refused(error)) => {
-            let reply = v1::Reply {
-                position: Some(head.position.into()),
-                error: error as i32,
-                ..v1::Reply::default()
+    let reply = match once(&txn, command)? {
+        Once::Refused(error) => refused(error),
+        Once::Repeated(reply) => reply,
+        Once::First => {
+            let reply = match dispatch(&mut txn, command) {
+                Ok(mut reply) => {
+                    reply.position = Some(head.position.into());
+                    reply
+                }
+                Err(OpError::Corrupt(corruption)) => return Err(corruption),
+                Err(OpError::Refused(error)) => {
+                    // What the op changed before it refused is dropped with its transaction.
+                    txn = Txn::new(view, command, head.position, head.time);
+                    refused(error)
+                }
             };
-            (Txn::new(view, command, head.position, head.time), reply)
+            remember(&mut txn, command, &reply)?;
+            reply
         }
     };
     txn.put(head_key, &head)?;
@@ -128,38 +132,56 @@ fn check_core_level(view: &impl View, volume: VolumeId) -> Result<(), Corruption
     Ok(())
 }
 
-/// The first reply if this request was applied before.
-fn once<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult<Option<v1::Reply>> {
+/// What is known of a request before it is applied.
+enum Once {
+    /// It is new, or the system's.
+    First,
+    /// It was applied before, with this reply.
+    Repeated(v1::Reply),
+    /// It can't be told apart from what was applied before.
+    Refused(FsError),
+}
+
+fn once<V: View>(txn: &Txn<V>, command: &v1::Command) -> Result<Once, Corruption> {
     if txn.session == SessionId::SYSTEM {
-        return Ok(None);
+        return Ok(Once::First);
     }
     let session: Option<SessionRecord> = txn.get(&keys::session(txn.volume, txn.session))?;
-    let session = session.ok_or(FsError::SessionGone)?;
+    let Some(session) = session else {
+        return Ok(Once::Refused(FsError::SessionGone));
+    };
     if command.sequence < session.acknowledged_below {
-        return Err(FsError::AlreadyAcknowledged.into());
+        return Ok(Once::Refused(FsError::AlreadyAcknowledged));
     }
     let key = keys::reply(txn.volume, txn.session, command.sequence);
     let Some(value) = txn.get_bytes(&key)? else {
-        return Ok(None);
+        return Ok(Once::First);
     };
     match v1::Reply::decode(value) {
-        Ok(reply) => Ok(Some(reply)),
+        Ok(reply) => Ok(Once::Repeated(reply)),
         Err(_) => Err(Corruption::Record {
             key: key.to_vec(),
             why: "reply can't be decoded",
-        }
-        .into()),
+        }),
     }
 }
 
 /// Keeps the reply for a repeated request, and drops those that the client has acknowledged.
-fn remember<V: View>(txn: &mut Txn<V>, command: &v1::Command, reply: &v1::Reply) -> OpResult<()> {
+///
+/// Refusals are kept too: of two copies of a request the second may be refused and answered, and the first, late, must not take
+/// effect then.
+fn remember<V: View>(
+    txn: &mut Txn<V>,
+    command: &v1::Command,
+    reply: &v1::Reply,
+) -> Result<(), Corruption> {
     if txn.session == SessionId::SYSTEM {
         return Ok(());
     }
     let (volume, session) = (txn.volume, txn.session);
     let key = keys::session(volume, session);
-    let mut record: SessionRecord = txn.get(&key)?.ok_or(FsError::SessionGone)?;
+    // `once` has seen it.
+    let mut record: SessionRecord = txn.get(&key)?.unwrap_or_default();
     // Never past the request itself, whatever the client claims.
     let below = command.acknowledged_below.min(command.sequence);
     if below > record.acknowledged_below {
@@ -179,8 +201,7 @@ fn remember<V: View>(txn: &mut Txn<V>, command: &v1::Command, reply: &v1::Reply)
     txn.put_bytes(
         keys::reply(volume, session, command.sequence),
         Bytes::from(reply.encode_to_vec()),
-    )?;
-    Ok(())
+    )
 }
 
 fn dispatch<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult {

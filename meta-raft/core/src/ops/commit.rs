@@ -86,10 +86,12 @@ impl Named {
                 data_bytes: segment.data_bytes,
                 live_bytes: 0,
             };
-            let twice = listed.insert(SegmentId(segment.id), record);
-            if segment.id == 0 || twice.is_some() {
+            let same = |other: &SegmentRecord| *other == record;
+            let agrees = listed.get(&SegmentId(segment.id)).is_none_or(same);
+            if segment.id == 0 || !agrees {
                 return Err(FsError::Invalid.into());
             }
+            listed.insert(SegmentId(segment.id), record);
         }
         let extents = op.files.iter().flat_map(|file| &file.extents);
         let mut ids: BTreeSet<SegmentId> = extents

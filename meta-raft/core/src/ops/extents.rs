@@ -172,8 +172,8 @@ pub(crate) fn erase<V: View>(
     let (volume, size) = (txn.volume, inode.size);
     let erased = Erased::load(txn.view(), volume, ino, inode)?;
     let mut left = last_live_before(txn.view(), volume, ino, &erased, from)?;
-    // No live extent reaches behind the size.
-    if from >= size && erased.is_empty() {
+    // No live extent reaches behind the size; dead ones lie under their ranges.
+    if from >= size {
         return Ok(left);
     }
     let mut covered = false;
@@ -214,7 +214,7 @@ pub(crate) fn erase<V: View>(
             balance,
         )?;
     }
-    if !covered || !erased.is_empty() {
+    if !covered {
         erase_inner(txn, ino, inode, erased, (from, to), balance)?;
     }
     Ok(left)

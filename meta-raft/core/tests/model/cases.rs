@@ -2,184 +2,14 @@
 
 use bytes::Bytes;
 use heliofs_proto::error::FsError;
-use heliofs_proto::ids::Ino;
 use heliofs_proto::limits::{FILE_BYTES_MAX, FRAME_BYTES_MAX};
-use heliofs_proto::v1::{self, Caller, Command, FileKind, command::Op};
+use heliofs_proto::v1::{self, command::Op};
 use meta_core::keys::Tag;
-use meta_core::{Applied, query};
+use meta_core::query;
 
+use crate::bench::{Bench, changed, commit, extent, file_commit, inline};
 use crate::check::{check, has_segment, inode};
-use crate::world::{Byte, VOLUME, World};
-
-struct Bench {
-    world: World,
-    session: u64,
-    sequence: u64,
-    next_segment: u64,
-    acknowledged_below: u64,
-}
-
-impl Bench {
-    fn new() -> Self {
-        Self::with(v1::VolumeSettings::default())
-    }
-
-    fn with(settings: v1::VolumeSettings) -> Self {
-        let mut bench = Self {
-            world: World::new(settings),
-            session: 0,
-            sequence: 0,
-            next_segment: 0,
-            acknowledged_below: 0,
-        };
-        bench.begin_session();
-        bench
-    }
-
-    fn begin_session(&mut self) {
-        let begin = Op::SessionBegin(v1::SessionBegin { cluster_id: 9 });
-        self.session = self.world.system(begin).reply.value;
-        (self.sequence, self.acknowledged_below) = (0, 0);
-        self.next_segment = self.allocate();
-    }
-
-    fn allocate(&mut self) -> u64 {
-        let allocate = v1::SegmentsAllocate { count: 256 };
-        let applied = self.run(Op::SegmentsAllocate(allocate));
-        assert_eq!(applied.reply.error(), FsError::None);
-        applied.reply.value
-    }
-
-    fn run(&mut self, op: Op) -> Applied {
-        self.sequence += 1;
-        self.acknowledged_below = self.sequence;
-        self.world.apply(Command {
-            volume: VOLUME.0,
-            session: self.session,
-            sequence: self.sequence,
-            acknowledged_below: self.acknowledged_below,
-            caller: Some(Caller::default()),
-            op: Some(op),
-        })
-    }
-
-    fn ok(&mut self, op: Op) -> Applied {
-        let applied = self.run(op);
-        assert_eq!(applied.reply.error(), FsError::None);
-        applied
-    }
-
-    fn file(&mut self, name: &'static str) -> u64 {
-        let create = v1::Create {
-            parent: 1,
-            name: Bytes::from_static(name.as_bytes()),
-            kind: FileKind::File as i32,
-            mode: 0o644,
-            exclusive: true,
-            ..v1::Create::default()
-        };
-        self.ok(Op::Create(create)).reply.attr.unwrap().ino
-    }
-
-    fn segment(&mut self) -> v1::Segment {
-        if self.next_segment.is_multiple_of(256) && self.world.freed.len() + 1 > 255 {
-            self.next_segment = self.allocate();
-        }
-        let id = self.next_segment;
-        self.next_segment += 1;
-        v1::Segment {
-            id,
-            length: 100_000_000,
-            checksum: 5,
-            data_bytes: 90_000_000,
-            live_bytes: 0,
-        }
-    }
-
-    /// Commits extents (offset, length) of one new segment, one frame per extent; returns the segment.
-    fn write(&mut self, ino: u64, ranges: &[(u64, u64)]) -> u64 {
-        let segment = self.segment();
-        let extents = ranges
-            .iter()
-            .enumerate()
-            .map(|(frame, (offset, length))| extent(*offset, *length, segment.id, frame as u32, 0));
-        let file = file_commit(ino, extents.collect());
-        let id = segment.id;
-        let reply = self.ok(commit(vec![segment], vec![file])).reply;
-        assert_eq!(reply.files[0].error(), FsError::None);
-        id
-    }
-
-    /// Many one-byte extents, every other byte from `offset` on.
-    fn shred(&mut self, ino: u64, offset: u64, extents_count: u64) {
-        let offsets: Vec<_> = (0..extents_count).map(|i| (offset + 2 * i, 1)).collect();
-        for part in offsets.chunks(128) {
-            let extents = part.iter().map(|(offset, _)| inline(*offset, b"x"));
-            let file = file_commit(ino, extents.collect());
-            self.ok(commit(vec![], vec![file]));
-        }
-    }
-
-    fn truncate(&mut self, ino: u64, size: u64) -> Applied {
-        self.ok(Op::SetAttr(v1::SetAttr {
-            ino,
-            size: Some(size),
-            ..v1::SetAttr::default()
-        }))
-    }
-
-    fn unlink(&mut self, name: &'static str) -> Applied {
-        self.ok(Op::Unlink(v1::Unlink {
-            parent: 1,
-            name: Bytes::from_static(name.as_bytes()),
-            directory: false,
-        }))
-    }
-
-    fn extents(&self, ino: u64) -> Vec<(u64, u64, u64)> {
-        let page = query::get_extents(&self.world.records, VOLUME, Ino(ino), 0, u64::MAX, 4096);
-        let extents = page.unwrap().extents;
-        let parts = extents.iter().map(|e| (e.offset, e.length, e.segment));
-        parts.collect()
-    }
-}
-
-fn extent(offset: u64, length: u64, segment: u64, frame: u32, frame_offset: u32) -> v1::Extent {
-    v1::Extent {
-        offset,
-        length,
-        segment,
-        frame,
-        frame_offset,
-        inline_bytes: Bytes::new(),
-    }
-}
-
-fn inline(offset: u64, bytes: &'static [u8]) -> v1::Extent {
-    v1::Extent {
-        offset,
-        length: bytes.len() as u64,
-        inline_bytes: Bytes::from_static(bytes),
-        ..v1::Extent::default()
-    }
-}
-
-fn file_commit(ino: u64, extents: Vec<v1::Extent>) -> v1::FileCommit {
-    v1::FileCommit {
-        ino,
-        extents,
-        ..v1::FileCommit::default()
-    }
-}
-
-fn commit(segments: Vec<v1::Segment>, files: Vec<v1::FileCommit>) -> Op {
-    Op::Commit(v1::Commit { segments, files })
-}
-
-fn changed(applied: &Applied, tag: Tag) -> usize {
-    let keys = applied.changes.iter().map(|change| &change.key);
-    keys.filter(|key| Tag::of(key) == Some(tag)).count()
-}
+use crate::world::{Byte, VOLUME};
 
 #[test]
 fn an_overwrite_in_the_middle_splits_an_extent_in_three() {
@@ -279,6 +109,15 @@ fn a_repeated_segment_must_be_the_one_that_is_stored() {
         ..segment
     };
     let reply = bench.run(commit(vec![other], vec![file(60)])).reply;
+    assert_eq!(reply.error(), FsError::Invalid);
+    bench.ok(commit(vec![segment, segment], vec![file(60)]));
+    let (fresh, other) = (bench.segment(), bench.segment());
+    let other = v1::Segment {
+        id: fresh.id,
+        length: 3,
+        ..other
+    };
+    let reply = bench.run(commit(vec![fresh, other], vec![file(80)])).reply;
     assert_eq!(reply.error(), FsError::Invalid);
     check(&bench.world);
 }
@@ -460,23 +299,23 @@ fn rewriting_a_shredded_file_in_one_commit_leaves_one_erased_range() {
 }
 
 #[test]
-fn the_commit_that_changes_the_most_records_stays_bounded() {
+fn a_commit_that_cuts_two_extents_in_each_of_many_files_stays_bounded() {
     let mut bench = Bench::new();
-    let ino = bench.file("f");
-    // Pairs of neighbours in segments of their own; each is then overwritten over their border.
-    for i in 0..100 {
-        bench.write(ino, &[(100 * i, 50)]);
-        bench.write(ino, &[(100 * i + 50, 50)]);
+    // Neighbours in segments of their own; each pair is then overwritten over its border.
+    let files: Vec<u64> = (0..96).map(|i| bench.file(&i.to_string())).collect();
+    for ino in &files {
+        bench.write(*ino, &[(0, 50)]);
+        bench.write(*ino, &[(50, 50)]);
     }
-    bench.acknowledged_below = bench.sequence;
-    let segments: Vec<_> = (0..50).map(|_| bench.segment()).collect();
-    let extents = segments
+    let segments: Vec<_> = files.iter().map(|_| bench.segment()).collect();
+    let commits = files
         .iter()
-        .enumerate()
-        .map(|(i, s)| extent(100 * i as u64 + 25, 50, s.id, 0, 0));
-    let file = file_commit(ino, extents.collect());
-    let applied = bench.ok(commit(segments, vec![file]));
-    assert!(applied.changes.len() > 300, "{}", applied.changes.len());
+        .zip(&segments)
+        .map(|(ino, segment)| file_commit(*ino, vec![extent(25, 50, segment.id, 0, 0)]));
+    let commits = commits.collect();
+    let applied = bench.ok(commit(segments, commits));
+    // Four extents, three segments and the inode per file.
+    assert!((768..800).contains(&applied.changes.len()));
     check(&bench.world);
 }
 

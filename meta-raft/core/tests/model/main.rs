@@ -4,8 +4,11 @@
 //! - `check`: what must hold of the records of files at any time
 //! - `reference`: the file system as POSIX describes it, with the content of files as one note per byte
 //! - `script`: random commands, made to hit what exists
-//! - `random`: the properties; `cases`: single situations
+//! - `random`: the properties; `cases`: single situations, on a `bench`
 
+#![allow(clippy::unwrap_used, reason = "a test panics where it fails")]
+
+mod bench;
 mod cases;
 mod check;
 mod random;

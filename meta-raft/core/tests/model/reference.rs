@@ -133,6 +133,24 @@ impl Reference {
             }
         }
         self.execute(command, reply)?;
+        self.remember(command, reply);
+        Ok(())
+    }
+
+    /// Whether the command is a repetition whose first reply is kept.
+    pub(crate) fn remembers(&self, command: &Command) -> bool {
+        let session = self.sessions.get(&command.session);
+        session.is_some_and(|session| session.replies.contains_key(&command.sequence))
+    }
+
+    /// Keeps a reply, as a success does; refusals must be told.
+    pub(crate) fn remember(&mut self, command: &Command, reply: &Reply) {
+        if matches!(
+            reply.error(),
+            FsError::SessionGone | FsError::AlreadyAcknowledged
+        ) {
+            return;
+        }
         if let Some(session) = self.sessions.get_mut(&command.session) {
             let below = command.acknowledged_below.min(command.sequence);
             session.acknowledged_below = session.acknowledged_below.max(below);
@@ -140,7 +158,6 @@ impl Reference {
             session.replies.retain(|sequence, _| *sequence >= below);
             session.replies.insert(command.sequence, reply.clone());
         }
-        Ok(())
     }
 
     fn execute(&mut self, command: &Command, reply: &Reply) -> Verdict {
@@ -159,7 +176,7 @@ impl Reference {
                 Ok(())
             }
             Op::SegmentsAllocate(op) => {
-                assert!(reply.value > 0 && reply.value % SEGMENTS_PER_BLOCK == 0);
+                assert!(reply.value > 0 && reply.value.is_multiple_of(SEGMENTS_PER_BLOCK));
                 let first = reply.value / SEGMENTS_PER_BLOCK;
                 for block in first..first + u64::from(op.count) / SEGMENTS_PER_BLOCK {
                     let new = self.blocks.insert(block, command.session);

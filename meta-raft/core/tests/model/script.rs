@@ -36,9 +36,9 @@ pub(crate) enum Step {
     Fallocate(Pick, u8, u16, u16),
     Copy(Pick, u16, Pick, u16, u16),
     Reap(Pick),
-    EraseStep(Pick),
+    EraseSome(Pick),
     RemoveTree(Pick, u8),
-    RemoveTreeStep(Pick),
+    RemoveSome(Pick),
     Session(u8),
     Repeat(Pick),
     Capacity(u16),
@@ -84,9 +84,9 @@ pub(crate) fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         5 => (pick(), 0u16..1500, pick(), 0u16..1500, 0u16..2000)
             .prop_map(|(a, b, c, d, e)| Step::Copy(a, b, c, d, e)),
         3 => pick().prop_map(Step::Reap),
-        3 => pick().prop_map(Step::EraseStep),
+        3 => pick().prop_map(Step::EraseSome),
         1 => (pick(), name).prop_map(|(a, b)| Step::RemoveTree(a, b)),
-        2 => pick().prop_map(Step::RemoveTreeStep),
+        2 => pick().prop_map(Step::RemoveSome),
         1 => any::<u8>().prop_map(Step::Session),
         3 => pick().prop_map(Step::Repeat),
         1 => (0u16..6000).prop_map(Step::Capacity),
@@ -145,7 +145,7 @@ impl Writer {
             .map(|(ino, _)| *ino)
             .collect();
         // Half of the steps meet at one file, or at the root.
-        let at_first = if at % 2 == 0 { 0 } else { at };
+        let at_first = if at.is_multiple_of(2) { 0 } else { at };
         match pick(&inos, at_first) {
             Some(ino) if at > 2000 => ino,
             _ => self.any(reference, at),
@@ -155,7 +155,7 @@ impl Writer {
     /// A name in the directory: two times out of three one that is there.
     fn entry(&self, reference: &Reference, dir: u64, index: u8, at: Pick) -> Bytes {
         match reference.nodes.get(&dir) {
-            Some(node) if at % 3 > 0 && !node.entries.is_empty() => {
+            Some(node) if !at.is_multiple_of(3) && !node.entries.is_empty() => {
                 let names: Vec<&Bytes> = node.entries.keys().collect();
                 names[index as usize % names.len()].clone()
             }
@@ -361,7 +361,7 @@ impl Writer {
                 let ino = pick(&orphans, *at).unwrap_or_else(|| self.any(reference, *at));
                 return Some(system(Op::Reap(v1::Reap { ino })));
             }
-            Step::EraseStep(node) => {
+            Step::EraseSome(node) => {
                 let ino = self.file(reference, *node);
                 return Some(system(Op::EraseStep(v1::EraseStep { ino })));
             }
@@ -372,7 +372,7 @@ impl Writer {
                     name: self.entry(reference, dir, *index, *at),
                 })
             }
-            Step::RemoveTreeStep(at) => {
+            Step::RemoveSome(at) => {
                 let intents: Vec<u64> = reference.intents.keys().copied().collect();
                 let intent = pick(&intents, *at).unwrap_or(77_777);
                 return Some(system(Op::RemoveTreeStep(v1::RemoveTreeStep { intent })));
@@ -466,7 +466,7 @@ impl Writer {
             });
         }
         // Sometimes listed without need, sometimes not listed although new, sometimes listed again.
-        if flags % 16 != 0 {
+        if !flags.is_multiple_of(16) {
             segments.push(new);
         }
         if flags % 16 == 1 {

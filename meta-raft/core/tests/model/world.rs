@@ -86,7 +86,13 @@ impl World {
         assert!(bounded.count() <= 1000, "at most 1,000 records per command");
         let is_commit = matches!(command.op, Some(Op::Commit(_)));
         if applied.reply.error() != FsError::None && !is_commit {
-            assert_eq!(applied.changes.len(), 1, "a refusal changes the head only");
+            let own =
+                |key: &Bytes| matches!(Tag::of(key), Some(Tag::Head | Tag::Session | Tag::Reply));
+            let own_only = applied.changes.iter().all(|change| own(&change.key));
+            assert!(
+                own_only,
+                "a refusal moves the head and is remembered; nothing else"
+            );
             assert!(applied.freed.is_empty() && applied.touched.is_empty());
         }
         for segment in &applied.freed {

@@ -1,0 +1,178 @@
+//! Calls for operators: status, membership, volumes. All need the cluster token only, no session.
+
+use futures::future::join_all;
+use heliofs_proto::ids::{NodeId, VolumeId};
+use heliofs_proto::v1;
+
+use crate::cluster::{Answer, Cluster};
+use crate::error::ClusterError;
+
+macro_rules! call {
+    ($self:expr, $method:ident, mutates = $mutates:literal, $body:expr) => {{
+        let body = $body;
+        $self
+            .call(stringify!($method), $mutates, |mut client| {
+                let request = $self.request(body.clone());
+                async move { client.$method(request).await }
+            })
+            .await
+    }};
+}
+
+impl Cluster {
+    /// Status as the first node that answers sees it.
+    pub async fn status(&self) -> Result<v1::StatusResponse, ClusterError> {
+        call!(self, status, mutates = false, v1::StatusRequest {})
+    }
+
+    /// Status of one node, "host:port", in one attempt.
+    pub async fn status_of(&self, peer: &str) -> Result<v1::StatusResponse, ClusterError> {
+        let request = self.request(v1::StatusRequest {});
+        let call = |mut client: v1::admin_client::AdminClient<_>| async move {
+            client.status(request).await
+        };
+        self.call_peer(peer, call)
+            .await
+            .map_err(|answer| match answer {
+                Answer::Refused(error) => error,
+                Answer::Elsewhere(_, detail)
+                | Answer::Unreachable(detail)
+                | Answer::Broken(detail) => ClusterError::NoNode {
+                    peers: peer.to_owned(),
+                    detail,
+                },
+            })
+    }
+
+    /// Status of every node, those included that only the cluster itself knows of: (address, status or why there is none).
+    pub async fn status_all(&self) -> Vec<(String, Result<v1::StatusResponse, ClusterError>)> {
+        let ask = |peers: Vec<String>| {
+            join_all(peers.into_iter().map(|peer| async move {
+                let status = self.status_of(&peer).await;
+                (peer, status)
+            }))
+        };
+        let mut all = ask(self.peers()).await;
+        let mut more: Vec<String> = Vec::new();
+        // A node is the same under another name when its id was already heard.
+        let heard: Vec<u64> = all
+            .iter()
+            .filter_map(|(_, status)| Some(status.as_ref().ok()?.node))
+            .collect();
+        for (_, status) in &all {
+            let Ok(status) = status else { continue };
+            for node in &status.nodes {
+                let known = all.iter().any(|(peer, _)| *peer == node.address);
+                if !known && !heard.contains(&node.node) && !more.contains(&node.address) {
+                    more.push(node.address.clone());
+                }
+            }
+        }
+        all.extend(ask(more).await);
+        all
+    }
+
+    /// Forms a cluster of the one node at the first peer; returns the cluster's id. Further nodes are added.
+    pub async fn init_cluster(&self) -> Result<u32, ClusterError> {
+        let reply = call!(
+            self,
+            init_cluster,
+            mutates = true,
+            v1::InitClusterRequest {}
+        )?;
+        Ok(reply.cluster_id)
+    }
+
+    /// Adds a node: as a learner, which catches up, then as a voter.
+    pub async fn add_node(&self, node: NodeId, address: &str) -> Result<(), ClusterError> {
+        let body = v1::AddNodeRequest {
+            node: node.0,
+            address: address.to_owned(),
+        };
+        call!(self, add_node, mutates = true, body).map(drop)
+    }
+
+    /// Removes a node; its id is never used again.
+    pub async fn remove_node(&self, node: NodeId) -> Result<(), ClusterError> {
+        let body = v1::RemoveNodeRequest { node: node.0 };
+        call!(self, remove_node, mutates = true, body).map(drop)
+    }
+
+    /// Makes a voter the leader.
+    pub async fn transfer(&self, to: NodeId) -> Result<(), ClusterError> {
+        let body = v1::TransferRequest { to: to.0 };
+        let done: Result<(), _> = call!(self, transfer, mutates = true, body).map(drop);
+        self.learn_leader(None);
+        done
+    }
+
+    /// Takes a snapshot on the first node that answers; returns the log index that it covers.
+    pub async fn snapshot(&self) -> Result<u64, ClusterError> {
+        let taken = call!(self, snapshot, mutates = false, v1::SnapshotRequest {})?;
+        Ok(taken.applied_index)
+    }
+
+    /// Creates a volume. `Invalid` when the name is taken.
+    pub async fn create_volume(
+        &self,
+        volume: v1::VolumeCreate,
+    ) -> Result<v1::Volume, ClusterError> {
+        call!(self, create_volume, mutates = true, volume)
+    }
+
+    /// Changes a volume's settings, storage keys, or both; what is `None` stays.
+    pub async fn update_volume(
+        &self,
+        update: v1::UpdateVolumeRequest,
+    ) -> Result<v1::Volume, ClusterError> {
+        call!(self, update_volume, mutates = true, update)
+    }
+
+    /// Removes a volume's metadata for good; its bucket is not touched.
+    pub async fn destroy_volume(&self, volume: VolumeId) -> Result<(), ClusterError> {
+        let body = v1::VolumeDestroy { volume: volume.0 };
+        call!(self, destroy_volume, mutates = true, body).map(drop)
+    }
+
+    /// All volumes, without secrets.
+    pub async fn list_volumes(&self) -> Result<Vec<v1::Volume>, ClusterError> {
+        let reply = call!(
+            self,
+            list_volumes,
+            mutates = false,
+            v1::ListVolumesRequest {}
+        )?;
+        Ok(reply.volumes)
+    }
+
+    /// One volume, with the secrets of its storage. `NotFound` when there is none of that name.
+    pub async fn get_volume(&self, name: &str) -> Result<v1::Volume, ClusterError> {
+        let body = v1::GetVolumeRequest {
+            name: name.to_owned(),
+        };
+        call!(self, get_volume, mutates = false, body)
+    }
+
+    /// Position and digest sums of a volume as the node at `peer` has them, in one attempt.
+    pub async fn digest_of(
+        &self,
+        peer: &str,
+        volume: VolumeId,
+    ) -> Result<v1::DigestResponse, ClusterError> {
+        let request = self.request(v1::DigestRequest { volume: volume.0 });
+        let call = |mut client: v1::admin_client::AdminClient<_>| async move {
+            client.digest(request).await
+        };
+        self.call_peer(peer, call)
+            .await
+            .map_err(|answer| match answer {
+                Answer::Refused(error) => error,
+                Answer::Elsewhere(_, detail)
+                | Answer::Unreachable(detail)
+                | Answer::Broken(detail) => ClusterError::NoNode {
+                    peers: peer.to_owned(),
+                    detail,
+                },
+            })
+    }
+}
