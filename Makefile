@@ -1,0 +1,42 @@
+# heliofs: `make demo` shows it working, `make test` tests it. `make help` lists the rest.
+# One build profile (release) for everything, so that RocksDB compiles once.
+
+SHELL := /bin/bash
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+NEXTEST := $(shell command -v cargo-nextest)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test suites bench-quick lint install
+
+help: ## What can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: ## A cluster, a mount, a leader killed in the middle of a copy, every byte compared
+	@.ci/demo
+
+test: ## The whole test suite
+	@.ci/setup test
+ifneq ($(NEXTEST),)
+	cargo nextest run --release --workspace --config-file .ci/nextest.toml
+else
+	cargo test --release --workspace --no-fail-fast -- --test-threads=2
+endif
+
+build: ## The heliofs command, at $(CARGO_TARGET_DIR)/release/heliofs
+	@.ci/setup build
+	cargo build --release -p heliofs
+
+install: build ## Copies the command to $(PREFIX)/bin (default /usr/local), with the fstab helper
+	install -D -m 755 $(CARGO_TARGET_DIR)/release/heliofs $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/heliofs
+	ln -sf $(or $(PREFIX),/usr/local)/bin/heliofs $(DESTDIR)/sbin/mount.heliofs
+
+suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount
+	@.ci/suites
+
+bench-quick: ## heliofs beside JuiceFS, minutes
+	@benches/quick
+
+lint: ## What CI checks before it tests
+	@.ci/setup build
+	cargo fmt --check
+	cargo clippy --release --workspace --all-targets -- -D warnings

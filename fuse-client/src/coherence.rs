@@ -1,0 +1,249 @@
+//! Keeps this mount's caches and the kernel's in step with other mounts.
+//!
+//! The session calls [`Coherence`] with every invalidation before it completes later answers. The caches are corrected at
+//! once; the kernel is told by threads of its own, since the kernel may hold a lock that the request in hand needs until that
+//! request is answered (telling it on a request thread would be a deadlock).
+//!
+//! **The gate.** An answer that was checked against the cache and is being written to the kernel must not overtake the
+//! kernel's invalidation. Answers are checked and written under the gate's read lock; a notifier passes the gate's write lock
+//! before it tells the kernel, so that every answer that was checked too early has been written by then.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use fuser::{INodeNo, Notifier};
+use heliofs_proto::ids::Position;
+use heliofs_proto::v1;
+use meta_client::Watcher;
+use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
+
+use crate::fs::dir::DirHandle;
+use crate::inode::InodeTable;
+use crate::meta_cache::MetaCache;
+use crate::write::budget::Budget;
+
+/// Threads that tell the kernel: one may wait for a directory's lock while a request in it is under way.
+const NOTIFIERS: usize = 4;
+
+/// What the kernel is to forget.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Notice {
+    Attr(u64),
+    Pages(u64),
+    Entry(u64, Bytes),
+}
+
+impl Notice {
+    fn ino(&self) -> u64 {
+        match self {
+            Self::Attr(ino) | Self::Pages(ino) | Self::Entry(ino, _) => *ino,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Notice>,
+    /// The same as `waiting`: a notice that waits is not queued twice.
+    known: HashSet<Notice>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Lane {
+    queue: Mutex<Queue>,
+    filled: Condvar,
+}
+
+/// See the module. Made before the session, which it watches.
+pub struct Coherence {
+    /// Attributes and names.
+    pub cache: MetaCache,
+    /// Open and dirty inodes.
+    pub inodes: InodeTable,
+    /// Memory for uncommitted data.
+    pub budget: Arc<Budget>,
+    open_dirs: Mutex<HashMap<u64, Vec<Weak<DirHandle>>>>,
+    lanes: Vec<Lane>,
+    gate: RwLock<()>,
+}
+
+impl std::fmt::Debug for Coherence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Coherence").finish_non_exhaustive()
+    }
+}
+
+impl Coherence {
+    /// Caches for one mount: at most `inodes_max` inodes and `names_max` names, and `buffer_bytes_max` bytes of uncommitted
+    /// data.
+    pub fn new(inodes_max: usize, names_max: usize, buffer_bytes_max: u64) -> Arc<Self> {
+        let budget = Arc::new(Budget::new(buffer_bytes_max));
+        Arc::new(Self {
+            cache: MetaCache::new(inodes_max, names_max),
+            inodes: InodeTable::new(budget.clone()),
+            budget,
+            open_dirs: Mutex::default(),
+            lanes: (0..NOTIFIERS).map(|_| Lane::default()).collect(),
+            gate: RwLock::new(()),
+        })
+    }
+
+    /// Held while an answer is checked and written to the kernel.
+    pub fn gate(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read()
+    }
+
+    /// A directory was opened here: its buffered entries must follow changes.
+    pub fn dir_opened(&self, handle: &Arc<DirHandle>) {
+        self.open_dirs
+            .lock()
+            .entry(handle.ino)
+            .or_default()
+            .push(Arc::downgrade(handle));
+    }
+
+    /// A directory handle is about to go.
+    pub fn dir_closed(&self, handle: &Arc<DirHandle>) {
+        let mut dirs = self.open_dirs.lock();
+        if let Some(handles) = dirs.get_mut(&handle.ino) {
+            let gone = Arc::downgrade(handle);
+            handles.retain(|known| !known.ptr_eq(&gone) && known.strong_count() > 0);
+            if handles.is_empty() {
+                dirs.remove(&handle.ino);
+            }
+        }
+    }
+
+    /// A name changed at `at` (`None`: any of them).
+    pub fn name_changed(&self, parent: u64, name: Option<&Bytes>, at: Position) {
+        let handles: Vec<_> = match self.open_dirs.lock().get(&parent) {
+            Some(handles) => handles.iter().filter_map(Weak::upgrade).collect(),
+            None => return,
+        };
+        for handle in handles {
+            handle.changed(name, at);
+        }
+    }
+
+    /// The kernel's attributes of `ino` are outdated by something that this mount did on its own.
+    pub fn tell_attr(&self, ino: u64) {
+        self.tell(Notice::Attr(ino));
+    }
+
+    /// The kernel's pages of `ino` are outdated by something that this mount did on its own.
+    pub fn tell_pages(&self, ino: u64) {
+        self.tell(Notice::Pages(ino));
+    }
+
+    fn tell(&self, notice: Notice) {
+        let lane = &self.lanes[(notice.ino() % NOTIFIERS as u64) as usize];
+        let mut queue = lane.queue.lock();
+        if !queue.closed && queue.known.insert(notice.clone()) {
+            queue.waiting.push_back(notice);
+            lane.filled.notify_one();
+        }
+    }
+
+    /// Starts the threads that tell the kernel; they end after [`Coherence::close`].
+    pub fn start_notifiers(self: &Arc<Self>, notifier: &Notifier) -> std::io::Result<Vec<JoinHandle<()>>> {
+        (0..NOTIFIERS)
+            .map(|lane| {
+                let (coherence, notifier) = (self.clone(), notifier.clone());
+                std::thread::Builder::new()
+                    .name(format!("heliofs-tell-{lane}"))
+                    .spawn(move || coherence.run_lane(lane, &notifier))
+            })
+            .collect()
+    }
+
+    /// Ends the notifier threads; later notices are dropped.
+    pub fn close(&self) {
+        for lane in &self.lanes {
+            let mut queue = lane.queue.lock();
+            queue.closed = true;
+            queue.waiting.clear();
+            queue.known.clear();
+            lane.filled.notify_all();
+        }
+    }
+
+    fn run_lane(&self, lane: usize, notifier: &Notifier) {
+        let lane = &self.lanes[lane];
+        loop {
+            let notice = {
+                let mut queue = lane.queue.lock();
+                loop {
+                    if queue.closed {
+                        return;
+                    }
+                    if let Some(notice) = queue.waiting.pop_front() {
+                        queue.known.remove(&notice);
+                        break notice;
+                    }
+                    lane.filled.wait(&mut queue);
+                }
+            };
+            // Answers that were checked before the cache was corrected are written now; see the module.
+            drop(self.gate.write());
+            let told = match &notice {
+                Notice::Attr(ino) => notifier.inval_inode(INodeNo(*ino), -1, 0),
+                Notice::Pages(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
+                Notice::Entry(parent, name) => {
+                    notifier.inval_entry(INodeNo(*parent), OsStr::from_bytes(name))
+                }
+            };
+            if let Err(error) = told {
+                // The entry is in use as a mount point or a working directory, or the mount is going: it expires by itself.
+                tracing::debug!(?notice, %error, "the kernel did not take an invalidation");
+            }
+        }
+    }
+}
+
+impl Watcher for Coherence {
+    fn invalidated(&self, invalidation: &v1::Invalidation) {
+        let at: Position = invalidation.position.map(Position::from).unwrap_or_default();
+        self.cache.invalidate(invalidation);
+        let ino = invalidation.ino;
+        if invalidation.content
+            && let Some(inode) = self.inodes.get(ino)
+        {
+            inode.lock().invalidate_content(at);
+        }
+        if invalidation.attr
+            && let Some(inode) = self.inodes.get(ino)
+        {
+            inode.lock().privileges = crate::inode::Privileges::Unknown;
+        }
+        if invalidation.all_names {
+            self.name_changed(ino, None, at);
+        }
+        for name in &invalidation.names {
+            self.name_changed(ino, Some(name), at);
+            self.tell(Notice::Entry(ino, name.clone()));
+        }
+        if invalidation.content {
+            self.tell(Notice::Pages(ino));
+        } else if invalidation.attr || invalidation.xattr || invalidation.all_names {
+            // Also makes the kernel forget cached ACLs.
+            self.tell(Notice::Attr(ino));
+        }
+    }
+
+    fn forget_all(&self) {
+        self.cache.forget_all();
+        for inode in self.inodes.all() {
+            inode.lock().forget();
+            self.tell(Notice::Pages(inode.ino));
+        }
+        let dirs: Vec<_> = self.open_dirs.lock().values().flatten().filter_map(Weak::upgrade).collect();
+        for dir in dirs {
+            dir.forget();
+        }
+    }
+}

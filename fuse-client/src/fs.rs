@@ -1,0 +1,273 @@
+//! The file system on a session and a segment store, without FUSE.
+//!
+//! - this file: [`Fs`], its parts, and how answers reach the caches
+//! - [`attr`]: getattr, setattr; [`namespace`]: lookup and everything that makes, moves or removes names; [`dir`]: listings
+//! - [`file`]: open, close; [`data`]: read, write, sync, truncate, fallocate, copy, seek
+//! - [`xattr`]: extended attributes and ACLs; [`lock`]: fcntl and flock locks
+//! - [`background`]: what runs beside: session events, deletion of dead segments
+//!
+//! Operations wait through failovers within the session's deadline.
+
+pub mod attr;
+pub mod background;
+pub mod data;
+pub mod dir;
+pub mod file;
+pub mod lock;
+pub mod namespace;
+pub mod xattr;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use blockstore::SegmentStore;
+use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::v1;
+use meta_client::{ClientError, Session};
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::coherence::Coherence;
+use crate::errno::{Errno, FsResult};
+use crate::handles::Handles;
+use crate::inode::Inode;
+use crate::meta_cache::Generation;
+use crate::metrics::Metrics;
+use crate::options::FsOptions;
+use crate::write::segment_ids::SegmentIds;
+use dir::DirHandle;
+use file::FileHandle;
+
+/// How long the kernel may keep attributes and names at most: the lease.
+pub const KERNEL_LIFETIME_MAX: Duration = Duration::from_secs(1);
+
+/// Who asks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Caller {
+    /// Effective user.
+    pub uid: u32,
+    /// Effective group.
+    pub gid: u32,
+    /// Thread, in the mount's process name space; 0 if it lies outside.
+    pub pid: u32,
+}
+
+impl From<Caller> for v1::Caller {
+    fn from(caller: Caller) -> Self {
+        Self {
+            uid: caller.uid,
+            gid: caller.gid,
+            pid: caller.pid,
+        }
+    }
+}
+
+/// Attributes as an operation answers them.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// With uncommitted data shown.
+    pub attr: v1::Attr,
+    /// The volume's position that they reflect.
+    pub at: Position,
+    /// The cache's generation when they were asked for.
+    pub generation: Generation,
+}
+
+/// See the module. Shared by `Arc`.
+pub struct Fs {
+    session: ArcSwap<Session>,
+    volume: VolumeId,
+    store: Arc<SegmentStore>,
+    coherence: Arc<Coherence>,
+    options: FsOptions,
+    metrics: Metrics,
+    clock: Clock,
+    segment_ids: SegmentIds,
+    files: Handles<FileHandle>,
+    dirs: Handles<DirHandle>,
+    /// Inodes with uncommitted data.
+    dirty: Mutex<HashMap<u64, Arc<Inode>>>,
+    runtime: tokio::runtime::Handle,
+    /// Ends the background.
+    stop: CancellationToken,
+}
+
+impl std::fmt::Debug for Fs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fs").field("volume", &self.volume).finish_non_exhaustive()
+    }
+}
+
+impl Fs {
+    /// A file system on `session`, which must have `coherence` as its watcher, and `store`. Its background runs on `runtime`.
+    pub fn start(
+        runtime: &tokio::runtime::Handle,
+        session: Session,
+        coherence: Arc<Coherence>,
+        store: Arc<SegmentStore>,
+        options: FsOptions,
+        metrics: Metrics,
+    ) -> Arc<Self> {
+        let fs = Arc::new(Self {
+            volume: session.volume_id(),
+            session: ArcSwap::from_pointee(session),
+            store,
+            coherence,
+            options,
+            metrics,
+            clock: Clock::default(),
+            segment_ids: SegmentIds::default(),
+            files: Handles::default(),
+            dirs: Handles::default(),
+            dirty: Mutex::default(),
+            runtime: runtime.clone(),
+            stop: CancellationToken::new(),
+        });
+        fs.start_background();
+        fs
+    }
+
+    /// The session in use; another one after it was lost.
+    pub fn session(&self) -> Session {
+        Session::clone(&self.session.load())
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Caches and notices.
+    pub fn coherence(&self) -> &Arc<Coherence> {
+        &self.coherence
+    }
+
+    /// Where tasks run.
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        &self.runtime
+    }
+
+    /// Cached answers may be used.
+    fn trusted(&self) -> bool {
+        self.session.load().lease_valid()
+    }
+
+    /// How long the kernel may keep an answer about `ino` (and that `name` in a parent names it) that reflects `entry`'s
+    /// position. Call it under [`Coherence::gate`], and answer the kernel under it.
+    pub fn kernel_lifetime(
+        &self,
+        ino: u64,
+        at: Position,
+        generation: Generation,
+        name: Option<(u64, &[u8])>,
+    ) -> Duration {
+        let cache = &self.coherence.cache;
+        if generation == cache.generation() && cache.is_fresh(ino, at, name) {
+            self.lease_left().min(KERNEL_LIFETIME_MAX)
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    fn lease_left(&self) -> Duration {
+        if self.trusted() { KERNEL_LIFETIME_MAX } else { Duration::ZERO }
+    }
+
+    /// Keeps attributes that the server told, wherever they are of use.
+    fn saw(&self, generation: Generation, attr: &v1::Attr, at: Position) {
+        self.saw_as(generation, attr, at, false);
+    }
+
+    fn saw_as(&self, generation: Generation, attr: &v1::Attr, at: Position, own_content: bool) {
+        self.coherence.cache.put_attr(generation, attr, at);
+        if attr.kind() == v1::FileKind::File
+            && let Some(inode) = self.coherence.inodes.get(attr.ino)
+        {
+            inode.lock().saw(attr, at, own_content);
+        }
+    }
+
+    /// Attributes as this mount shows them: with uncommitted data.
+    fn show(&self, mut attr: v1::Attr) -> v1::Attr {
+        if attr.kind() == v1::FileKind::File
+            && let Some(inode) = self.coherence.inodes.get(attr.ino)
+        {
+            inode.lock().overlay(&mut attr);
+        }
+        attr
+    }
+
+    /// Proposes a change and keeps every attribute that the reply tells.
+    async fn mutate(&self, caller: Caller, op: v1::command::Op) -> FsResult<Changed> {
+        self.writable()?;
+        Ok(self.try_mutate(caller, op).await?)
+    }
+
+    /// As [`Fs::mutate`], with the session's error.
+    pub(crate) async fn try_mutate(
+        &self,
+        caller: Caller,
+        op: v1::command::Op,
+    ) -> Result<Changed, ClientError> {
+        use v1::command::Op;
+        let generation = self.coherence.cache.generation();
+        let own_content = match &op {
+            Op::Commit(_) | Op::Fallocate(_) | Op::CopyRange(_) => true,
+            Op::SetAttr(change) => change.size.is_some(),
+            _ => false,
+        };
+        let reply = self.session().mutate(caller.into(), op).await?;
+        Ok(self.absorb(generation, reply, own_content))
+    }
+
+    /// Keeps every attribute that a reply tells.
+    fn absorb(&self, generation: Generation, reply: v1::Reply, own_content: bool) -> Changed {
+        let at = reply.position.map(Position::from).unwrap_or_default();
+        for attr in [&reply.attr, &reply.parent, &reply.new_parent, &reply.replaced]
+            .into_iter()
+            .flatten()
+        {
+            self.saw_as(generation, attr, at, own_content);
+        }
+        if let Some(attr) = &reply.attr {
+            self.clock.saw(attr.ctime);
+        }
+        Changed {
+            reply,
+            at,
+            generation,
+        }
+    }
+
+    fn writable(&self) -> FsResult<()> {
+        if self.options.read_only {
+            return Err(Errno::ROFS);
+        }
+        Ok(())
+    }
+}
+
+/// A change that took effect.
+pub(crate) struct Changed {
+    pub(crate) reply: v1::Reply,
+    pub(crate) at: Position,
+    generation: Generation,
+}
+
+impl Changed {
+    /// The inode that the change was about, as this mount shows it.
+    fn entry(&self, fs: &Fs) -> FsResult<Entry> {
+        let attr = self.reply.attr.ok_or_else(|| {
+            tracing::error!(reply = ?self.reply, "a reply without attributes");
+            Errno::IO
+        })?;
+        Ok(Entry {
+            attr: fs.show(attr),
+            at: self.at,
+            generation: self.generation,
+        })
+    }
+}

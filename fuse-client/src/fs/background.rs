@@ -1,0 +1,195 @@
+//! What runs beside the operations: session events, the flusher, deletion of dead segments.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockstore::SegmentStore;
+use heliofs_proto::ids::{Ino, SegmentId, VolumeId};
+use meta_client::{Event, Session};
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use super::Fs;
+use crate::errno::Errno;
+use crate::inode::Inode;
+use crate::write::segment_ids::SegmentIds;
+
+/// Dead segments leased at once.
+const DELETIONS: u32 = 512;
+
+/// Pause between two questions for dead segments: after some were found, and the longest when none are.
+const DELETION_PAUSE_MIN: Duration = Duration::from_millis(500);
+const DELETION_PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// Pause between two attempts to begin a session anew.
+const RENEW_PAUSE: Duration = Duration::from_millis(500);
+
+impl Fs {
+    pub(crate) fn store(&self) -> &Arc<SegmentStore> {
+        &self.store
+    }
+
+    pub(crate) fn volume(&self) -> VolumeId {
+        self.volume
+    }
+
+    pub(crate) fn segment_ids(&self) -> &SegmentIds {
+        &self.segment_ids
+    }
+
+    pub(crate) fn segment_bytes(&self) -> u64 {
+        self.options.segment_bytes
+    }
+
+    pub(crate) fn flush_age(&self) -> Duration {
+        self.options.flush_age
+    }
+
+    pub(crate) fn dirty(&self) -> &Mutex<std::collections::HashMap<u64, Arc<Inode>>> {
+        &self.dirty
+    }
+
+    pub(crate) fn stop_token(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
+    pub(super) fn start_background(self: &Arc<Self>) {
+        self.runtime.spawn(self.clone().run_events());
+        if !self.options.read_only {
+            self.runtime.spawn(self.clone().run_flusher());
+        }
+        if self.options.delete_segments && !self.options.read_only {
+            self.runtime.spawn(self.clone().run_deletions());
+        }
+    }
+
+    /// Ends the background. Call it after [`Fs::flush_all`].
+    pub fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Follows the session; begins a new one when it is gone.
+    async fn run_events(self: Arc<Self>) {
+        loop {
+            let session = self.session();
+            let Some(mut events) = session.events() else {
+                tracing::error!("somebody else took the session's events: a lost session will not be renewed");
+                return;
+            };
+            let why = loop {
+                let event = tokio::select! {
+                    () = self.stop.cancelled() => return,
+                    event = events.recv() => event,
+                };
+                match event {
+                    Some(Event::Gone(why)) => break why,
+                    Some(Event::Disconnected) => tracing::warn!("the metadata leader is away; operations wait"),
+                    Some(Event::Reattached) => tracing::info!("attached to a metadata leader again"),
+                    Some(Event::LeaseLost) => tracing::info!("the lease ran out; caches are not used"),
+                    Some(Event::LeaseRegained | Event::Invalidate(_)) => {}
+                    None => break "its tasks ended".to_owned(),
+                }
+            };
+            if self.stop.is_cancelled() {
+                return;
+            }
+            tracing::error!(%why, "the session is gone; beginning another one");
+            self.lose_dirty_data();
+            let Some(session) = self.renew(&session).await else {
+                return;
+            };
+            self.adopt(session).await;
+        }
+    }
+
+    /// Locks and leases ended with the session, and others may have written since: what wasn't committed is lost, and whoever
+    /// syncs or closes learns it.
+    fn lose_dirty_data(&self) {
+        let dirty: Vec<Arc<Inode>> = self.dirty.lock().drain().map(|(_, inode)| inode).collect();
+        for inode in dirty {
+            let mut state = inode.lock();
+            if state.pieces.is_empty() {
+                continue;
+            }
+            tracing::error!(ino = inode.ino, bytes = state.pieces.bytes(), "uncommitted data is lost");
+            state.pieces.clear();
+            state.batches.clear();
+            state.lost = Some(Errno::STALE);
+            drop(state);
+            self.coherence.inodes.settled(&inode);
+        }
+    }
+
+    async fn renew(&self, session: &Session) -> Option<Session> {
+        loop {
+            let renewed = tokio::select! {
+                () = self.stop.cancelled() => return None,
+                renewed = session.renew() => renewed,
+            };
+            match renewed {
+                Ok(session) => return Some(session),
+                Err(error) => tracing::warn!(%error, "no new session yet"),
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => return None,
+                () = tokio::time::sleep(RENEW_PAUSE) => {}
+            }
+        }
+    }
+
+    /// Goes on with a new session: what is open here is opened there.
+    async fn adopt(&self, session: Session) {
+        self.segment_ids.discard().await;
+        for inode in self.coherence.inodes.all() {
+            let handles = {
+                let mut state = inode.lock();
+                state.forget();
+                state.handles
+            };
+            for _ in 0..handles {
+                if let Err(error) = session.open(Ino(inode.ino), 0).await {
+                    tracing::warn!(ino = inode.ino, %error, "an open file could not be opened again");
+                    inode.lock().lost = Some(Errno::STALE);
+                }
+            }
+        }
+        self.session.store(Arc::new(session));
+        tracing::info!("a new session goes on");
+    }
+
+    /// Deletes segments that nothing references any more.
+    async fn run_deletions(self: Arc<Self>) {
+        let mut done: Vec<SegmentId> = Vec::new();
+        let mut pause = DELETION_PAUSE_MIN;
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            let taken = match self.session().take_deletions(DELETIONS, &done).await {
+                Ok((taken, _)) => taken,
+                Err(error) => {
+                    tracing::debug!(%error, "no dead segments to be had");
+                    pause = DELETION_PAUSE_MAX;
+                    continue;
+                }
+            };
+            done.clear();
+            if taken.is_empty() {
+                pause = (pause * 2).min(DELETION_PAUSE_MAX);
+                continue;
+            }
+            pause = DELETION_PAUSE_MIN;
+            for (id, deleted) in self.store.delete(&taken).await {
+                match deleted {
+                    Ok(()) => {
+                        self.metrics.deleted_segments.inc();
+                        done.push(id);
+                    }
+                    // It is leased again later.
+                    Err(error) => tracing::warn!(segment = id.0, %error, "a dead segment could not be deleted"),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! Open files: open, create, release.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use blockstore::{ReadAhead, ReadAheadOptions};
+use heliofs_proto::ids::Ino;
+use heliofs_proto::v1;
+use heliofs_proto::v1::FileKind;
+use parking_lot::Mutex;
+
+use super::attr::{AttrChange, SetTime};
+use super::namespace::NewNode;
+use super::{Caller, Entry, Fs};
+use crate::errno::{Errno, FsResult};
+use crate::inode::{Content, Inode};
+use crate::options::AtimePolicy;
+use crate::read::extents::ExtentMap;
+
+/// Extents that come with an open: enough for a file of 256 MiB that was written in one go.
+const OPEN_EXTENTS: u32 = 64;
+
+/// Relative access times are updated when they are older than this, nanoseconds. Source: relatime in mount(8).
+const RELATIME_NANOS: i64 = 24 * 3600 * 1_000_000_000;
+
+/// An open file.
+#[derive(Debug)]
+pub struct FileHandle {
+    /// What is open.
+    pub inode: Arc<Inode>,
+    /// The read-ahead window of this handle.
+    pub read_ahead: Mutex<ReadAhead>,
+    /// The access time was looked at.
+    atime_done: AtomicBool,
+}
+
+/// An answer to open or create.
+#[derive(Clone, Copy, Debug)]
+pub struct Opened {
+    /// The handle's number.
+    pub handle: u64,
+    /// The kernel's pages are still good.
+    pub keep_pages: bool,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct OpenHow {
+    /// O_TRUNC
+    pub truncate: bool,
+    /// O_APPEND
+    pub append: bool,
+    /// Truncation clears setuid and setgid, since the caller is not privileged.
+    pub kill_suidgid: bool,
+}
+
+impl Fs {
+    fn new_handle(&self, inode: Arc<Inode>) -> u64 {
+        let max = self.options.read_ahead_bytes_max;
+        let options = ReadAheadOptions {
+            bytes_min: ReadAheadOptions::default().bytes_min.min(max),
+            bytes_max: max,
+        };
+        self.files.insert(Arc::new(FileHandle {
+            inode,
+            read_ahead: Mutex::new(ReadAhead::new(options)),
+            atime_done: AtomicBool::new(self.options.atime == AtimePolicy::Off),
+        }))
+    }
+
+    /// The open file of a handle's number.
+    pub fn file(&self, handle: u64) -> FsResult<Arc<FileHandle>> {
+        self.files.get(handle)
+    }
+
+    /// Opens a file. Always asks the server, so that the last close or fsync anywhere is seen.
+    ///
+    /// Errors: `STALE` also when the kernel's idea of an appended file's length is outdated: the kernel then looks the path up
+    /// again, learns the length and opens once more.
+    pub async fn open(self: &Arc<Self>, ino: u64, how: OpenHow, caller: Caller) -> FsResult<Opened> {
+        if how.truncate {
+            self.writable()?;
+        }
+        let inode = self.coherence.inodes.acquire(ino);
+        match self.open_at_server(&inode, how, caller).await {
+            Ok(keep_pages) => Ok(Opened {
+                handle: self.new_handle(inode),
+                keep_pages,
+            }),
+            Err(error) => {
+                self.coherence.inodes.abandon(&inode);
+                Err(error)
+            }
+        }
+    }
+
+    async fn open_at_server(
+        self: &Arc<Self>,
+        inode: &Arc<Inode>,
+        how: OpenHow,
+        caller: Caller,
+    ) -> FsResult<bool> {
+        let ino = inode.ino;
+        let (failed, lost) = {
+            let state = inode.lock();
+            (state.failure.is_some(), state.lost)
+        };
+        if let Some(lost) = lost {
+            return Err(lost);
+        }
+        if failed {
+            // Whoever opens the file must not believe in data that could not be stored.
+            self.flush(inode).await?;
+        }
+        let cache = &self.coherence.cache;
+        let generation = cache.generation();
+        let session = self.session();
+        let (opened, at) = session.open(Ino(ino), OPEN_EXTENTS).await?;
+        let opened = Paid {
+            fs: self,
+            ino,
+            answer: opened,
+            kept: false,
+        };
+        let attr = opened.answer.attr.ok_or(Errno::IO)?;
+        self.saw(generation, &attr, at);
+        if let Some(page) = &opened.answer.extents {
+            let mut state = inode.lock();
+            state.learn(&attr, at, 0..page.complete_to, &page.extents);
+        }
+        if how.append
+            && !how.truncate
+            && let Some(known) = cache.kernel_size(ino)
+            && known != inode.lock().size().max(attr.size)
+        {
+            return Err(Errno::STALE);
+        }
+        let mut data_seq = attr.data_seq;
+        if how.truncate {
+            let change = AttrChange {
+                size: Some(0),
+                mtime: Some(SetTime::Now),
+                kill_suidgid: how.kill_suidgid,
+                ..AttrChange::default()
+            };
+            data_seq = self.set_attr(ino, change, caller).await?.attr.data_seq;
+        }
+        opened.keep();
+        Ok(cache.keep_pages(ino, data_seq))
+    }
+
+    /// Creates a file, or opens the one that came into being meanwhile unless `exclusive`.
+    pub async fn create(
+        self: &Arc<Self>,
+        parent: u64,
+        name: &[u8],
+        (mode, umask): (u32, u32),
+        exclusive: bool,
+        how: OpenHow,
+        caller: Caller,
+    ) -> FsResult<(Entry, Opened)> {
+        let node = NewNode {
+            kind: FileKind::File,
+            mode,
+            umask,
+            rdev: 0,
+            target: bytes::Bytes::new(),
+        };
+        let made = self.make(parent, name, node, exclusive, true, caller).await;
+        let (entry, created) = match made {
+            // Something else than a file: it must be looked up and treated by its own rules.
+            Err(Errno::EXIST) if !exclusive => return Err(Errno::STALE),
+            made => made?,
+        };
+        let ino = entry.attr.ino;
+        if !created {
+            // The kernel believed that there was no such name and has checked no permissions for it. Only root passes without
+            // a check; for others it looks the name up again and opens by the usual way.
+            let opened = if caller.uid == 0 {
+                self.open(ino, how, caller).await
+            } else {
+                Err(Errno::STALE)
+            };
+            // `open` counted an open of its own.
+            self.session().release(Ino(ino));
+            return Ok((self.get_attr(ino).await?, opened?));
+        }
+        let inode = self.coherence.inodes.acquire(ino);
+        {
+            let mut state = inode.lock();
+            state.saw(&entry.attr, entry.at, false);
+            if state.content.is_none() && entry.at >= state.content_floor {
+                let mut extents = ExtentMap::default();
+                extents.truncate(0);
+                state.content = Some(Content {
+                    size: 0,
+                    data_seq: entry.attr.data_seq,
+                    extents,
+                });
+            }
+        }
+        self.coherence.cache.keep_pages(ino, entry.attr.data_seq);
+        let opened = Opened {
+            handle: self.new_handle(inode),
+            // A new inode has no pages.
+            keep_pages: true,
+        };
+        Ok((entry, opened))
+    }
+
+    /// The last reference to an open file is gone. `flock_owner`: whose flock locks end with it.
+    pub async fn release(self: &Arc<Self>, handle: u64, flock_owner: Option<u64>) -> FsResult<()> {
+        let file = self.files.remove(handle)?;
+        let inode = &file.inode;
+        let unsafe_data = !inode.lock().pieces.is_empty();
+        if unsafe_data && let Err(error) = self.flush(inode).await {
+            // It stays buffered, the flusher tries again, and the open at the server stays with it.
+            tracing::warn!(ino = inode.ino, %error, "a closed file's data is not stored yet");
+        }
+        if let Some(owner) = flock_owner {
+            self.release_locks(inode.ino, owner, true).await?;
+        }
+        if self.coherence.inodes.release(inode) {
+            self.session().release(Ino(inode.ino));
+        }
+        Ok(())
+    }
+
+    /// Closes every file that is still open: the kernel is gone and will not.
+    pub async fn close_all(self: &Arc<Self>) {
+        for file in self.files.drain() {
+            // A failure is logged by the flush, and counted when everything is flushed.
+            let _ = self.flush(&file.inode).await;
+            if self.coherence.inodes.release(&file.inode) {
+                self.session().release(Ino(file.inode.ino));
+            }
+        }
+    }
+
+    /// A program reads: whether the access time follows is the policy's matter.
+    pub(crate) fn touch_atime(self: &Arc<Self>, file: &FileHandle) {
+        if self.options.read_only || file.atime_done.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (fs, ino) = (self.clone(), file.inode.ino);
+        self.runtime.spawn(async move {
+            let due = match fs.options.atime {
+                AtimePolicy::Off => false,
+                AtimePolicy::Strict => true,
+                AtimePolicy::Relative => match fs.get_attr(ino).await {
+                    Ok(Entry { attr, .. }) => {
+                        attr.atime <= attr.mtime
+                            || attr.atime <= attr.ctime
+                            || fs.clock.now().saturating_sub(attr.atime) > RELATIME_NANOS
+                    }
+                    Err(_) => false,
+                },
+            };
+            let change = AttrChange {
+                atime: Some(SetTime::Now),
+                ..AttrChange::default()
+            };
+            if due && let Err(error) = fs.set_attr(ino, change, Caller::default()).await {
+                tracing::debug!(ino, %error, "access time not updated");
+            }
+        });
+    }
+}
+
+/// Takes an open at the server back unless it is kept.
+struct Paid<'a> {
+    fs: &'a Fs,
+    ino: u64,
+    answer: v1::Opened,
+    kept: bool,
+}
+
+impl Paid<'_> {
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Paid<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.fs.session().release(Ino(self.ino));
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Settings of a mount: values only.
+
+use std::time::Duration;
+
+/// When reading a file updates its access time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum AtimePolicy {
+    /// Never.
+    #[default]
+    Off,
+    /// When it is not newer than the last change, or older than a day; in the background.
+    Relative,
+    /// At the first read of each open file; in the background.
+    Strict,
+}
+
+/// How the file system behaves below the kernel's view.
+#[derive(Clone, Debug)]
+pub struct FsOptions {
+    /// Refuse every change.
+    pub read_only: bool,
+    /// See [`AtimePolicy`].
+    pub atime: AtimePolicy,
+    /// Bytes per segment that large writes fill; the volume's setting.
+    pub segment_bytes: u64,
+    /// Uncommitted data is committed after this time, whether or not anybody asks.
+    pub flush_age: Duration,
+    /// Largest read-ahead window of an open file, bytes; 0 turns read-ahead off.
+    pub read_ahead_bytes_max: u64,
+    /// Whether this mount deletes dead segments from the bucket.
+    pub delete_segments: bool,
+}
+
+impl Default for FsOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            atime: AtimePolicy::Off,
+            segment_bytes: 4 << 20,
+            flush_age: Duration::from_secs(3),
+            read_ahead_bytes_max: 8 << 20,
+            delete_segments: true,
+        }
+    }
+}
+
+/// How a volume is mounted.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// The volume's name, shown by `df` and `mount` as `heliofs:NAME`.
+    pub volume: String,
+    /// Below the kernel's view.
+    pub fs: FsOptions,
+    /// Everybody may use the mount, as permissions say; otherwise only the user who mounted it.
+    pub allow_other: bool,
+    /// Mount over a directory that is not empty.
+    pub nonempty: bool,
+    /// Event loops; 0: as many as processors, within 2..=8.
+    pub threads: usize,
+    /// Device files work.
+    pub dev: bool,
+    /// Setuid and setgid work.
+    pub suid: bool,
+    /// Programs may be run.
+    pub exec: bool,
+    /// The kernel's own read-ahead, KiB; needs root, otherwise the kernel's default stays.
+    pub kernel_read_ahead_kib: u32,
+    /// Where metrics are registered.
+    pub registry: Option<prometheus::Registry>,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self {
+            volume: String::new(),
+            fs: FsOptions::default(),
+            allow_other: true,
+            nonempty: false,
+            threads: 0,
+            dev: true,
+            suid: true,
+            exec: true,
+            kernel_read_ahead_kib: 1024,
+            registry: None,
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Reads: a file's bytes from the buffer, the metadata and the bucket.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use blockstore::{Kind, StoreError};
+use bytes::{Bytes, BytesMut};
+use futures::future::try_join_all;
+use heliofs_proto::ids::Ino;
+
+use super::extents::{Part, Source};
+use crate::errno::{Errno, FsResult};
+use crate::fs::Fs;
+use crate::fs::file::FileHandle;
+use crate::inode::{Inode, InodeState};
+
+/// Extents per request when a part of the file isn't known.
+const PAGE_EXTENTS: u32 = 1024;
+
+/// Attempts to get an answer that is not older than what is known already; every one waits for the newest position.
+const FETCHES_MAX: usize = 16;
+
+/// What a read needs.
+enum Plan {
+    /// Fetch extents from this offset on.
+    Fetch(u64),
+    /// These parts, over which the buffered bytes lie.
+    Read {
+        range: Range<u64>,
+        size: u64,
+        parts: Vec<Part>,
+        buffered: Vec<(u64, Bytes)>,
+    },
+}
+
+fn plan(state: &InodeState, offset: u64, length: u64) -> Plan {
+    let Some(content) = &state.content else {
+        return Plan::Fetch(offset);
+    };
+    let size = content.size.max(state.pieces.end());
+    let end = offset.saturating_add(length).min(size);
+    let range = offset..end.max(offset);
+    let mut buffered = Vec::new();
+    let mut bare = Vec::new();
+    let mut at = range.start;
+    state.pieces.visit(range.clone(), |from, bytes| {
+        if at < from {
+            bare.push(at..from);
+        }
+        at = from + bytes.len() as u64;
+        buffered.push((from, Bytes::copy_from_slice(bytes)));
+    });
+    if at < range.end {
+        bare.push(at..range.end);
+    }
+    let mut parts = Vec::new();
+    for bare in bare {
+        // Behind the committed end there is only what is buffered, and zeros.
+        let committed = bare.start.min(content.size)..bare.end.min(content.size);
+        match content.extents.plan(committed) {
+            Ok(found) => parts.extend(found),
+            Err(unknown) => return Plan::Fetch(unknown),
+        }
+    }
+    Plan::Read {
+        range,
+        size,
+        parts,
+        buffered,
+    }
+}
+
+impl Fs {
+    /// Reads up to `length` bytes from `offset`; holes read as zeros, the end of the file shortens the result.
+    ///
+    /// Errors: `IO` when the bytes can't be had or are not what was written; `STALE` when the inode is gone.
+    pub async fn read(
+        self: &Arc<Self>,
+        file: &FileHandle,
+        offset: u64,
+        length: u64,
+    ) -> FsResult<Bytes> {
+        let mut refreshed = false;
+        loop {
+            let (range, size, parts, buffered) = self.plan_read(&file.inode, offset, length).await?;
+            self.read_ahead(file, &range, size);
+            match self.gather(&range, &parts, &buffered).await {
+                Err(error) if error.kind() == Kind::NotFound && !refreshed => {
+                    // Compaction may have moved the bytes; what we know may be outdated.
+                    refreshed = true;
+                    file.inode.lock().forget();
+                }
+                Err(error) => {
+                    tracing::error!(ino = file.inode.ino, offset, %error, "read failed");
+                    return Err(error.into());
+                }
+                Ok(bytes) => {
+                    self.metrics().read_bytes.inc_by(bytes.len() as u64);
+                    self.touch_atime(file);
+                    return Ok(bytes);
+                }
+            }
+        }
+    }
+
+    async fn plan_read(
+        &self,
+        inode: &Inode,
+        offset: u64,
+        length: u64,
+    ) -> FsResult<(Range<u64>, u64, Vec<Part>, Vec<(u64, Bytes)>)> {
+        for _ in 0..FETCHES_MAX {
+            let planned = plan(&inode.lock(), offset, length);
+            match planned {
+                Plan::Read {
+                    range,
+                    size,
+                    parts,
+                    buffered,
+                } => return Ok((range, size, parts, buffered)),
+                Plan::Fetch(from) => self.fetch_extents(inode, from).await?,
+            }
+        }
+        tracing::error!(ino = inode.ino, offset, "the file's extents keep changing");
+        Err(Errno::IO)
+    }
+
+    async fn fetch_extents(&self, inode: &Inode, from: u64) -> FsResult<()> {
+        let session = self.session();
+        let (page, at) = session
+            .get_extents(Ino(inode.ino), from, u64::MAX - from, PAGE_EXTENTS)
+            .await?;
+        let attr = page.attr.ok_or(Errno::IO)?;
+        let mut state = inode.lock();
+        state.learn(&attr, at, from..page.complete_to, &page.extents);
+        Ok(())
+    }
+
+    async fn gather(
+        &self,
+        range: &Range<u64>,
+        parts: &[Part],
+        buffered: &[(u64, Bytes)],
+    ) -> Result<Bytes, StoreError> {
+        let length = range.end - range.start;
+        // One piece is the answer as it is.
+        match (parts, buffered) {
+            ([], [(_, bytes)]) if bytes.len() as u64 == length => return Ok(bytes.clone()),
+            ([part], []) if part.length == length => match &part.source {
+                Source::Inline(bytes) => return Ok(bytes.clone()),
+                Source::Frame(frame) => return self.store().read(*frame).await,
+                Source::Hole => {}
+            },
+            _ => {}
+        }
+        let frames = parts.iter().filter_map(|part| match &part.source {
+            Source::Frame(frame) => Some((part.offset, *frame)),
+            Source::Hole | Source::Inline(_) => None,
+        });
+        let fetched = try_join_all(frames.map(|(offset, frame)| async move {
+            Ok::<_, StoreError>((offset, self.store().read(frame).await?))
+        }))
+        .await?;
+        let mut target = BytesMut::zeroed(length as usize);
+        let mut place = |offset: u64, bytes: &[u8]| {
+            let from = (offset - range.start) as usize;
+            target[from..from + bytes.len()].copy_from_slice(bytes);
+        };
+        for part in parts {
+            if let Source::Inline(bytes) = &part.source {
+                place(part.offset, bytes);
+            }
+        }
+        for (offset, bytes) in fetched.iter().chain(buffered) {
+            place(*offset, bytes);
+        }
+        Ok(target.freeze())
+    }
+
+    /// Fetches ahead of a sequential reader, as far as the extents are known.
+    fn read_ahead(&self, file: &FileHandle, range: &Range<u64>, size: u64) {
+        let length = range.end - range.start;
+        let Some(ahead) = file.read_ahead.lock().read(range.start, length, size) else {
+            return;
+        };
+        let frames: Vec<_> = match &file.inode.lock().content {
+            Some(content) => {
+                let end = ahead.end.min(content.size).max(ahead.start);
+                content
+                    .extents
+                    .plan(ahead.start..end)
+                    .unwrap_or_default()
+                    .into_iter()
+                    .filter_map(|part| match part.source {
+                        Source::Frame(frame) => Some(frame),
+                        Source::Hole | Source::Inline(_) => None,
+                    })
+                    .collect()
+            }
+            None => return,
+        };
+        if !frames.is_empty() {
+            self.store().prefetch(frames);
+        }
+    }
+}

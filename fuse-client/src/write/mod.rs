@@ -1,0 +1,15 @@
+//! The write path: buffered bytes, uploads, commits.
+//!
+//! - [`pieces`]: uncommitted bytes of one file (pure)
+//! - [`budget`]: how much of them all files together may hold
+//! - [`segment_ids`]: names for new segments
+//! - [`upload`]: bytes into the bucket
+//! - [`flush`]: uploads what is left and commits everything in order
+//! - [`flusher`]: what flushes by age and under pressure
+
+pub mod budget;
+pub mod flush;
+pub mod flusher;
+pub mod pieces;
+pub mod segment_ids;
+pub mod upload;

@@ -1,0 +1,112 @@
+//! Buffered bytes into the bucket: one segment per batch.
+
+use std::sync::Arc;
+
+use blockstore::SegmentBuilder;
+use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, INLINE_BYTES_MAX};
+use tokio::sync::watch;
+
+use super::pieces::Frame;
+use crate::errno::Errno;
+use crate::fs::Fs;
+use crate::inode::{Batch, Inode, InodeState, Uploaded};
+
+/// Uploaded batches that wait for a commit before one is made without anybody asking: their bytes stay in memory until then.
+const COMMIT_BATCHES: usize = 8;
+
+impl Fs {
+    /// Freezes what is not on its way yet (`full_only`: only full runs) and starts its upload.
+    pub(crate) fn seal(
+        self: &Arc<Self>,
+        inode: &Arc<Inode>,
+        state: &mut InodeState,
+        full_only: bool,
+    ) {
+        if !state.pieces.has_unsent() {
+            return;
+        }
+        let inline = !full_only && state.size() <= INLINE_BYTES_MAX as u64;
+        let InodeState {
+            pieces,
+            next_batch,
+            ..
+        } = state;
+        let frozen = pieces.freeze(self.segment_bytes(), COMMIT_EXTENTS_MAX, full_only, || {
+            let batch = *next_batch;
+            *next_batch += 1;
+            batch
+        });
+        for (number, frames) in frozen {
+            let batch = if inline {
+                Batch::Inline(Arc::new(frames))
+            } else {
+                let (sender, receiver) = watch::channel(None);
+                let (fs, inode) = (self.clone(), inode.clone());
+                self.runtime().spawn(async move {
+                    let uploaded = fs.upload(frames).await;
+                    let stored = uploaded.is_ok();
+                    // Nobody listens when the batch was dropped with its inode.
+                    sender.send_replace(Some(Arc::new(uploaded)));
+                    if stored {
+                        fs.commit_when_many(&inode).await;
+                    }
+                });
+                Batch::Segment(receiver)
+            };
+            state.batches.insert(number, batch);
+        }
+    }
+
+    async fn upload(&self, frames: Vec<Frame>) -> Uploaded {
+        let session = self.session();
+        let id = self.segment_ids().next(&session).await.map_err(|error| {
+            tracing::warn!(%error, "no segment id");
+            Errno::from(error)
+        })?;
+        let mut builder = SegmentBuilder::new(self.volume(), id);
+        let mut numbers = Vec::with_capacity(frames.len());
+        for frame in frames {
+            numbers.push(builder.add_frame(frame.pieces)?);
+        }
+        let segment = builder.finish();
+        let record = segment.record();
+        self.store().put(segment).await.map_err(|error| {
+            tracing::warn!(segment = id.0, %error, "upload failed");
+            Errno::from(error)
+        })?;
+        Ok((record, numbers))
+    }
+
+    /// Commits uploaded batches in the background once enough of them wait.
+    async fn commit_when_many(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let last = {
+            let mut state = inode.lock();
+            if state.commit_scheduled {
+                return;
+            }
+            let uploaded = state
+                .batches
+                .iter()
+                .take_while(|(_, batch)| match batch {
+                    Batch::Segment(done) => done.borrow().as_ref().is_some_and(|done| done.is_ok()),
+                    Batch::Inline(_) => true,
+                })
+                .map(|(&number, _)| number)
+                .collect::<Vec<_>>();
+            match uploaded.last() {
+                Some(&last) if uploaded.len() >= COMMIT_BATCHES => {
+                    state.commit_scheduled = true;
+                    last
+                }
+                _ => return,
+            }
+        };
+        let changing = inode.changing.lock().await;
+        inode.lock().commit_scheduled = false;
+        if let Err(refused) = self.commit_sealed(inode, last).await {
+            tracing::warn!(ino = inode.ino, ?refused, "commit failed; the next flush tries again");
+        }
+        drop(changing);
+        self.settle(inode);
+    }
+}

@@ -1,0 +1,62 @@
+//! What can be typed: flags that all commands share, and the commands.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::commands;
+
+/// A POSIX file system on object storage, with metadata in a Raft cluster.
+#[derive(Parser)]
+#[command(name = "heliofs", version = commands::version::LONG, propagate_version = true)]
+pub(crate) struct Cli {
+    /// Prints JSON instead of tables and sentences.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Logs more; twice: even more. RUST_LOG has the last word.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How a cluster is reached.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Access {
+    /// File with the cluster token, readable by its owner only. Else: HELIOFS_TOKEN, ~/.config/heliofs/token, /etc/heliofs/token.
+    #[arg(long, value_name = "FILE", env = "HELIOFS_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+/// The commands.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Everything in one process: a metadata node, a directory as bucket, a mount. Needs no flags.
+    Up(commands::up::Options),
+    /// Runs one metadata node.
+    Meta(commands::meta::Options),
+    /// Looks at and changes the nodes of a metadata cluster.
+    #[command(subcommand)]
+    Raft(commands::raft::Command),
+    /// Creates a volume.
+    Format(commands::format::Options),
+    /// Mounts a volume.
+    Mount(commands::mount::Options),
+    /// Unmounts a volume.
+    #[command(alias = "unmount")]
+    Umount(commands::umount::Options),
+    /// Shows a cluster's nodes, volumes and mounts.
+    Status(commands::status::Options),
+    /// Shows what the metadata knows of a file: attributes, extents, segments.
+    Info(commands::info::Options),
+    /// Shows or changes a volume's settings.
+    Config(commands::config::Options),
+    /// Destroys a volume and its objects.
+    Destroy(commands::destroy::Options),
+    /// Removes whole trees in one step.
+    Rmr(commands::rmr::Options),
+    /// Prints a volume's history.
+    Changelog(commands::changelog::Options),
+    /// Prints versions.
+    Version,
+}

@@ -1,0 +1,125 @@
+//! `heliofs config`: shows or changes a volume's settings.
+
+use std::time::Duration;
+
+use blockstore::{Bucket, StoreOptions};
+use clap::Args;
+use heliofs_proto::v1::{UpdateVolumeRequest, Volume};
+use meta_client::ClusterError;
+
+use super::format::Keys;
+use super::status::volume_json;
+use crate::cli::Access;
+use crate::failure::{Failure, Outcome};
+use crate::units::{show_limit, show_size};
+use crate::{output, units};
+
+/// Which volume, and what to change; nothing: shows it.
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    access: Access,
+    /// helio://HOST[:PORT][,HOST[:PORT]…][/VOLUME]
+    #[arg(value_name = "META-URL")]
+    url: String,
+    /// The volume.
+    name: Option<String>,
+    /// Bytes that files may have in all. 0: no limit.
+    #[arg(long, value_parser = units::parse_size, value_name = "SIZE")]
+    capacity: Option<u64>,
+    /// Files and directories that there may be. 0: no limit.
+    #[arg(long, value_name = "N")]
+    inodes: Option<u64>,
+    /// Days that deleted files stay in the trash.
+    #[arg(long, value_name = "DAYS")]
+    trash_days: Option<u32>,
+    /// How long an object that nobody references stays in the bucket.
+    #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
+    deletion_grace: Option<Duration>,
+    #[command(flatten)]
+    keys: Keys,
+}
+
+pub(crate) async fn run(options: Options, json: bool) -> Outcome {
+    let target = options
+        .access
+        .target(&options.url, options.name.as_deref())?;
+    let volume = find(&target.cluster, &target.volume).await?;
+    let mut settings = volume.settings.unwrap_or_default();
+    let before = settings;
+    if let Some(bytes) = options.capacity {
+        settings.capacity_bytes_max = bytes;
+    }
+    if let Some(inodes) = options.inodes {
+        settings.inodes_max = inodes;
+    }
+    if let Some(days) = options.trash_days {
+        settings.trash_days = days;
+    }
+    if let Some(grace) = options.deletion_grace {
+        settings.deletion_grace_seconds = grace.as_secs();
+    }
+    let storage = if options.keys.given() {
+        let mut storage = volume.storage.clone().unwrap_or_default();
+        (storage.access_key, storage.secret_key) = options.keys.find()?;
+        // Keys that don't open the bucket would leave every mount without data.
+        let bucket = Bucket::open(&storage, &volume.name, &StoreOptions::default())?;
+        bucket.check_marker(&storage.uuid).await?;
+        Some(storage)
+    } else {
+        None
+    };
+    let volume = if settings != before || storage.is_some() {
+        let update = UpdateVolumeRequest {
+            name: target.volume,
+            settings: (settings != before).then_some(settings),
+            storage,
+        };
+        target.cluster.update_volume(update).await?
+    } else {
+        volume
+    };
+    if json {
+        output::print_json(&volume_json(&volume))
+    } else {
+        print(&volume)
+    }
+}
+
+/// The volume with its secrets.
+pub(crate) async fn find(cluster: &meta_client::Cluster, name: &str) -> Outcome<Volume> {
+    match cluster.get_volume(name).await {
+        Err(ClusterError::NotFound(_)) => Err(Failure::no_volume(name)),
+        other => Ok(other?),
+    }
+}
+
+fn print(volume: &Volume) -> Outcome {
+    let storage = volume.storage.clone().unwrap_or_default();
+    let settings = volume.settings.unwrap_or_default();
+    let grace = Duration::from_secs(settings.deletion_grace_seconds);
+    let mut table = output::table(["setting", "value"]);
+    for (name, value) in [
+        ("name", volume.name.clone()),
+        ("uuid", storage.uuid),
+        ("storage", storage.storage),
+        ("bucket", storage.bucket),
+        ("access key", storage.access_key),
+        ("block size", show_size(storage.segment_bytes)),
+        (
+            "capacity",
+            show_limit(settings.capacity_bytes_max, show_size),
+        ),
+        ("inodes", show_limit(settings.inodes_max, |n| n.to_string())),
+        ("trash days", settings.trash_days.to_string()),
+        (
+            "deletion grace",
+            humantime::format_duration(grace).to_string(),
+        ),
+    ] {
+        if !value.is_empty() {
+            table.add_row([name.to_owned(), value]);
+        }
+    }
+    output::print_table(&table)
+}

@@ -1,0 +1,69 @@
+//! One file per command.
+
+pub(crate) mod changelog;
+pub(crate) mod config;
+pub(crate) mod destroy;
+pub(crate) mod format;
+pub(crate) mod info;
+pub(crate) mod meta;
+pub(crate) mod mount;
+pub(crate) mod raft;
+pub(crate) mod rmr;
+pub(crate) mod status;
+pub(crate) mod umount;
+pub(crate) mod up;
+pub(crate) mod version;
+
+use std::future::Future;
+
+use crate::cli::{Cli, Command};
+use crate::failure::{Outcome, While};
+use crate::log::{self, Role};
+
+/// Runs what was typed.
+pub(crate) fn run(cli: Cli) -> Outcome {
+    let Cli {
+        json,
+        verbose,
+        command,
+    } = cli;
+    match command {
+        // These set up logging and threads by themselves.
+        Command::Up(options) => return up::run(&options, json, verbose),
+        Command::Meta(options) => return meta::run(options, json, verbose),
+        Command::Mount(options) => return mount::run(options, json, verbose),
+        _ => log::start(Role::Command, verbose, None)?,
+    }
+    match command {
+        Command::Raft(command) => wait(raft::run(command, json)),
+        Command::Format(options) => wait(format::run(options, json)),
+        Command::Umount(options) => umount::run(&options, json),
+        Command::Status(options) => wait(status::run(options, json)),
+        Command::Info(options) => wait(info::run(options, json)),
+        Command::Config(options) => wait(config::run(options, json)),
+        Command::Destroy(options) => wait(destroy::run(options, json)),
+        Command::Rmr(options) => wait(rmr::run(options, json)),
+        Command::Changelog(options) => wait(changelog::run(options, json)),
+        Command::Version => version::run(json),
+        Command::Up(_) | Command::Meta(_) | Command::Mount(_) => unreachable!("handled above"),
+    }
+}
+
+/// Runs a short command to its end. Two threads: it waits for the network and little else.
+fn wait(command: impl Future<Output = Outcome>) -> Outcome {
+    runtime(2)?.block_on(command)
+}
+
+/// An executor with `threads` workers.
+fn runtime(threads: usize) -> Outcome<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build()
+        .while_("start the executor")
+}
+
+/// Threads for a service: one a core, and never fewer than two, so that a long task does not stop heartbeats.
+fn service_threads() -> usize {
+    std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2))
+}

@@ -1,0 +1,407 @@
+//! How a mount behaves: flags, and the same by name in `-o`, as fstab has it.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use std::time::Duration;
+
+use blockstore::{DiskCacheOptions, SegmentStore, StoreOptions};
+use clap::{Args, ValueEnum};
+use fuse_client::{AtimePolicy, Coherence, FsOptions, MountOptions, Mounted};
+use meta_client::{Cluster, Session, SessionOptions};
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::Access;
+use crate::commands::version;
+use crate::connect::host_name;
+use crate::failure::{Failure, Outcome, While};
+use crate::mounts::MountNote;
+use crate::serve_metrics::{self, Exposed};
+use crate::units;
+
+/// When reading a file changes its access time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Atime {
+    /// Never.
+    Noatime,
+    /// When it was older than the last change, or than a day.
+    Relatime,
+    /// Always.
+    Strictatime,
+}
+
+/// Settings of a mount.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Serving {
+    /// Options by name, separated by commas: ro, noatime, cache-size=2G, …
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// No change through this mount.
+    #[arg(short, long)]
+    pub(crate) read_only: bool,
+    /// Keeps what was read and written on local disk [default: /var/cache/heliofs, or ~/.cache/heliofs/blocks for users].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// Most that the disk cache may take. 0: no disk cache.
+    #[arg(long, value_parser = units::parse_size, default_value = "20G", value_name = "SIZE")]
+    pub(crate) cache_size: u64,
+    /// Memory for data on its way to and from the bucket.
+    #[arg(long, value_parser = units::parse_size, default_value = "300M", value_name = "SIZE")]
+    pub(crate) buffer_size: u64,
+    /// When reading changes access times.
+    #[arg(long, value_enum, default_value = "noatime")]
+    pub(crate) atime: Atime,
+    /// Threads that talk to the kernel [default: one a core, 2 to 8].
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Others than the user who mounts may use it; root's mounts allow that anyway.
+    #[arg(long)]
+    pub(crate) allow_other: bool,
+    /// Serves /metrics and /ready here.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) metrics: Option<SocketAddr>,
+}
+
+/// Options that mount(8), systemd and fstab use among themselves.
+const IGNORED: &[&str] = &[
+    "rw",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "defaults",
+    "_netdev",
+    "nofail",
+    "dev",
+    "nodev",
+    "suid",
+    "nosuid",
+    "exec",
+    "noexec",
+    "async",
+    "diratime",
+    "nodiratime",
+];
+
+impl Serving {
+    /// Takes the `-o` options apart. `token-file` belongs to the access.
+    pub(crate) fn take_options(&mut self, access: &mut Access) -> Outcome {
+        let options = std::mem::take(&mut self.options);
+        for option in options
+            .iter()
+            .flat_map(|list| list.split(','))
+            .filter(|option| !option.is_empty())
+        {
+            let (name, value) = match option.split_once('=') {
+                Some((name, value)) => (name, Some(value)),
+                None => (option, None),
+            };
+            let wrong = |why: String| Failure::usage(format!("-o {option}: {why}"));
+            let needed = || value.ok_or_else(|| wrong("it needs a value".to_owned()));
+            match name {
+                "ro" => self.read_only = true,
+                "noatime" => self.atime = Atime::Noatime,
+                "relatime" => self.atime = Atime::Relatime,
+                "strictatime" | "atime" => self.atime = Atime::Strictatime,
+                "allow_other" => self.allow_other = true,
+                "cache-dir" => self.cache_dir = Some(needed()?.into()),
+                "cache-size" => self.cache_size = units::parse_size(needed()?).map_err(wrong)?,
+                "buffer-size" => self.buffer_size = units::parse_size(needed()?).map_err(wrong)?,
+                "threads" => {
+                    self.threads = Some(
+                        needed()?
+                            .parse()
+                            .map_err(|_| wrong("not a number".to_owned()))?,
+                    );
+                }
+                "metrics" => {
+                    self.metrics = Some(
+                        needed()?
+                            .parse()
+                            .map_err(|_| wrong("not an address".to_owned()))?,
+                    );
+                }
+                "token-file" => access.token_file = Some(needed()?.into()),
+                name if IGNORED.contains(&name) || name.starts_with("x-") => {}
+                _ => {
+                    return Err(wrong("unknown option".to_owned()).hint(
+                        "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
+                         threads=, metrics=, token-file=",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// As flags, for the background process. Paths are made absolute.
+    pub(crate) fn to_arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let mut flag = |name: &str, value: Option<OsString>| {
+            if let Some(value) = value {
+                arguments.extend([name.into(), value]);
+            }
+        };
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        flag(
+            "--cache-dir",
+            self.cache_dir.as_ref().map(|path| absolute(path).into()),
+        );
+        flag("--cache-size", Some(self.cache_size.to_string().into()));
+        flag("--buffer-size", Some(self.buffer_size.to_string().into()));
+        let atime = self
+            .atime
+            .to_possible_value()
+            .expect("no variant is skipped");
+        flag("--atime", Some(atime.get_name().into()));
+        flag(
+            "--threads",
+            self.threads.map(|threads| threads.to_string().into()),
+        );
+        flag(
+            "--metrics",
+            self.metrics.map(|address| address.to_string().into()),
+        );
+        if self.read_only {
+            arguments.push("--read-only".into());
+        }
+        if self.allow_other {
+            arguments.push("--allow-other".into());
+        }
+        arguments
+    }
+
+    /// Where the disk cache is.
+    pub(crate) fn cache_directory(&self) -> PathBuf {
+        self.cache_dir
+            .clone()
+            .unwrap_or_else(|| match nix::unistd::geteuid().is_root() {
+                true => PathBuf::from("/var/cache/heliofs"),
+                false => home("XDG_CACHE_HOME", ".cache").join("heliofs/blocks"),
+            })
+    }
+}
+
+/// Inodes and names that a mount remembers; about 300 bytes each.
+const META_CACHE_ENTRIES: usize = 300_000;
+
+impl From<Atime> for AtimePolicy {
+    fn from(atime: Atime) -> Self {
+        match atime {
+            Atime::Noatime => Self::Off,
+            Atime::Relatime => Self::Relative,
+            Atime::Strictatime => Self::Strict,
+        }
+    }
+}
+
+impl Serving {
+    /// Attaches a session, opens the bucket and mounts.
+    pub(crate) async fn mount(
+        &self,
+        cluster: Cluster,
+        volume: &str,
+        note: &MountNote,
+    ) -> Outcome<Mounted> {
+        let registry = prometheus::Registry::new();
+        let coherence = Coherence::new(META_CACHE_ENTRIES, META_CACHE_ENTRIES, self.buffer_size);
+        let session = Session::attach(
+            cluster,
+            SessionOptions {
+                volume: volume.to_owned(),
+                host: host_name(),
+                mount_point: note.mount_point.to_string_lossy().into_owned(),
+                build: version::BUILD.to_owned(),
+                read_only: self.read_only,
+                watcher: Some(coherence.clone()),
+                ..SessionOptions::default()
+            },
+        )
+        .await?;
+        let mounted = self
+            .over(session.clone(), coherence, volume, note, registry)
+            .await;
+        if mounted.is_err() {
+            session.detach().await;
+        }
+        mounted
+    }
+
+    async fn over(
+        &self,
+        session: Session,
+        coherence: std::sync::Arc<Coherence>,
+        volume: &str,
+        note: &MountNote,
+        registry: prometheus::Registry,
+    ) -> Outcome<Mounted> {
+        let storage = session.storage();
+        let store_options = StoreOptions {
+            memory_cache_bytes: self.buffer_size,
+            disk_cache: (self.cache_size > 0).then(|| {
+                DiskCacheOptions::new(self.cache_directory().join(&storage.uuid), self.cache_size)
+            }),
+            registry: Some(registry.clone()),
+            ..StoreOptions::default()
+        };
+        // A bucket that is gone or another's must be noticed now, not at the first read.
+        let quick = StoreOptions {
+            deadline: Duration::from_secs(10),
+            attempt_timeout: Duration::from_secs(5),
+            ..StoreOptions::default()
+        };
+        let bucket = blockstore::Bucket::open(&storage, volume, &quick)?;
+        bucket.check_marker(&storage.uuid).await.map_err(|error| match error {
+            blockstore::StoreError::NotFound { .. } => Failure::new(format!(
+                "the bucket {} does not hold the volume {volume}: its marker object is missing",
+                storage.bucket
+            ))
+            .hint("was the bucket emptied, or is it another server's? `heliofs config` shows where it should be"),
+            other => other.into(),
+        })?;
+        let store = SegmentStore::open(&storage, volume, session.volume_id(), store_options)?;
+        let options = MountOptions {
+            volume: volume.to_owned(),
+            fs: FsOptions {
+                read_only: self.read_only,
+                atime: self.atime.into(),
+                segment_bytes: storage.segment_bytes,
+                ..FsOptions::default()
+            },
+            allow_other: self.allow_other || nix::unistd::geteuid().is_root(),
+            threads: self.threads.unwrap_or(0),
+            registry: Some(registry.clone()),
+            ..MountOptions::default()
+        };
+        let runtime = tokio::runtime::Handle::current();
+        let mounted = fuse_client::mount(
+            &runtime,
+            session.clone(),
+            coherence,
+            store,
+            &note.mount_point,
+            options,
+        )
+        .map_err(|error| {
+            Failure::new(format!(
+                "cannot mount at {}: {error}",
+                note.mount_point.display()
+            ))
+        })?;
+        if let Some(listen) = self.metrics {
+            let exposed = Exposed {
+                metrics: Box::new(move || serve_metrics::encode(&registry)),
+                unready: Box::new(move || {
+                    let cut_off =
+                        || "the lease is not live: cut off from the metadata cluster".to_owned();
+                    session
+                        .gone()
+                        .or_else(|| (!session.lease_valid()).then(cut_off))
+                }),
+            };
+            // Lives as long as the process, which lives as long as the mount.
+            serve_metrics::start(listen, exposed, CancellationToken::new()).await?;
+        }
+        Ok(mounted)
+    }
+}
+
+/// `$variable`, or a directory of the home directory.
+fn home(variable: &str, below_home: &str) -> PathBuf {
+    match (std::env::var_os(variable), std::env::var_os("HOME")) {
+        (Some(directory), _) => PathBuf::from(directory),
+        (None, Some(home)) => Path::new(&home).join(below_home),
+        (None, None) => std::env::temp_dir(),
+    }
+}
+
+/// Where a background mount logs.
+pub(crate) fn default_log_file() -> PathBuf {
+    match nix::unistd::geteuid().is_root() {
+        true => PathBuf::from("/var/log/heliofs.log"),
+        false => home("XDG_STATE_HOME", ".local/state").join("heliofs/mount.log"),
+    }
+}
+
+/// An existing, empty directory; absolute, without links. A mount whose process died is cleared away.
+pub(crate) fn check_mount_point(given: &str) -> Outcome<PathBuf> {
+    let path = Path::new(given);
+    let missing = || {
+        Failure::new(format!("the mount point {given} does not exist"))
+            .hint(format!("mkdir -p {given}"))
+    };
+    let resolved = match crate::mounts::resolve(path) {
+        Ok(resolved) => resolved,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
+        Err(error) => return Err(error).while_(format_args!("use {given} as a mount point")),
+    };
+    let mut entries = std::fs::read_dir(&resolved);
+    if let Err(error) = &entries
+        && error.raw_os_error() == Some(libc::ENOTCONN)
+    {
+        tracing::warn!(mount_point = %resolved.display(), "a mount whose process died is cleared away");
+        nix::mount::umount2(&resolved, nix::mount::MntFlags::MNT_DETACH)
+            .while_(format_args!("clear away the dead mount at {given}"))?;
+        entries = std::fs::read_dir(&resolved);
+    }
+    match entries {
+        Ok(mut entries) => match entries.next() {
+            None => std::fs::canonicalize(&resolved)
+                .while_(format_args!("use {given} as a mount point")),
+            Some(_) => Err(Failure::new(format!("the mount point {given} is not empty"))
+                .hint("its files would be hidden: choose an empty directory, or unmount what is there")),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(missing()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            Err(Failure::new(format!("the mount point {given} is not a directory")))
+        }
+        Err(error) => Err(error).while_(format_args!("use {given} as a mount point")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serving(options: &str) -> Serving {
+        Serving {
+            options: vec![options.to_owned()],
+            read_only: false,
+            cache_dir: None,
+            cache_size: 1,
+            buffer_size: 1,
+            atime: Atime::Noatime,
+            threads: None,
+            allow_other: false,
+            metrics: None,
+        }
+    }
+
+    #[test]
+    fn fstab_options_are_the_flags_by_name() {
+        let mut access = Access { token_file: None };
+        let mut taken =
+            serving("ro,_netdev,relatime,cache-size=2G,token-file=/t,x-systemd.automount");
+        taken.take_options(&mut access).unwrap();
+        assert!(taken.read_only);
+        assert_eq!((taken.atime, taken.cache_size), (Atime::Relatime, 2 << 30));
+        assert_eq!(access.token_file, Some("/t".into()));
+        for wrong in ["cache-size", "cache-size=much", "threads=x", "colour=red"] {
+            assert!(serving(wrong).take_options(&mut access).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_mount_point_must_be_an_empty_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
+        assert!(check_mount_point(&at("missing")).is_err());
+        std::fs::write(at("file"), "").unwrap();
+        assert!(check_mount_point(&at("file")).is_err());
+        assert!(check_mount_point(&at("")).is_err());
+        std::fs::create_dir(at("empty")).unwrap();
+        assert!(check_mount_point(&at("empty")).is_ok());
+    }
+}

@@ -1,0 +1,48 @@
+//! The heliofs command: one binary for metadata nodes, mounts and operators.
+//!
+//! - [`cli`]: flags that all commands share, and the list of commands; [`commands`]: one file per command
+//! - [`failure`]: errors with a hint and an exit code
+//! - [`connect`]: META-URL and token to a cluster; [`mounts`]: which mounts run on this machine
+//! - [`background`]: `-d`; [`fstab`]: `mount.heliofs`; [`signals`]; [`serve_metrics`]; [`log`]
+//! - [`units`], [`output`]: sizes, times and tables as people write and read them
+
+mod background;
+mod cli;
+mod commands;
+mod connect;
+mod failure;
+mod fstab;
+mod log;
+mod mounts;
+mod output;
+mod serve_metrics;
+mod signals;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::Cli;
+
+// RocksDB and the mount allocate from many threads; glibc's arenas keep what they were given.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    let arguments = match fstab::translate(std::env::args_os()) {
+        Ok(arguments) => arguments,
+        Err(failure) => return failure.report(false),
+    };
+    let cli = Cli::parse_from(arguments);
+    let json = cli.json;
+    match commands::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The parent prints it.
+        Err(failure) if background::is_child() => {
+            background::failed(&failure);
+            failure.exit_code()
+        }
+        Err(failure) => failure.report(json),
+    }
+}

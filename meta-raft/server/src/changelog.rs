@@ -1,0 +1,471 @@
+//! The changelog: the Raft log projected to one volume's commands, with positions and effective times, from any replica.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
+use heliofs_proto::v1::{self, changelog_server::Changelog, local_command, log_item::Item};
+use openraft::EntryPayload;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use crate::grpc::status;
+use crate::node::NodeContext;
+use crate::observer::{AppliedItem, ApplyObserver};
+use crate::raft::purge::LogHolds;
+use crate::raft::types::Entry;
+use crate::sessions::Context;
+use crate::store::group::volume_init;
+use crate::store::local::Place;
+use crate::store::{LogStore, State};
+
+/// How often an idle volume's follower hears from us.
+const BEAT_EVERY: Duration = Duration::from_secs(1);
+
+/// Bytes of log read at once.
+const READ_BYTES: usize = 1 << 20;
+
+/// Entries sent in one frame; with [`READ_BYTES`] this keeps frames well below the largest message.
+const FRAME_ENTRIES_MAX: usize = 1000;
+
+/// Frames that wait for a slow follower.
+const FRAMES_MAX: usize = 4;
+
+/// Says that something was applied; cheap to clone.
+#[derive(Clone, Default)]
+pub struct Applies {
+    shared: Arc<Bell>,
+}
+
+struct Bell {
+    rung: watch::Sender<()>,
+}
+
+impl Default for Bell {
+    fn default() -> Self {
+        Self {
+            rung: watch::Sender::new(()),
+        }
+    }
+}
+
+impl Applies {
+    /// What the apply task calls.
+    pub fn observer(&self) -> Arc<dyn ApplyObserver> {
+        self.shared.clone()
+    }
+}
+
+impl ApplyObserver for Bell {
+    fn applied(&self, _: &[AppliedItem<'_>]) {
+        self.rung.send_replace(());
+    }
+
+    fn reset(&self) {
+        self.rung.send_replace(());
+    }
+
+    fn volumes_changed(&self) {
+        self.rung.send_replace(());
+    }
+}
+
+/// The service.
+#[derive(Clone)]
+pub struct ChangelogService {
+    ctx: Context,
+    log: LogStore,
+    holds: LogHolds,
+    applies: Applies,
+    cancel: CancellationToken,
+}
+
+impl ChangelogService {
+    /// Over the node's parts.
+    pub fn new(ctx: Context, node: &NodeContext, applies: Applies) -> Self {
+        Self {
+            ctx,
+            log: node.log.clone(),
+            holds: node.log_holds.clone(),
+            applies,
+            cancel: node.cancel.clone(),
+        }
+    }
+
+    async fn volume(&self, name: &str) -> Result<v1::Volume, Status> {
+        if let Some(found) = self.ctx.state.volume_named(name) {
+            return Ok(found);
+        }
+        // Perhaps this replica has not heard of it yet.
+        self.ctx.gate.linearizable().await.map_err(status::read)?;
+        let found = self.ctx.state.volume_named(name);
+        found.ok_or_else(|| Status::not_found(format!("no volume `{name}` in this cluster")))
+    }
+
+    /// Where to begin reading. Errors: `OUT_OF_RANGE` before what the log has and after what there is.
+    async fn place(&self, volume: VolumeId, after: Position) -> Result<Place, Status> {
+        let head = || {
+            self.ctx
+                .state
+                .head(volume)
+                .map_or(Position::START, |(position, _)| position)
+        };
+        if after > head() {
+            self.ctx.gate.linearizable().await.map_err(status::read)?;
+        }
+        let head = head();
+        if after > head {
+            return Err(Status::out_of_range(format!(
+                "position {after} lies in the future: the volume is at {head}"
+            )));
+        }
+        let place = self
+            .ctx
+            .state
+            .place(volume, after.seq + 1)
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let purged = self.log.purged().map(|purged| purged.index);
+        place
+            .filter(|place| purged.is_none_or(|purged| place.index > purged))
+            .ok_or_else(|| trimmed(after))
+    }
+}
+
+fn trimmed(after: Position) -> Status {
+    Status::out_of_range(format!(
+        "this node's log no longer reaches back to position {after}: begin with a copy of the volume as it is now"
+    ))
+}
+
+#[tonic::async_trait]
+impl Changelog for ChangelogService {
+    type FollowStream = ReceiverStream<Result<v1::ChangelogFrame, Status>>;
+
+    async fn follow(
+        &self,
+        request: Request<v1::FollowRequest>,
+    ) -> Result<Response<Self::FollowStream>, Status> {
+        let v1::FollowRequest {
+            volume,
+            after,
+            follow,
+        } = request.into_inner();
+        let record = self.volume(&volume).await?;
+        let id = VolumeId(record.id);
+        let after = after.map(Position::from).unwrap_or_default();
+        if !follow {
+            // The end is what is committed now, not what this replica has heard of.
+            self.ctx.gate.linearizable().await.map_err(status::read)?;
+        }
+        let place = self.place(id, after).await?;
+        let (frames, receiver) = mpsc::channel(FRAMES_MAX);
+        let follower = Follower {
+            state: self.ctx.state.clone(),
+            log: self.log.clone(),
+            holds: self.holds.clone(),
+            rung: self.applies.shared.rung.subscribe(),
+            next_index: place.index,
+            projection: Projection::new(id, record.name, place, after),
+            follow,
+            frames,
+        };
+        let cancel = self.cancel.clone();
+        tokio::spawn(async move {
+            let frames = follower.frames.clone();
+            tokio::select! {
+                () = cancel.cancelled() => {
+                    let stopping = Status::unavailable("the node is stopping");
+                    frames.try_send(Err(stopping)).ok();
+                }
+                ended = follower.run() => if let Err(status) = ended {
+                    // A follower that is gone needs no reason.
+                    frames.send(Err(status)).await.ok();
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// One follower's task.
+struct Follower {
+    state: State,
+    log: LogStore,
+    holds: LogHolds,
+    rung: watch::Receiver<()>,
+    next_index: u64,
+    projection: Projection,
+    follow: bool,
+    frames: mpsc::Sender<Result<v1::ChangelogFrame, Status>>,
+}
+
+impl Follower {
+    /// Until the follower is gone, the end is reached (without `follow`), or the log has a gap.
+    async fn run(mut self) -> Result<(), Status> {
+        let hold = self.holds.hold(self.next_index);
+        loop {
+            self.rung.borrow_and_update();
+            let applied = self.state.applied().0.map_or(0, |applied| applied.index);
+            while self.next_index <= applied {
+                if !self.read(applied).await? {
+                    return Ok(());
+                }
+                hold.advance(self.next_index);
+            }
+            if !self.follow {
+                return Ok(());
+            }
+            let waited = tokio::time::timeout(BEAT_EVERY, self.rung.changed());
+            let waited = tokio::select! {
+                waited = waited => waited,
+                () = self.frames.closed() => return Ok(()),
+            };
+            match waited {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return Err(Status::unavailable("the node is stopping")),
+                Err(_) => {
+                    if !self.beat().await {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends what the next entries hold. `false`: the follower is gone.
+    async fn read(&mut self, applied: u64) -> Result<bool, Status> {
+        let entries = self
+            .log
+            .read(self.next_index, applied + 1, READ_BYTES)
+            .await
+            .map_err(|error| Status::internal(format!("the log can't be read: {error}")))?;
+        if entries.first().map(|entry| entry.log_id.index) != Some(self.next_index) {
+            return Err(trimmed(self.projection.last()));
+        }
+        let mut found = Vec::new();
+        for entry in &entries {
+            self.projection.entry(entry, &mut found)?;
+            self.next_index = entry.log_id.index + 1;
+        }
+        while !found.is_empty() {
+            let rest = found.split_off(found.len().min(FRAME_ENTRIES_MAX));
+            let entries = std::mem::replace(&mut found, rest);
+            let frame = v1::ChangelogFrame {
+                entries,
+                beat: None,
+            };
+            if self.frames.send(Ok(frame)).await.is_err() {
+                return Ok(false);
+            }
+        }
+        if self.projection.destroyed {
+            return Err(Status::not_found("the volume was destroyed"));
+        }
+        Ok(true)
+    }
+
+    /// Says that nothing happened. `false`: the follower is gone.
+    async fn beat(&mut self) -> bool {
+        let (Some(beat), Some((position, time))) = (
+            self.state.beat(self.projection.volume),
+            self.state.head(self.projection.volume),
+        ) else {
+            return true;
+        };
+        if beat.position.map(Position::from) != Some(position) || position != self.projection.last()
+        {
+            // Something has just happened: it is sent as what it is.
+            return true;
+        }
+        let beat = v1::ChangelogBeat {
+            position: beat.position,
+            time: time.0,
+            digest: beat.digest,
+        };
+        let frame = v1::ChangelogFrame {
+            entries: Vec::new(),
+            beat: Some(beat),
+        };
+        self.frames.send(Ok(frame)).await.is_ok()
+    }
+}
+
+/// Which entries of the log are whose commands, and under which positions. Pure.
+struct Projection {
+    volume: VolumeId,
+    name: String,
+    /// Of the next command.
+    next: Position,
+    /// Of the last command.
+    time: UnixNanos,
+    after: Position,
+    destroyed: bool,
+}
+
+impl Projection {
+    /// From the entry `place.index` on; commands up to `after` are counted and not told.
+    fn new(volume: VolumeId, name: String, place: Place, after: Position) -> Self {
+        let next = Position {
+            epoch: place.epoch,
+            seq: place.seq,
+        };
+        Self {
+            volume,
+            name,
+            next,
+            time: place.time_before,
+            after,
+            destroyed: false,
+        }
+    }
+
+    /// The last command met, or that which the reader has.
+    fn last(&self) -> Position {
+        let met = Position {
+            epoch: self.next.epoch,
+            seq: self.next.seq.saturating_sub(1),
+        };
+        met.max(self.after)
+    }
+
+    fn entry(&mut self, entry: &Entry, found: &mut Vec<v1::ChangelogEntry>) -> Result<(), Status> {
+        let EntryPayload::Normal(data) = &entry.payload else {
+            return Ok(());
+        };
+        let batch = data.batch().map_err(|error| {
+            let index = entry.log_id.index;
+            Status::data_loss(format!("log entry {index} can't be decoded: {error}"))
+        })?;
+        self.batch(batch, found);
+        Ok(())
+    }
+
+    fn batch(&mut self, batch: &v1::LogBatch, found: &mut Vec<v1::ChangelogEntry>) {
+        for item in &batch.items {
+            let born = self.next.seq > 1;
+            match &item.item {
+                Some(Item::Command(command)) if command.volume == self.volume.0 && born => {
+                    self.command(item.time, command.clone(), found);
+                }
+                // A volume's first command is not in the log as such: it follows from its creation.
+                Some(Item::Local(v1::LocalCommand {
+                    op: Some(local_command::Op::VolumeCreate(create)),
+                })) if create.name == self.name && !born => {
+                    self.command(item.time, volume_init(self.volume, create), found);
+                }
+                Some(Item::Local(v1::LocalCommand {
+                    op: Some(local_command::Op::VolumeDestroy(destroy)),
+                })) if destroy.volume == self.volume.0 => {
+                    self.destroyed = true;
+                    return;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn command(&mut self, time: i64, command: v1::Command, found: &mut Vec<v1::ChangelogEntry>) {
+        self.time = self.time.max(UnixNanos(time));
+        if self.next > self.after {
+            found.push(v1::ChangelogEntry {
+                position: Some(self.next.into()),
+                time: self.time.0,
+                command: Some(command),
+            });
+        }
+        self.next = self.next.next();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use heliofs_proto::ids::Epoch;
+
+    use super::*;
+
+    fn command(volume: u32, sequence: u64, time: i64) -> v1::LogItem {
+        let command = v1::Command {
+            volume,
+            sequence,
+            ..Default::default()
+        };
+        v1::LogItem {
+            time,
+            item: Some(Item::Command(command)),
+        }
+    }
+
+    fn local(op: local_command::Op, time: i64) -> v1::LogItem {
+        v1::LogItem {
+            time,
+            item: Some(Item::Local(v1::LocalCommand { op: Some(op) })),
+        }
+    }
+
+    fn projection(seq: u64, time: i64, after: u64) -> Projection {
+        let epoch = Epoch(0);
+        let place = Place {
+            seq,
+            epoch,
+            index: 9,
+            time_before: UnixNanos(time),
+        };
+        let after = Position { epoch, seq: after };
+        Projection::new(VolumeId(3), "vol".into(), place, after)
+    }
+
+    fn told(projection: &mut Projection, items: Vec<v1::LogItem>) -> Vec<(u64, i64, u64)> {
+        let mut found = Vec::new();
+        projection.batch(&v1::LogBatch { items }, &mut found);
+        found
+            .iter()
+            .map(|entry| {
+                let sequence = entry.command.as_ref().unwrap().sequence;
+                (entry.position.unwrap().seq, entry.time, sequence)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn commands_of_the_volume_are_numbered_and_times_do_not_go_back() {
+        let mut projection = projection(10, 100, 10);
+        let items = vec![
+            command(3, 1, 90),
+            command(4, 7, 200),
+            command(3, 2, 95),
+            command(3, 3, 150),
+            command(3, 4, 120),
+        ];
+        assert_eq!(
+            told(&mut projection, items),
+            [(11, 100, 2), (12, 150, 3), (13, 150, 4)]
+        );
+        assert_eq!(projection.last().seq, 13);
+    }
+
+    #[test]
+    fn a_volume_begins_with_its_creation_and_ends_with_its_destruction() {
+        let create = |name: &str| {
+            local_command::Op::VolumeCreate(v1::VolumeCreate {
+                name: name.into(),
+                ..Default::default()
+            })
+        };
+        let destroy = local_command::Op::VolumeDestroy(v1::VolumeDestroy { volume: 3 });
+        let mut projection = projection(1, 0, 0);
+        let items = vec![
+            // Refused when it was applied: the volume did not exist.
+            command(3, 5, 1),
+            local(create("other"), 2),
+            local(create("vol"), 3),
+            local(create("vol"), 4),
+            command(3, 6, 5),
+            local(destroy, 6),
+            command(3, 7, 7),
+        ];
+        assert_eq!(told(&mut projection, items), [(1, 3, 0), (2, 5, 6)]);
+        assert!(projection.destroyed);
+    }
+}

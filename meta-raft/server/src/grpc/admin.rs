@@ -1,0 +1,339 @@
+//! The Admin service: the cluster's nodes, its volumes, their digests.
+
+use heliofs_proto::ids::{NodeId, VolumeId};
+use heliofs_proto::v1::admin_server::Admin;
+use heliofs_proto::v1::{self, FsError, command::Op, local_command, log_item::Item};
+use meta_core::query;
+use tonic::{Request, Response, Status};
+
+use super::status;
+use crate::proposer::{LocalReply, Proposed};
+use crate::raft::admin::{AdminError, RaftAdmin};
+use crate::sessions::Context;
+
+/// Segments are this large unless the volume says otherwise: large enough that a request's overhead does not count, small
+/// enough that a retry does not hurt.
+const SEGMENT_BYTES: u64 = 4 << 20;
+
+/// The service.
+#[derive(Clone)]
+pub struct AdminService {
+    ctx: Context,
+    raft: RaftAdmin,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+fn admin_status(error: AdminError) -> Status {
+    match error {
+        AdminError::NotLeader { leader } => status::not_leader(leader.as_ref()),
+        AdminError::Refused(why) => Status::invalid_argument(why),
+        // It may still take effect, so it is not `unavailable`.
+        AdminError::Unavailable(why) => Status::deadline_exceeded(why),
+    }
+}
+
+/// JuiceFS's rule, so that a name can be a bucket's prefix and a host's label: 3 to 63 lower-case letters, digits and
+/// dashes, no dash at either end.
+fn check_name(name: &str) -> Result<(), Status> {
+    let fits = (3..=63).contains(&name.len())
+        && name
+            .bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+        && !name.starts_with('-')
+        && !name.ends_with('-');
+    if fits {
+        Ok(())
+    } else {
+        Err(Status::invalid_argument(format!(
+            "`{name}` can't be a volume's name: use 3 to 63 lower-case letters, digits and dashes, with no dash at either end"
+        )))
+    }
+}
+
+fn no_volume(what: impl std::fmt::Display) -> Status {
+    Status::not_found(format!("no volume `{what}` in this cluster"))
+}
+
+fn unexpected(answer: &dyn std::fmt::Debug) -> Status {
+    tracing::error!(?answer, "a proposal was answered with something else");
+    Status::internal(format!("unexpected answer {answer:?}"))
+}
+
+impl AdminService {
+    /// Over the node's parts.
+    pub fn new(ctx: Context, raft: RaftAdmin) -> Self {
+        Self { ctx, raft }
+    }
+
+    async fn propose_local(&self, op: local_command::Op) -> Result<LocalReply, Status> {
+        let item = Item::Local(v1::LocalCommand { op: Some(op) });
+        match self
+            .ctx
+            .proposer
+            .propose(item)
+            .await
+            .map_err(status::propose)?
+        {
+            Proposed::Local(LocalReply::Invalid(why)) => Err(Status::invalid_argument(why)),
+            Proposed::Local(reply) => Ok(reply),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn named(&self, name: &str) -> Result<v1::Volume, Status> {
+        self.ctx
+            .state
+            .volume_named(name)
+            .ok_or_else(|| no_volume(name))
+    }
+
+    /// With what is in the replicated records.
+    fn describe(&self, record: v1::Volume) -> Result<v1::Volume, Status> {
+        let id = VolumeId(record.id);
+        let (head, settings, counters) = self
+            .ctx
+            .state
+            .snapshot_view(|view| {
+                Ok((
+                    query::head(view, id)?,
+                    query::settings(view, id)?,
+                    query::counters(view, id)?,
+                ))
+            })
+            .map_err(status::corrupt)?;
+        Ok(v1::Volume {
+            settings: settings.or(record.settings),
+            position: head.map(|head| head.position.into()),
+            used_bytes: counters.used_bytes,
+            used_inodes: counters.used_inodes,
+            segments: counters.segments,
+            deletions_waiting: self.ctx.state.deletions_waiting(id),
+            ..record
+        })
+    }
+
+    async fn current(&self) -> Result<(), Status> {
+        self.ctx.gate.linearizable().await.map_err(status::read)
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
+        let status = v1::StatusResponse {
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            sessions: self.ctx.hub.status(),
+            ..self.raft.status()
+        };
+        Ok(Response::new(status))
+    }
+
+    async fn init_cluster(
+        &self,
+        _: Request<v1::InitClusterRequest>,
+    ) -> Answer<v1::InitClusterResponse> {
+        let cluster = self.raft.init().await.map_err(admin_status)?;
+        Ok(Response::new(v1::InitClusterResponse {
+            cluster_id: cluster.0,
+        }))
+    }
+
+    async fn add_node(&self, request: Request<v1::AddNodeRequest>) -> Answer<v1::AddNodeResponse> {
+        let v1::AddNodeRequest { node, address } = request.into_inner();
+        if node == 0 {
+            return Err(Status::invalid_argument("a node's id is not 0"));
+        }
+        self.raft
+            .add_node(NodeId(node), &address)
+            .await
+            .map_err(admin_status)?;
+        Ok(Response::new(v1::AddNodeResponse {}))
+    }
+
+    async fn remove_node(
+        &self,
+        request: Request<v1::RemoveNodeRequest>,
+    ) -> Answer<v1::RemoveNodeResponse> {
+        let node = NodeId(request.into_inner().node);
+        self.raft.remove_node(node).await.map_err(admin_status)?;
+        Ok(Response::new(v1::RemoveNodeResponse {}))
+    }
+
+    async fn transfer(
+        &self,
+        request: Request<v1::TransferRequest>,
+    ) -> Answer<v1::TransferResponse> {
+        let to = NodeId(request.into_inner().to);
+        self.raft.transfer(to).await.map_err(admin_status)?;
+        Ok(Response::new(v1::TransferResponse {}))
+    }
+
+    async fn snapshot(&self, _: Request<v1::SnapshotRequest>) -> Answer<v1::SnapshotTaken> {
+        let applied_index = self.raft.snapshot().await.map_err(admin_status)?;
+        Ok(Response::new(v1::SnapshotTaken { applied_index }))
+    }
+
+    async fn create_volume(&self, request: Request<v1::VolumeCreate>) -> Answer<v1::Volume> {
+        let mut create = request.into_inner();
+        check_name(&create.name)?;
+        let Some(storage) = &mut create.storage else {
+            return Err(Status::invalid_argument("a volume needs a storage"));
+        };
+        if storage.segment_bytes == 0 {
+            storage.segment_bytes = SEGMENT_BYTES;
+        }
+        if storage.uuid.is_empty() {
+            storage.uuid = format!("{:032x}", rand::random::<u128>());
+        }
+        let name = create.name.clone();
+        match self
+            .propose_local(local_command::Op::VolumeCreate(create))
+            .await?
+        {
+            LocalReply::VolumeCreated(_) => {
+                let volume = self.describe(self.named(&name)?)?;
+                tracing::info!(volume = volume.id, name, "a volume was created");
+                Ok(Response::new(volume))
+            }
+            LocalReply::VolumeExists(_) => Err(Status::already_exists(format!(
+                "a volume `{name}` exists already"
+            ))),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn update_volume(&self, request: Request<v1::UpdateVolumeRequest>) -> Answer<v1::Volume> {
+        let v1::UpdateVolumeRequest {
+            name,
+            settings,
+            storage,
+        } = request.into_inner();
+        self.current().await?;
+        let record = self.named(&name)?;
+        if let Some(storage) = storage {
+            let before = record.storage.clone().unwrap_or_default();
+            if storage.uuid != before.uuid {
+                return Err(Status::invalid_argument(format!(
+                    "the storage's uuid is {} and can't be changed: it says which objects are this volume's",
+                    before.uuid
+                )));
+            }
+            let update = v1::VolumeUpdate {
+                volume: record.id,
+                storage: Some(storage),
+            };
+            match self
+                .propose_local(local_command::Op::VolumeUpdate(update))
+                .await?
+            {
+                LocalReply::Done => {}
+                LocalReply::NoSuchVolume => return Err(no_volume(name)),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        if settings.is_some() {
+            let command = v1::Command {
+                volume: record.id,
+                op: Some(Op::SettingsUpdate(v1::SettingsUpdate { settings })),
+                ..Default::default()
+            };
+            let proposed = self.ctx.proposer.propose(Item::Command(command)).await;
+            match proposed.map_err(status::propose)? {
+                Proposed::Reply(reply) if reply.error() == FsError::None => {}
+                Proposed::Reply(reply) if reply.error() == FsError::Stale => {
+                    return Err(no_volume(name));
+                }
+                Proposed::Reply(reply) => {
+                    return Err(Status::invalid_argument(format!(
+                        "the settings are refused: {:?}",
+                        reply.error()
+                    )));
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(Response::new(self.describe(self.named(&name)?)?))
+    }
+
+    async fn destroy_volume(
+        &self,
+        request: Request<v1::VolumeDestroy>,
+    ) -> Answer<v1::DestroyVolumeResponse> {
+        let destroy = request.into_inner();
+        let volume = destroy.volume;
+        match self
+            .propose_local(local_command::Op::VolumeDestroy(destroy))
+            .await?
+        {
+            LocalReply::Done => {
+                tracing::info!(volume, "a volume was destroyed");
+                Ok(Response::new(v1::DestroyVolumeResponse {}))
+            }
+            LocalReply::NoSuchVolume => Err(no_volume(volume)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<v1::ListVolumesRequest>,
+    ) -> Answer<v1::ListVolumesResponse> {
+        self.current().await?;
+        let volumes = self.ctx.state.volumes().into_iter().map(|record| {
+            let mut volume = self.describe(record)?;
+            // A list is printed; whoever needs the keys asks for the volume.
+            if let Some(storage) = &mut volume.storage {
+                storage.secret_key.clear();
+            }
+            Ok(volume)
+        });
+        let volumes = volumes.collect::<Result<_, Status>>()?;
+        Ok(Response::new(v1::ListVolumesResponse { volumes }))
+    }
+
+    async fn get_volume(&self, request: Request<v1::GetVolumeRequest>) -> Answer<v1::Volume> {
+        self.current().await?;
+        let record = self.named(&request.into_inner().name)?;
+        Ok(Response::new(self.describe(record)?))
+    }
+
+    async fn digest(&self, request: Request<v1::DigestRequest>) -> Answer<v1::DigestResponse> {
+        let id = VolumeId(request.into_inner().volume);
+        let (position, sums) = self.ctx.state.digest(id).ok_or_else(|| no_volume(id))?;
+        let bytes: Vec<u8> = (0..=u8::MAX)
+            .flat_map(|bucket| sums.get(bucket).to_le_bytes())
+            .collect();
+        Ok(Response::new(v1::DigestResponse {
+            position: Some(position.into()),
+            digest: sums.total().to_le_bytes().to_vec().into(),
+            sums: bytes.into(),
+            diverged: self.ctx.state.diverged(id).map(Into::into),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_rule_of_juicefs() {
+        for good in ["abc", "my-volume-2", "000", &"x".repeat(63)] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "ab",
+            "Abc",
+            "a_b",
+            "-ab",
+            "ab-",
+            "a b",
+            "ä-b",
+            &"x".repeat(64),
+        ] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! The services that clients and operators call.
+//!
+//! - [`admin`]: cluster and volumes; [`status`]: how failures look
+//! - elsewhere: [`crate::sessions::attach`], [`crate::changelog`], and between nodes [`crate::raft::service`]
+
+pub mod admin;
+pub mod status;
+
+use heliofs_proto::limits::MESSAGE_BYTES_MAX;
+use heliofs_proto::v1::admin_server::AdminServer;
+use heliofs_proto::v1::changelog_server::ChangelogServer;
+use heliofs_proto::v1::sessions_server::SessionsServer;
+use tonic::service::Routes;
+use tonic::service::interceptor::InterceptedService;
+
+use crate::changelog::ChangelogService;
+use crate::drivers::reign;
+use crate::node::NodeContext;
+use crate::sessions::Context;
+use crate::sessions::attach::SessionsService;
+use crate::sessions::hub::Hub;
+use crate::{changelog, metrics};
+
+/// Registers observers, spawns the tasks of sessions and drivers, and returns the services, which check the token.
+///
+/// Call before the first entry is applied.
+pub fn start(node: &NodeContext) -> Routes {
+    let hub = Hub::new(node.state.clone(), node.config.sessions.clone());
+    let applies = changelog::Applies::default();
+    let metrics = metrics::Metrics::new();
+    node.observers.register(hub.observer());
+    node.observers.register(applies.observer());
+    node.observers.register(metrics.observer());
+    let ctx = Context {
+        node: node.node_id,
+        state: node.state.clone(),
+        proposer: node.proposer.clone(),
+        gate: node.reads.clone(),
+        leadership: node.leadership.clone(),
+        hub,
+    };
+    node.tasks.spawn(reign::run(ctx.clone(), node.cancel.clone()));
+    if let Some(address) = node.config.metrics_listen {
+        let served = metrics::Served {
+            metrics,
+            hub: ctx.hub.clone(),
+            raft: node.raft.clone(),
+            log: node.log.clone(),
+        };
+        node.tasks.spawn(metrics::serve(served, address, node.cancel.clone()));
+    }
+    let sessions = SessionsServer::new(SessionsService::new(ctx.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let admin = admin::AdminService::new(ctx.clone(), node.raft.clone());
+    let admin = AdminServer::new(admin).max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let follow = ChangelogService::new(ctx, node, applies);
+    let follow = ChangelogServer::new(follow).max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let token = || node.token.clone();
+    Routes::new(InterceptedService::new(sessions, token()))
+        .add_service(InterceptedService::new(admin, token()))
+        .add_service(InterceptedService::new(follow, token()))
+}

@@ -1,0 +1,163 @@
+//! One long-lived, pipelined stream of appends to a peer: requests go out without waiting, answers come in their order.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use heliofs_proto::v1;
+use openraft::errors::{NetworkError, RPCError};
+use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, Sleep};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::network::{PeerClient, rpc_error};
+use super::types::TypeConfig;
+use super::wire;
+
+/// Appends on their way to a peer. Enough that a round trip never stops the pipeline, few enough that a slow peer's backlog
+/// stays in the log's cache.
+const IN_FLIGHT_MAX: usize = 32;
+
+/// An open stream. It outlives openraft's replication sessions as long as no answer is outstanding between them.
+pub(super) struct AppendLink {
+    requests: mpsc::Sender<v1::AppendRequest>,
+    answers: Streaming<v1::AppendResponse>,
+    outstanding: usize,
+    broken: bool,
+}
+
+type Answer = Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>;
+
+impl AppendLink {
+    pub(super) async fn open(mut client: PeerClient) -> Result<Self, Status> {
+        let (requests, receiver) = mpsc::channel(IN_FLIGHT_MAX);
+        let answers = client.append(ReceiverStream::new(receiver)).await?;
+        Ok(Self {
+            requests,
+            answers: answers.into_inner(),
+            outstanding: 0,
+            broken: false,
+        })
+    }
+
+    /// No answer is outstanding and the stream works: another session may use it.
+    pub(super) fn is_idle(&self) -> bool {
+        self.outstanding == 0 && !self.broken && !self.requests.is_closed()
+    }
+
+    /// Sends `input`, yields an answer per request, ends with the input or with the first error.
+    pub(super) fn run<'s, S>(
+        &'s mut self,
+        input: S,
+        idle_max: Duration,
+    ) -> impl Stream<Item = Answer> + Send + 's
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 's,
+    {
+        let session = Session {
+            link: self,
+            input: Some(input),
+            idle_max,
+            deadline: Box::pin(tokio::time::sleep(idle_max)),
+            ended: false,
+        };
+        futures::stream::unfold(session, |mut session| async move {
+            let answer = session.next().await?;
+            Some((answer, session))
+        })
+    }
+
+    fn answer(&mut self, message: Result<Option<v1::AppendResponse>, Status>) -> Answer {
+        let answer = match message {
+            Ok(Some(message)) => wire::append_response_from_wire(message)
+                .map_err(|error| RPCError::Network(NetworkError::from_string(error))),
+            Ok(None) => Err(RPCError::Network(NetworkError::from_string(
+                "the peer ended the append stream",
+            ))),
+            Err(status) => Err(rpc_error(&status)),
+        };
+        self.outstanding -= 1;
+        // The peer ends its side after it refused an append.
+        self.broken |= !matches!(answer, Ok(Ok(_)));
+        answer
+    }
+}
+
+struct Session<'s, S> {
+    link: &'s mut AppendLink,
+    /// `None`: it has ended.
+    input: Option<S>,
+    idle_max: Duration,
+    deadline: Pin<Box<Sleep>>,
+    ended: bool,
+}
+
+impl<S> Session<'_, S>
+where
+    S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin,
+{
+    async fn next(&mut self) -> Option<Answer> {
+        if self.ended {
+            return None;
+        }
+        loop {
+            let waiting = self.link.outstanding > 0;
+            if self.input.is_none() && !waiting {
+                return None;
+            }
+            let room = self.link.outstanding < IN_FLIGHT_MAX;
+            tokio::select! {
+                biased;
+                message = self.link.answers.message(), if waiting => {
+                    let answer = self.link.answer(message);
+                    self.ended = self.link.broken;
+                    self.rearm();
+                    return Some(answer);
+                }
+                request = next(&mut self.input), if room && self.input.is_some() => {
+                    let Some(request) = request else {
+                        self.input = None;
+                        continue;
+                    };
+                    if !waiting {
+                        self.deadline.as_mut().reset(Instant::now() + self.idle_max);
+                    }
+                    self.link.outstanding += 1;
+                    // There is room: as many fit into the channel as may be in flight.
+                    if self.link.requests.try_send(request_to_wire(request)).is_err() {
+                        self.link.broken = true;
+                    }
+                }
+                () = self.deadline.as_mut(), if waiting => {
+                    self.link.broken = true;
+                    self.ended = true;
+                    let error = NetworkError::from_string("no answer to an append in time");
+                    return Some(Err(RPCError::Network(error)));
+                }
+            }
+        }
+    }
+
+    /// The next answer may take `idle_max` from when its request was sent or from now, whichever is later.
+    fn rearm(&mut self) {
+        self.deadline.as_mut().reset(Instant::now() + self.idle_max);
+    }
+}
+
+async fn next<S: Stream + Unpin>(input: &mut Option<S>) -> Option<S::Item> {
+    match input {
+        Some(input) => input.next().await,
+        None => None,
+    }
+}
+
+fn request_to_wire(request: AppendEntriesRequest<TypeConfig>) -> v1::AppendRequest {
+    v1::AppendRequest {
+        vote: Some(wire::vote_to_wire(&request.vote)),
+        prev_log_id: request.prev_log_id.map(wire::log_id_to_wire),
+        entries: request.entries.iter().map(wire::entry_to_wire).collect(),
+        leader_commit: request.leader_commit.map(wire::log_id_to_wire),
+    }
+}

@@ -1,0 +1,180 @@
+//! The deletion queue's other end: dead segments are leased to sessions, which delete them from the bucket.
+//!
+//! [`DeletionLeases`] is pure: time is an argument.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use heliofs_proto::ids::UnixNanos;
+use heliofs_proto::v1::{self, FsError, local_command, log_item::Item};
+use meta_core::{Corruption, query};
+
+use super::Context;
+use super::hub::VolumeSessions;
+use super::reads::refusal;
+use crate::proposer::ProposeError;
+use crate::read_gate::ReadError;
+
+/// Segments leased, or reported done, in one request: bounds the entry that removes them.
+const SEGMENTS_MAX: usize = 1000;
+
+/// Why a request has no answer here.
+pub(super) enum Failed {
+    /// Another node leads, perhaps this one.
+    Moved(String),
+    /// No quorum, or no leader.
+    Read(ReadError),
+    /// The records can't be read.
+    Corrupt(Corruption),
+}
+
+/// Takes reports of what is deleted, then leases more.
+pub(super) async fn serve(
+    ctx: &Context,
+    volume: &VolumeSessions,
+    session: u64,
+    ask: v1::TakeDeletions,
+) -> Result<v1::Response, Failed> {
+    if ask.done.len() > SEGMENTS_MAX {
+        return Ok(refusal(FsError::Invalid));
+    }
+    if !ask.done.is_empty() {
+        let done = v1::DeletionsDone {
+            volume: volume.id.0,
+            segments: ask.done.clone(),
+        };
+        let op = Some(local_command::Op::DeletionsDone(done));
+        let proposed = ctx
+            .proposer
+            .propose(Item::Local(v1::LocalCommand { op }))
+            .await;
+        match proposed {
+            Ok(_) => {}
+            Err(ProposeError::NotLeader { leader }) => {
+                return Err(Failed::Moved(
+                    leader.map_or_else(String::new, |at| at.address),
+                ));
+            }
+            Err(ProposeError::Unknown | ProposeError::Fatal(_)) => {
+                return Err(Failed::Moved(String::new()));
+            }
+        }
+        volume.soft().deletions.done(&ask.done);
+    }
+    ctx.gate.linearizable().await.map_err(Failed::Read)?;
+    let settings = ctx
+        .state
+        .snapshot_view(|view| query::settings(view, volume.id))
+        .map_err(Failed::Corrupt)?
+        .unwrap_or_default();
+    let max = (ask.segments_max as usize).min(SEGMENTS_MAX);
+    let leased = volume.soft().deletions.len();
+    let candidates = ctx
+        .state
+        .deletions(
+            volume.id,
+            freed_before(settings.deletion_grace_seconds),
+            max + leased,
+        )
+        .map_err(|error| Failed::Corrupt(Corruption::Store(error.to_string())))?;
+    let candidates = candidates.into_iter().map(|segment| segment.0);
+    let segments = volume
+        .soft()
+        .deletions
+        .take(session, candidates, max, Instant::now());
+    let waiting = ctx
+        .state
+        .deletions_waiting(volume.id)
+        .saturating_sub(segments.len() as u64);
+    Ok(v1::Response {
+        body: Some(v1::response::Body::Deletions(v1::Deletions {
+            segments,
+            waiting,
+        })),
+        ..Default::default()
+    })
+}
+
+/// What was freed before this moment may go. By this node's clock, which stamped most of the queue: a volume's own time
+/// stands still while nothing changes.
+fn freed_before(grace_seconds: u64) -> UnixNanos {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let then = now.saturating_sub(Duration::from_secs(grace_seconds));
+    UnixNanos(i64::try_from(then.as_nanos()).unwrap_or(i64::MAX))
+}
+
+/// A session that took segments has this long to delete them before others are given the same.
+const LEASE: Duration = Duration::from_secs(60);
+
+/// The leases of one volume.
+#[derive(Default)]
+pub struct DeletionLeases {
+    leases: HashMap<u64, (u64, Instant)>,
+}
+
+impl DeletionLeases {
+    /// Leases up to `max` of the candidates that are free.
+    pub fn take(
+        &mut self,
+        session: u64,
+        candidates: impl IntoIterator<Item = u64>,
+        max: usize,
+        now: Instant,
+    ) -> Vec<u64> {
+        self.leases.retain(|_, (_, until)| *until > now);
+        let mut taken = Vec::new();
+        for segment in candidates {
+            if taken.len() >= max {
+                break;
+            }
+            if let Entry::Vacant(free) = self.leases.entry(segment) {
+                free.insert((session, now + LEASE));
+                taken.push(segment);
+            }
+        }
+        taken
+    }
+
+    /// Number of segments that are leased and may be in the way of candidates.
+    pub fn len(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Nothing is leased.
+    pub fn is_empty(&self) -> bool {
+        self.leases.is_empty()
+    }
+
+    /// These are deleted.
+    pub fn done(&mut self, segments: &[u64]) {
+        for segment in segments {
+            self.leases.remove(segment);
+        }
+    }
+
+    /// The session's leases are free again.
+    pub fn end_session(&mut self, session: u64) {
+        self.leases.retain(|_, (holder, _)| *holder != session);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_segment_is_leased_to_one_session_until_done_ended_or_late() {
+        let now = Instant::now();
+        let mut leases = DeletionLeases::default();
+        assert_eq!(leases.take(1, [10, 11, 12], 2, now), [10, 11]);
+        assert_eq!(leases.take(2, [10, 11, 12], 2, now), [12]);
+        leases.done(&[10]);
+        assert_eq!(leases.len(), 2);
+        leases.end_session(2);
+        assert_eq!(leases.take(3, [11, 12], 2, now), [12]);
+        assert_eq!(leases.take(3, [11, 12], 2, now + LEASE), [11, 12]);
+    }
+}

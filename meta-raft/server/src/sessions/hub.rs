@@ -1,0 +1,334 @@
+//! All volumes' soft state on this node. It exists while the node leads: it is made when a term begins and dropped when the
+//! lead is lost; on other nodes there is nothing.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use heliofs_proto::ids::{Position, SessionId, VolumeId};
+use heliofs_proto::v1;
+use meta_core::{Corruption, query};
+use parking_lot::{Mutex, MutexGuard, RwLock};
+use tokio::sync::{Notify, watch};
+
+use super::grace::Grace;
+use super::interest::StreamId;
+use super::reads::{self, Answer};
+use super::soft::{Soft, Telling, Wake};
+use crate::config::SessionTimings;
+use crate::observer::{AppliedItem, ApplyObserver};
+use crate::store::State;
+
+/// Inodes per volume of which it is remembered who was told about them: about 100 bytes each.
+const INODES_TOLD_MAX: NonZeroUsize = NonZeroUsize::new(500_000).expect("the number is not 0");
+
+/// Sessions read from the records at once.
+const SESSIONS_PAGE: usize = 1000;
+
+/// One volume's soft state, and what waits for it.
+pub struct VolumeSessions {
+    /// The volume.
+    pub id: VolumeId,
+    soft: Mutex<Soft>,
+    /// Seq up to which effects are known to `soft`.
+    seen: watch::Sender<u64>,
+    /// There may be an orphan to reap.
+    pub(crate) reap_wanted: AtomicBool,
+    /// There may be erasures or tree removals to go on with.
+    pub(crate) work_wanted: AtomicBool,
+    /// Seq at the last beat.
+    pub(crate) beaten: AtomicU64,
+}
+
+impl VolumeSessions {
+    /// The soft state. Held for moments only, never over a wait.
+    pub fn soft(&self) -> MutexGuard<'_, Soft> {
+        self.soft.lock()
+    }
+
+    /// Queues the answers of reads that were made at `position`, each behind the invalidations of what the view showed.
+    pub async fn tell(&self, stream: StreamId, position: Position, answers: Vec<(u64, Answer)>) {
+        let mut answers: Vec<_> = answers
+            .into_iter()
+            .map(|(id, answer)| {
+                (
+                    Some(v1::Response {
+                        id,
+                        ..answer.response
+                    }),
+                    answer.told,
+                )
+            })
+            .collect();
+        loop {
+            let early = {
+                let mut soft = self.soft();
+                answers.iter_mut().any(|(response, told)| {
+                    soft.tell(stream, position, told, response) == Telling::TooEarly
+                })
+            };
+            if !early {
+                return;
+            }
+            // The group is written and visible, and its effects are on their way to us.
+            let mut seen = self.seen.subscribe();
+            if seen.wait_for(|seen| *seen >= position.seq).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+struct Shared {
+    state: State,
+    timings: SessionTimings,
+    volumes: RwLock<HashMap<VolumeId, Arc<VolumeSessions>>>,
+    /// The term this node leads with its soft state in place.
+    reign: watch::Sender<Option<u64>>,
+    streams: AtomicU64,
+    reap: Notify,
+    work: Notify,
+    volumes_changed: Notify,
+}
+
+/// The soft state of all volumes; cheap to clone.
+#[derive(Clone)]
+pub struct Hub {
+    shared: Arc<Shared>,
+}
+
+impl Hub {
+    /// Empty, until a term begins.
+    pub fn new(state: State, timings: SessionTimings) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                state,
+                timings,
+                volumes: RwLock::default(),
+                reign: watch::Sender::new(None),
+                streams: AtomicU64::new(1),
+                reap: Notify::new(),
+                work: Notify::new(),
+                volumes_changed: Notify::new(),
+            }),
+        }
+    }
+
+    /// What the apply task calls.
+    pub fn observer(&self) -> Arc<dyn ApplyObserver> {
+        self.shared.clone()
+    }
+
+    /// Leases and expiry.
+    pub fn timings(&self) -> &SessionTimings {
+        &self.shared.timings
+    }
+
+    /// The term that this node leads with its soft state in place; `None`: it does not lead, or not yet.
+    pub fn reign(&self) -> watch::Receiver<Option<u64>> {
+        self.shared.reign.subscribe()
+    }
+
+    /// Makes the soft state of all volumes for a term that began at `began`. Call after a linearizable read: the records
+    /// must hold every session of earlier terms.
+    pub fn begin(&self, term: u64, began: Instant) -> Result<(), Corruption> {
+        for volume in self.shared.state.volumes() {
+            let volume = self.make(VolumeId(volume.id), began)?;
+            // Whatever earlier leaders left.
+            self.wake(
+                &volume,
+                Wake {
+                    reap: true,
+                    work: true,
+                },
+            );
+        }
+        self.shared.reign.send_replace(Some(term));
+        Ok(())
+    }
+
+    /// Drops all soft state: the lead is lost or the node stops. Streams are sent to `leader`, or away if it is empty.
+    pub fn end(&self, leader: &str) {
+        self.shared.end(leader);
+    }
+
+    /// The volume's soft state; made for a volume that was created in this term. `None`: no such volume, or no reign.
+    pub fn volume(&self, id: VolumeId) -> Result<Option<Arc<VolumeSessions>>, Corruption> {
+        if let Some(found) = self.shared.volumes.read().get(&id) {
+            return Ok(Some(Arc::clone(found)));
+        }
+        if self.shared.reign.borrow().is_none() || self.shared.state.volume(id).is_none() {
+            return Ok(None);
+        }
+        let made = self.make(id, Instant::now())?;
+        if self.shared.reign.borrow().is_none() {
+            // The lead was lost meanwhile, and all soft state with it.
+            self.shared.volumes.write().remove(&id);
+            return Ok(None);
+        }
+        Ok(Some(made))
+    }
+
+    fn make(&self, id: VolumeId, began: Instant) -> Result<Arc<VolumeSessions>, Corruption> {
+        let state = &self.shared.state;
+        let known = state.snapshot_view(|view| known_sessions(view, id))?;
+        let grace = Grace::new(known.iter().copied(), began, self.shared.timings.timeout);
+        let made = Arc::new(VolumeSessions {
+            id,
+            soft: Mutex::new(Soft::new(&known, grace, INODES_TOLD_MAX)),
+            seen: watch::Sender::new(0),
+            reap_wanted: AtomicBool::new(false),
+            work_wanted: AtomicBool::new(false),
+            beaten: AtomicU64::new(0),
+        });
+        let made = Arc::clone(self.shared.volumes.write().entry(id).or_insert(made));
+        // From here on every command is seen. What was applied before is in the records, so that reads of up to this
+        // position need not wait for its effects.
+        let position = state.snapshot_view(|view| reads::position(view, id))?;
+        if let Some(position) = position {
+            made.soft().start_at(position);
+            made.seen.send_if_modified(|seen| {
+                let later = *seen < position.seq;
+                *seen = position.seq.max(*seen);
+                later
+            });
+        }
+        Ok(made)
+    }
+
+    /// All volumes with soft state.
+    pub fn volumes(&self) -> Vec<Arc<VolumeSessions>> {
+        self.shared.volumes.read().values().cloned().collect()
+    }
+
+    /// Makes what is missing and drops volumes that were destroyed, with their sessions.
+    pub fn follow_volumes(&self) -> Result<(), Corruption> {
+        let now: Vec<VolumeId> = self
+            .shared
+            .state
+            .volumes()
+            .iter()
+            .map(|volume| VolumeId(volume.id))
+            .collect();
+        for id in &now {
+            self.volume(*id)?;
+        }
+        let gone: Vec<_> = {
+            let mut volumes = self.shared.volumes.write();
+            let gone: Vec<VolumeId> = volumes
+                .keys()
+                .filter(|id| !now.contains(id))
+                .copied()
+                .collect();
+            gone.iter().filter_map(|id| volumes.remove(id)).collect()
+        };
+        for volume in gone {
+            volume.soft().end_all();
+        }
+        Ok(())
+    }
+
+    /// Waits until a volume was created, changed or destroyed.
+    pub async fn volumes_changed(&self) {
+        self.shared.volumes_changed.notified().await;
+    }
+
+    /// Waits until some volume may have an orphan to reap.
+    pub async fn reap_wanted(&self) {
+        self.shared.reap.notified().await;
+    }
+
+    /// Waits until some volume may have erasures or tree removals.
+    pub async fn work_wanted(&self) {
+        self.shared.work.notified().await;
+    }
+
+    /// Passes on what a change of a volume's soft state makes worth doing.
+    pub fn wake(&self, volume: &VolumeSessions, wake: Wake) {
+        self.shared.wake(volume, wake);
+    }
+
+    /// An id for a new stream.
+    pub fn next_stream(&self) -> StreamId {
+        self.shared.streams.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// What `heliofs status` shows of sessions.
+    pub fn status(&self) -> Vec<v1::SessionStatus> {
+        let now = Instant::now();
+        let mut all: Vec<_> = self
+            .volumes()
+            .iter()
+            .flat_map(|volume| volume.soft().status(volume.id.0, now))
+            .collect();
+        all.sort_unstable_by_key(|status| (status.volume, status.session));
+        all
+    }
+}
+
+/// The sessions of the records.
+fn known_sessions(view: &impl meta_core::View, volume: VolumeId) -> Result<Vec<u64>, Corruption> {
+    let mut known = Vec::new();
+    let mut after = SessionId::SYSTEM;
+    loop {
+        let page = query::sessions(view, volume, after, SESSIONS_PAGE)?;
+        known.extend(page.iter().map(|(id, _)| id.0));
+        match page.last() {
+            Some((last, _)) if page.len() == SESSIONS_PAGE => after = *last,
+            _ => break,
+        }
+    }
+    Ok(known)
+}
+
+impl Shared {
+    fn wake(&self, volume: &VolumeSessions, wake: Wake) {
+        if wake.reap && !volume.reap_wanted.swap(true, Ordering::AcqRel) {
+            self.reap.notify_one();
+        }
+        if wake.work && !volume.work_wanted.swap(true, Ordering::AcqRel) {
+            self.work.notify_one();
+        }
+    }
+
+    fn end(&self, leader: &str) {
+        self.reign.send_replace(None);
+        let volumes = std::mem::take(&mut *self.volumes.write());
+        for volume in volumes.into_values() {
+            volume.soft().move_all(leader);
+        }
+    }
+}
+
+impl ApplyObserver for Shared {
+    fn applied(&self, items: &[AppliedItem<'_>]) {
+        let now = Instant::now();
+        for run in items.chunk_by(|a, b| a.volume == b.volume) {
+            let Some(first) = run.first() else { continue };
+            let Some(volume) = self.volumes.read().get(&first.volume).cloned() else {
+                continue;
+            };
+            let mut wake = Wake::default();
+            let seen = {
+                let mut soft = volume.soft();
+                for item in run {
+                    wake = wake.and(soft.applied(item, now));
+                }
+                soft.seen().seq
+            };
+            volume.seen.send_replace(seen);
+            self.wake(&volume, wake);
+        }
+    }
+
+    fn reset(&self) {
+        // A leader never installs a snapshot; whoever does has no streams worth keeping.
+        self.end("");
+    }
+
+    fn volumes_changed(&self) {
+        self.volumes_changed.notify_one();
+    }
+}

@@ -1,0 +1,749 @@
+//! One volume's soft state on the leader: sessions and their streams, opens, locks, who was told what.
+//!
+//! It lies under one mutex per volume, so that "what was told" and "what changed" have one order. No I/O, no waiting: time
+//! is an argument, and what has to be sent goes into the streams' queues.
+
+use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use heliofs_proto::ids::Position;
+use heliofs_proto::v1::{self, FsError, LockKind};
+
+use super::deletions::DeletionLeases;
+use super::grace::Grace;
+use super::interest::{Effects, Interest, StreamId, Told, everything};
+use super::locks::{LockTable, Owner, Ticket, Verdict};
+use super::opens::Opens;
+use super::outbox::{Outbox, Outgoing};
+use super::reads;
+use crate::observer::AppliedItem;
+
+#[cfg(test)]
+mod tests;
+
+/// Commands whose effects are remembered for answers that were read before them and are told after.
+const RECENT_MAX: usize = 4096;
+
+/// Lock requests of one session that wait; above it, they are refused.
+const LOCK_WAITS_MAX: usize = 4096;
+
+/// What a client said about itself.
+#[derive(Clone, Debug, Default)]
+pub struct ClientFacts {
+    /// This machine's name.
+    pub host: String,
+    /// Where the volume is mounted.
+    pub mount_point: String,
+    /// The client's build.
+    pub build: String,
+    /// The client's process.
+    pub pid: u32,
+}
+
+struct Attached {
+    stream: StreamId,
+    outbox: Outbox,
+}
+
+struct Session {
+    facts: ClientFacts,
+    /// When a frame last came.
+    heard: Instant,
+    attached: Option<Attached>,
+    /// A SessionEnd is proposed.
+    ending: bool,
+    lock_waits: usize,
+}
+
+impl Session {
+    fn silent_since(heard: Instant) -> Self {
+        Self {
+            facts: ClientFacts::default(),
+            heard,
+            attached: None,
+            ending: false,
+            lock_waits: 0,
+        }
+    }
+}
+
+/// A lock request that waits for the end of the grace period.
+struct Deferred {
+    ticket: Ticket,
+    lock: v1::Lock,
+    test: bool,
+}
+
+/// What a change of the soft state makes worth doing.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[must_use]
+pub struct Wake {
+    /// An orphan may be free to go.
+    pub reap: bool,
+    /// Erase records or tree removals may be there.
+    pub work: bool,
+}
+
+impl Wake {
+    /// Either.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            reap: self.reap || other.reap,
+            work: self.work || other.work,
+        }
+    }
+}
+
+/// How much soft state there is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sizes {
+    /// Sessions.
+    pub sessions: usize,
+    /// Sessions with a stream.
+    pub streams: usize,
+    /// Inodes held open.
+    pub opens: usize,
+    /// Inodes that somebody was told about.
+    pub told: usize,
+}
+
+/// What a read's answer needs before it can be told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Telling {
+    /// It was queued.
+    Told,
+    /// The effects of its position are not known here yet: wait until [`Soft::seen`] reaches it.
+    TooEarly,
+}
+
+/// A volume's soft state.
+pub struct Soft {
+    sessions: HashMap<u64, Session>,
+    streams: HashMap<StreamId, (u64, Outbox)>,
+    opens: Opens,
+    locks: LockTable,
+    interest: Interest,
+    grace: Grace,
+    /// Orphans still rest: see [`Soft::look`].
+    resting: bool,
+    deferred: Vec<Deferred>,
+    recent: VecDeque<(u64, Effects)>,
+    seen: Position,
+    /// Counts events that may have left orphan records.
+    orphaned: u64,
+    /// The count at which there were none.
+    no_orphans_at: Option<u64>,
+    /// Which dead segments are leased to whom.
+    pub deletions: DeletionLeases,
+}
+
+impl Soft {
+    /// The state of a volume for a term that began at `grace.began()`; `known` are the sessions of the records.
+    pub fn new(known: &[u64], grace: Grace, inodes_told_max: NonZeroUsize) -> Self {
+        let silent = |id: &u64| (*id, Session::silent_since(grace.began()));
+        Self {
+            sessions: known.iter().map(silent).collect(),
+            streams: HashMap::new(),
+            opens: Opens::default(),
+            locks: LockTable::default(),
+            interest: Interest::new(inodes_told_max),
+            grace,
+            resting: true,
+            deferred: Vec::new(),
+            recent: VecDeque::new(),
+            seen: Position::START,
+            orphaned: 0,
+            no_orphans_at: None,
+            deletions: DeletionLeases::default(),
+        }
+    }
+
+    /// The effects of all positions up to this one are known here.
+    pub fn seen(&self) -> Position {
+        self.seen
+    }
+
+    /// The records were read at `position` after this state could see every command: nothing at or below it will come.
+    pub fn start_at(&mut self, position: Position) {
+        self.seen = self.seen.max(position);
+    }
+
+    /// A stream of `session` begins. A stream that it had before is told to go. `false`: the session ended or is about to.
+    pub fn attach(
+        &mut self,
+        session: u64,
+        stream: StreamId,
+        outbox: Outbox,
+        facts: ClientFacts,
+        now: Instant,
+    ) -> bool {
+        if self.sessions.get(&session).is_none_or(|known| known.ending) {
+            return false;
+        }
+        if let Some(before) = self
+            .sessions
+            .get(&session)
+            .and_then(|known| known.attached.as_ref())
+        {
+            before.outbox.send(Outgoing::Close);
+            let before = before.stream;
+            self.detach(session, before, now);
+        }
+        self.interest.begin(stream);
+        self.streams.insert(stream, (session, outbox.clone()));
+        self.sessions.insert(
+            session,
+            Session {
+                facts,
+                heard: now,
+                attached: Some(Attached { stream, outbox }),
+                ending: false,
+                lock_waits: 0,
+            },
+        );
+        true
+    }
+
+    /// A resumed session says what it has open and locked. Locks that conflict with others' are lost: somebody got them
+    /// after this session's time was over.
+    pub fn reassert(&mut self, session: u64, opens: &[u64], locks: &[v1::Lock]) -> Wake {
+        let freed = self.opens.reassert(session, opens);
+        // What it does not name it does not hold: an unlock may have been lost with the stream.
+        let granted = self.locks.end_session(session);
+        self.granted(granted);
+        for lock in locks {
+            if let Err(verdict) = self.locks.reassert(session, lock) {
+                tracing::warn!(
+                    session,
+                    ino = lock.ino,
+                    ?verdict,
+                    "a re-asserted lock is lost"
+                );
+            }
+        }
+        self.freed(!freed.is_empty())
+    }
+
+    /// The session is complete: it is no longer waited for.
+    pub fn settle(&mut self, session: u64, now: Instant) -> Wake {
+        self.grace.settle(session);
+        self.end_grace(now)
+    }
+
+    /// When the grace period is over, the locks that waited for it are decided.
+    pub fn end_grace(&mut self, now: Instant) -> Wake {
+        if !self.grace.is_over(now) {
+            return Wake::default();
+        }
+        for Deferred { ticket, lock, test } in std::mem::take(&mut self.deferred) {
+            let response = if test {
+                Some(self.test_lock(ticket, &lock))
+            } else {
+                self.decide_lock(ticket, &lock)
+            };
+            if let (Some(response), Some(known)) =
+                (response, self.sessions.get_mut(&ticket.session))
+            {
+                known.lock_waits = known.lock_waits.saturating_sub(1);
+                self.respond(ticket.session, response);
+            }
+        }
+        Wake {
+            reap: true,
+            work: false,
+        }
+    }
+
+    /// Looks at the clock: ends the grace period, and wakes the reaper once when orphans need not rest any more.
+    pub fn look(&mut self, now: Instant) -> Wake {
+        let rested = self.resting && self.grace.may_reap(now);
+        if rested {
+            self.resting = false;
+        }
+        let ended = if self.deferred.is_empty() {
+            Wake::default()
+        } else {
+            self.end_grace(now)
+        };
+        ended.and(Wake {
+            reap: rested,
+            work: false,
+        })
+    }
+
+    /// A stream ended. The session lives on until it is back or its time is over.
+    pub fn detach(&mut self, session: u64, stream: StreamId, now: Instant) {
+        self.interest.end(stream);
+        self.streams.remove(&stream);
+        let Some(known) = self.sessions.get_mut(&session) else {
+            return;
+        };
+        if known
+            .attached
+            .as_ref()
+            .is_some_and(|attached| attached.stream == stream)
+        {
+            known.attached = None;
+            known.heard = now;
+            known.lock_waits = 0;
+            // Nobody could be told of a grant; the client asks again on its next stream.
+            self.locks.forget_waits(session);
+            self.deferred
+                .retain(|deferred| deferred.ticket.session != session);
+        }
+    }
+
+    /// A frame came.
+    pub fn heard(&mut self, session: u64, now: Instant) {
+        if let Some(known) = self.sessions.get_mut(&session) {
+            known.heard = now;
+        }
+    }
+
+    /// This process stood still: whatever sessions said meanwhile was not read, so their silence begins anew.
+    pub fn excuse(&mut self, now: Instant) {
+        for known in self.sessions.values_mut() {
+            known.heard = now;
+        }
+    }
+
+    /// Sessions that were silent for longer than `timeout`, once each; none during the grace period.
+    pub fn expired(&mut self, now: Instant, timeout: Duration) -> Vec<u64> {
+        if !self.grace.is_over(now) {
+            return Vec::new();
+        }
+        let mut expired = Vec::new();
+        for (id, known) in &mut self.sessions {
+            if !known.ending && now.saturating_duration_since(known.heard) >= timeout {
+                known.ending = true;
+                expired.push(*id);
+            }
+        }
+        expired
+    }
+
+    /// The session is about to be ended by a command; `false`: unknown, or already.
+    pub fn begin_end(&mut self, session: u64) -> bool {
+        self.sessions
+            .get_mut(&session)
+            .is_some_and(|known| !std::mem::replace(&mut known.ending, true))
+    }
+
+    /// The SessionEnd could not be proposed: the session may be tried again.
+    pub fn cancel_end(&mut self, session: u64) {
+        if let Some(known) = self.sessions.get_mut(&session) {
+            known.ending = false;
+        }
+    }
+
+    /// All of a session is dropped, and what it held up is granted. Its stream is told.
+    pub fn end_session(&mut self, session: u64, now: Instant) -> Wake {
+        if let Some(known) = self.sessions.remove(&session)
+            && let Some(attached) = known.attached
+        {
+            self.interest.end(attached.stream);
+            self.streams.remove(&attached.stream);
+            attached.outbox.send(Outgoing::SessionEnded);
+        }
+        self.deferred
+            .retain(|deferred| deferred.ticket.session != session);
+        let granted = self.locks.end_session(session);
+        self.granted(granted);
+        self.deletions.end_session(session);
+        let freed = self.opens.end_session(session);
+        let wake = self.freed(!freed.is_empty());
+        wake.and(self.settle(session, now))
+    }
+
+    /// All streams are told to go; `leader` is whom they may ask.
+    pub fn move_all(&mut self, leader: &str) {
+        for (_, outbox) in self.streams.values() {
+            outbox.send(Outgoing::Moved(leader.to_owned()));
+        }
+    }
+
+    /// The volume is gone, and with it all sessions.
+    pub fn end_all(&mut self) {
+        for (_, outbox) in self.streams.values() {
+            outbox.send(Outgoing::SessionEnded);
+        }
+    }
+
+    // ---- opens
+
+    /// Registers an open before its attributes are read. `Ok` says whether somebody held the inode before, and whether this
+    /// session did not.
+    pub fn open(&mut self, session: u64, ino: u64) -> Result<super::opens::Registered, FsError> {
+        self.opens.open(session, ino)
+    }
+
+    /// Takes an open back.
+    pub fn release(&mut self, session: u64, ino: u64) -> Wake {
+        let freed = self.opens.release(session, ino);
+        self.freed(freed)
+    }
+
+    /// Most files that are closed still have a name: only with orphans about is it worth looking.
+    fn freed(&self, any: bool) -> Wake {
+        Wake {
+            reap: any && self.no_orphans_at != Some(self.orphaned),
+            work: false,
+        }
+    }
+
+    /// To be taken before the orphan records are read; see [`Soft::no_orphans`].
+    pub fn orphan_count(&self) -> u64 {
+        self.orphaned
+    }
+
+    /// There were no orphan records when [`Soft::orphan_count`] was `count`.
+    pub fn no_orphans(&mut self, count: u64) {
+        self.no_orphans_at = Some(count);
+    }
+
+    /// May the orphan be reaped? From a yes on nobody can open it.
+    pub fn begin_reap(&mut self, ino: u64, now: Instant) -> bool {
+        self.grace.may_reap(now) && self.opens.begin_reap(ino)
+    }
+
+    /// The reap ended, or failed.
+    pub fn end_reap(&mut self, ino: u64) {
+        self.opens.end_reap(ino);
+    }
+
+    /// Nothing may be reaped yet; [`Soft::look`] tells when.
+    pub fn rests(&self, now: Instant) -> bool {
+        !self.grace.may_reap(now)
+    }
+
+    // ---- locks
+
+    /// Places, queues, defers or refuses a lock. `None`: the answer comes later.
+    pub fn lock(&mut self, ticket: Ticket, lock: &v1::Lock, now: Instant) -> Option<v1::Response> {
+        if lock.kind == LockKind::Unlock as i32 || self.grace.is_over(now) {
+            return self.decide_lock(ticket, lock);
+        }
+        self.defer(ticket, lock, false)
+    }
+
+    /// Which lock is in the way. `None`: the answer comes later.
+    pub fn test(&mut self, ticket: Ticket, lock: &v1::Lock, now: Instant) -> Option<v1::Response> {
+        if self.grace.is_over(now) {
+            return Some(self.test_lock(ticket, lock));
+        }
+        self.defer(ticket, lock, true)
+    }
+
+    /// Drops an owner's locks on an inode.
+    pub fn release_locks(&mut self, session: u64, release: &v1::ReleaseLocks) {
+        let holder = Owner {
+            session,
+            owner: release.owner,
+        };
+        let granted = self.locks.release_owner(release.ino, holder, release.flock);
+        self.granted(granted);
+    }
+
+    /// Gives up a waiting lock request; it is answered with `INTERRUPTED`. Nothing happens when it does not wait.
+    pub fn cancel(&mut self, ticket: Ticket) {
+        let before = self.deferred.len();
+        self.deferred.retain(|deferred| deferred.ticket != ticket);
+        if self.deferred.len() < before || self.locks.cancel(ticket) {
+            self.waits(ticket.session, -1);
+            self.respond(
+                ticket.session,
+                v1::Response {
+                    id: ticket.request,
+                    ..reads::refusal(FsError::Interrupted)
+                },
+            );
+        }
+    }
+
+    fn defer(&mut self, ticket: Ticket, lock: &v1::Lock, test: bool) -> Option<v1::Response> {
+        if self.too_many_waits(ticket.session) {
+            return Some(lock_refusal(ticket, FsError::NoSpace));
+        }
+        self.waits(ticket.session, 1);
+        self.deferred.push(Deferred {
+            ticket,
+            lock: *lock,
+            test,
+        });
+        None
+    }
+
+    fn decide_lock(&mut self, ticket: Ticket, lock: &v1::Lock) -> Option<v1::Response> {
+        if lock.wait && self.too_many_waits(ticket.session) {
+            return Some(lock_refusal(ticket, FsError::NoSpace));
+        }
+        let (verdict, granted) = self.locks.request(ticket, lock);
+        self.granted(granted);
+        match verdict {
+            Verdict::Granted => Some(lock_granted(ticket)),
+            Verdict::Waits => {
+                self.waits(ticket.session, 1);
+                None
+            }
+            Verdict::Conflict(_) => Some(lock_refusal(ticket, FsError::WouldBlock)),
+            Verdict::Deadlock => Some(lock_refusal(ticket, FsError::Deadlock)),
+            Verdict::Invalid => Some(lock_refusal(ticket, FsError::Invalid)),
+            // Linux would say ENOLCK, which the wire does not have.
+            Verdict::TooMany => Some(lock_refusal(ticket, FsError::NoSpace)),
+        }
+    }
+
+    fn test_lock(&self, ticket: Ticket, lock: &v1::Lock) -> v1::Response {
+        let conflict = self.locks.test(ticket.session, lock);
+        v1::Response {
+            body: Some(v1::response::Body::Lock(v1::LockReply { conflict })),
+            ..lock_granted(ticket)
+        }
+    }
+
+    fn too_many_waits(&self, session: u64) -> bool {
+        self.sessions
+            .get(&session)
+            .is_some_and(|known| known.lock_waits >= LOCK_WAITS_MAX)
+    }
+
+    fn waits(&mut self, session: u64, change: isize) {
+        if let Some(known) = self.sessions.get_mut(&session) {
+            known.lock_waits = known.lock_waits.saturating_add_signed(change);
+        }
+    }
+
+    fn granted(&mut self, tickets: Vec<Ticket>) {
+        for ticket in tickets {
+            self.waits(ticket.session, -1);
+            self.respond(ticket.session, lock_granted(ticket));
+        }
+    }
+
+    fn respond(&self, session: u64, response: v1::Response) {
+        let attached = self
+            .sessions
+            .get(&session)
+            .and_then(|known| known.attached.as_ref());
+        if let Some(attached) = attached {
+            attached.outbox.send(Outgoing::Response(response));
+        }
+    }
+
+    // ---- what was told, and what changed
+
+    /// A command was applied; called in the order of positions, before anybody is sent its reply.
+    pub fn applied(&mut self, applied: &AppliedItem<'_>, now: Instant) -> Wake {
+        use v1::command::Op;
+        let command: &v1::Command = &applied.command;
+        let position = applied.position;
+        self.seen = self.seen.max(position);
+        let effects = Effects::of(&applied.touched);
+        let attached = |session: u64| {
+            self.sessions
+                .get(&session)
+                .and_then(|known| known.attached.as_ref())
+        };
+        let by = attached(command.session).map(|attached| attached.stream);
+        let streams = &self.streams;
+        let wire_position = Some(v1::Position::from(position));
+        let mut send = |stream: StreamId, message: v1::Invalidation| {
+            if let Some((_, outbox)) = streams.get(&stream) {
+                let message = v1::Invalidation {
+                    position: wire_position,
+                    ..message
+                };
+                outbox.send(Outgoing::Invalidation(message));
+            }
+        };
+        let crowded = |stream| {
+            streams
+                .get(&stream)
+                .is_some_and(|(_, outbox)| outbox.is_crowded())
+        };
+        self.interest.change(by, &effects, crowded, &mut send);
+        if self.recent.len() >= RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((position.seq, effects));
+
+        let reply = &applied.reply;
+        let refused = reply.error() != FsError::None;
+        // The answer to a repeated command is of the position where it first took effect.
+        let repeated = !refused
+            && reply
+                .position
+                .is_some_and(|first| first.seq != position.seq);
+        if let Some(stream) = by {
+            for told in reads::told_by_mutation(command, reply) {
+                self.interest.tell(stream, told, &mut send);
+                if repeated {
+                    send(stream, everything(told.ino, told.what));
+                }
+            }
+        }
+        if command.session != 0 {
+            let freed = self
+                .opens
+                .acknowledge(command.session, command.acknowledged_below);
+            let wake = self.freed(!freed.is_empty());
+            if refused {
+                return wake;
+            }
+            if let Some(ino) = opened_by(command, reply)
+                && self.sessions.contains_key(&command.session)
+            {
+                self.opens.pin(command.session, command.sequence, ino);
+            }
+            self.orphaned += u64::from(reply.orphaned);
+            let reap = reply.orphaned || wake.reap;
+            let work = matches!(
+                command.op,
+                Some(
+                    Op::Commit(_)
+                        | Op::SetAttr(_)
+                        | Op::Fallocate(_)
+                        | Op::CopyRange(_)
+                        | Op::RemoveTree(_)
+                )
+            );
+            return Wake { reap, work };
+        }
+        match &command.op {
+            // Known from its begin on, so that it expires also if its client never heard of it.
+            Some(Op::SessionBegin(_)) if !refused => {
+                self.sessions
+                    .entry(reply.value)
+                    .or_insert_with(|| Session::silent_since(now));
+                Wake::default()
+            }
+            Some(Op::SessionEnd(end)) if !refused => self.end_session(end.session, now),
+            // Whatever it unlinked.
+            Some(Op::RemoveTreeStep(_)) => {
+                self.orphaned += 1;
+                Wake {
+                    reap: true,
+                    work: false,
+                }
+            }
+            _ => Wake::default(),
+        }
+    }
+
+    /// The reply of a create is about to be sent on its stream: the file counts as open from here on.
+    pub fn created(&mut self, session: u64, ino: u64) {
+        if let Err(error) = self.opens.open(session, ino) {
+            // Only the answer to a repeated create can come this late: the file was removed meanwhile.
+            tracing::debug!(session, ino, ?error, "a created file can't be held open");
+        }
+    }
+
+    /// Queues the answer of a read at `position`, with what changed since for what it tells.
+    pub fn tell(
+        &mut self,
+        stream: StreamId,
+        position: Position,
+        told: &[Told],
+        response: &mut Option<v1::Response>,
+    ) -> Telling {
+        if self.seen < position {
+            return Telling::TooEarly;
+        }
+        let (Some((_, own)), streams) = (self.streams.get(&stream), &self.streams) else {
+            // The stream is gone: there is nobody to tell.
+            *response = None;
+            return Telling::Told;
+        };
+        let seen = Some(v1::Position::from(self.seen));
+        let send = |stream: StreamId, message: v1::Invalidation| {
+            if let Some((_, outbox)) = streams.get(&stream) {
+                let message = v1::Invalidation {
+                    position: seen,
+                    ..message
+                };
+                outbox.send(Outgoing::Invalidation(message));
+            }
+        };
+        let forgotten = self
+            .recent
+            .front()
+            .is_none_or(|(seq, _)| *seq > position.seq + 1);
+        for told in told {
+            self.interest.tell(stream, *told, send);
+            if forgotten && self.seen > position {
+                // What changed since is not known any more: everything may have.
+                send(stream, everything(told.ino, told.what));
+            }
+        }
+        if !told.is_empty() {
+            for (seq, effects) in self.recent.iter().rev() {
+                if *seq <= position.seq {
+                    break;
+                }
+                self.interest
+                    .change_for(stream, effects, |message| send(stream, message));
+            }
+        }
+        if let Some(response) = response.take() {
+            own.send(Outgoing::Response(response));
+        }
+        Telling::Told
+    }
+
+    // ---- status
+
+    /// What `heliofs status` shows.
+    pub fn status(&self, volume: u32, now: Instant) -> Vec<v1::SessionStatus> {
+        let status = |(id, known): (&u64, &Session)| v1::SessionStatus {
+            session: *id,
+            volume,
+            host: known.facts.host.clone(),
+            mount_point: known.facts.mount_point.clone(),
+            build: known.facts.build.clone(),
+            pid: known.facts.pid,
+            opens: self.opens.count(*id) as u64,
+            locks: self.locks.held(*id) as u64,
+            silent_ms: now.saturating_duration_since(known.heard).as_millis() as u64,
+            connected: known.attached.is_some(),
+        };
+        let mut all: Vec<_> = self.sessions.iter().map(status).collect();
+        all.sort_unstable_by_key(|status| status.session);
+        all
+    }
+
+    /// How much there is.
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            sessions: self.sessions.len(),
+            streams: self.streams.len(),
+            opens: self.opens.held(),
+            told: self.interest.len(),
+        }
+    }
+}
+
+/// The inode that a successful create opens for its session.
+pub fn opened_by(command: &v1::Command, reply: &v1::Reply) -> Option<u64> {
+    match &command.op {
+        Some(v1::command::Op::Create(create)) if create.kind() == v1::FileKind::File => {
+            reply.attr.as_ref().map(|attr| attr.ino)
+        }
+        _ => None,
+    }
+}
+
+fn lock_granted(ticket: Ticket) -> v1::Response {
+    v1::Response {
+        id: ticket.request,
+        body: Some(v1::response::Body::Lock(v1::LockReply { conflict: None })),
+        ..Default::default()
+    }
+}
+
+fn lock_refusal(ticket: Ticket, error: FsError) -> v1::Response {
+    v1::Response {
+        id: ticket.request,
+        ..reads::refusal(error)
+    }
+}

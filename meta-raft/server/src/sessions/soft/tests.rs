@@ -1,0 +1,254 @@
+//! The order of what is told and what changes, and what waits for the end of the grace period.
+
+use std::borrow::Cow;
+
+use heliofs_proto::ids::{Epoch, Ino, SessionId, UnixNanos, VolumeId};
+use heliofs_proto::v1::command::Op;
+use meta_core::Touched;
+use tokio_stream::StreamExt;
+
+use super::super::interest::What;
+use super::super::outbox::{Frames, outbox};
+use super::*;
+
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+fn soft(known: &[u64], began: Instant) -> Soft {
+    let grace = Grace::new(known.iter().copied(), began, TIMEOUT);
+    Soft::new(known, grace, NonZeroUsize::new(100).unwrap())
+}
+
+fn attach(soft: &mut Soft, session: u64, now: Instant) -> Frames {
+    let (outbox, frames) = outbox();
+    assert!(soft.attach(session, session + 100, outbox, ClientFacts::default(), now));
+    frames
+}
+
+fn position(seq: u64) -> Position {
+    Position {
+        epoch: Epoch(0),
+        seq,
+    }
+}
+
+fn applied(
+    seq: u64,
+    session: u64,
+    op: Op,
+    reply: v1::Reply,
+    touched: Vec<Touched>,
+) -> AppliedItem<'static> {
+    let command = v1::Command {
+        session,
+        sequence: seq,
+        op: Some(op),
+        ..Default::default()
+    };
+    AppliedItem {
+        volume: VolumeId(1),
+        session: SessionId(session),
+        position: position(seq),
+        time: UnixNanos(0),
+        command: Cow::Owned(command),
+        reply,
+        touched,
+    }
+}
+
+fn chmod(seq: u64, session: u64, ino: u64) -> AppliedItem<'static> {
+    let attr = v1::Attr {
+        ino,
+        ..Default::default()
+    };
+    let reply = v1::Reply {
+        position: Some(position(seq).into()),
+        attr: Some(attr),
+        ..Default::default()
+    };
+    let touched = Touched::Inode {
+        ino: Ino(ino),
+        attr: true,
+        content: false,
+        xattr: false,
+    };
+    let op = Op::SetAttr(v1::SetAttr {
+        ino,
+        ..Default::default()
+    });
+    applied(seq, session, op, reply, vec![touched])
+}
+
+fn write_lock(wait: bool) -> v1::Lock {
+    v1::Lock {
+        ino: 9,
+        kind: LockKind::Write as i32,
+        end: 10,
+        wait,
+        ..Default::default()
+    }
+}
+
+/// What is in the queue, as (ino, seq) of invalidations and ids of responses.
+async fn drain(frames: &mut Frames) -> Vec<Result<(u64, u64), u64>> {
+    let mut all = Vec::new();
+    while let Ok(Some(Ok(frame))) =
+        tokio::time::timeout(Duration::from_millis(20), frames.next()).await
+    {
+        let invalidation =
+            |told: v1::Invalidation| Ok((told.ino, told.position.map_or(0, |at| at.seq)));
+        all.extend(frame.invalidations.into_iter().map(invalidation));
+        all.extend(frame.responses.into_iter().map(|response| Err(response.id)));
+    }
+    all
+}
+
+#[tokio::test]
+async fn an_answer_waits_for_the_effects_of_what_it_shows() {
+    let now = Instant::now();
+    let mut soft = soft(&[1, 2], now);
+    let mut reader = attach(&mut soft, 1, now);
+    let _writer = attach(&mut soft, 2, now);
+    soft.start_at(position(5));
+    let told = [Told {
+        ino: 7,
+        what: What::ATTR,
+    }];
+    let answer = |id| {
+        Some(v1::Response {
+            id,
+            ..Default::default()
+        })
+    };
+    assert_eq!(
+        soft.tell(101, position(5), &told, &mut answer(1)),
+        Telling::Told
+    );
+    // The view shows 6 already, its effects are not known yet.
+    let mut early = answer(2);
+    assert_eq!(
+        soft.tell(101, position(6), &told, &mut early),
+        Telling::TooEarly
+    );
+    let _ = soft.applied(&chmod(6, 2, 7), now);
+    assert_eq!(
+        soft.tell(101, position(6), &told, &mut early),
+        Telling::Told
+    );
+    assert_eq!(drain(&mut reader).await, [Err(1), Ok((7, 6)), Err(2)]);
+    // Read at 6, told after 7: the change in between is told with it.
+    let _ = soft.applied(&chmod(7, 2, 8), now);
+    let _ = soft.applied(&chmod(8, 2, 7), now);
+    assert_eq!(drain(&mut reader).await, [Ok((7, 8))]);
+    let late = [Told {
+        ino: 8,
+        what: What::ATTR,
+    }];
+    assert_eq!(
+        soft.tell(101, position(6), &late, &mut answer(3)),
+        Telling::Told
+    );
+    assert_eq!(drain(&mut reader).await, [Ok((8, 8)), Err(3)]);
+}
+
+#[tokio::test]
+async fn a_repeated_reply_is_not_to_be_cached() {
+    let now = Instant::now();
+    let mut soft = soft(&[1], now);
+    let mut frames = attach(&mut soft, 1, now);
+    let mut repeated = chmod(3, 1, 7);
+    repeated.position = position(9);
+    repeated.touched.clear();
+    let _ = soft.applied(&repeated, now);
+    assert_eq!(drain(&mut frames).await, [Ok((7, 9)), Ok((7, 9))]);
+}
+
+#[tokio::test]
+async fn new_locks_wait_for_sessions_that_may_hold_them() {
+    let now = Instant::now();
+    let mut soft = soft(&[1, 2], now);
+    let mut first = attach(&mut soft, 1, now);
+    let _ = soft.reassert(1, &[], &[]).and(soft.settle(1, now));
+    let ticket = |request| Ticket {
+        session: 1,
+        request,
+    };
+    assert!(soft.lock(ticket(1), &write_lock(false), now).is_none());
+    assert!(soft.test(ticket(2), &write_lock(false), now).is_none());
+    assert!(soft.lock(ticket(3), &write_lock(true), now).is_none());
+    soft.cancel(ticket(3));
+    assert_eq!(drain(&mut first).await, [Err(3)]);
+    assert!(soft.expired(now + TIMEOUT / 2, Duration::ZERO).is_empty());
+    assert!(!soft.begin_reap(77, now + TIMEOUT / 2));
+    // The other comes back with the lock, so it is in the way.
+    let _second = attach(&mut soft, 2, now);
+    let _ = soft
+        .reassert(2, &[77], &[write_lock(false)])
+        .and(soft.settle(2, now));
+    let mut all = Vec::new();
+    while let Ok(Some(Ok(frame))) =
+        tokio::time::timeout(Duration::from_millis(20), first.next()).await
+    {
+        all.extend(frame.responses);
+    }
+    assert_eq!(all[0].error(), FsError::WouldBlock);
+    let Some(v1::response::Body::Lock(reply)) = &all[1].body else {
+        panic!("{all:?}")
+    };
+    assert!(reply.conflict.is_some());
+    assert!(!soft.begin_reap(77, now + TIMEOUT), "it is open");
+    assert!(soft.begin_reap(78, now + TIMEOUT));
+}
+
+#[tokio::test]
+async fn grace_ends_with_time_when_a_session_does_not_come_back() {
+    let now = Instant::now();
+    let mut soft = soft(&[1, 2], now);
+    let mut first = attach(&mut soft, 1, now);
+    let _ = soft.settle(1, now);
+    let ticket = Ticket {
+        session: 1,
+        request: 1,
+    };
+    assert!(soft.lock(ticket, &write_lock(false), now).is_none());
+    let _ = soft.look(now + TIMEOUT / 2);
+    assert!(drain(&mut first).await.is_empty());
+    soft.heard(1, now + TIMEOUT / 2);
+    let wake = soft.look(now + TIMEOUT);
+    assert!(wake.reap);
+    assert_eq!(drain(&mut first).await, [Err(1)]);
+    assert_eq!(soft.expired(now + TIMEOUT, TIMEOUT), [2]);
+    assert!(soft.expired(now + TIMEOUT, TIMEOUT).is_empty(), "once");
+    let (outbox, _frames) = outbox();
+    assert!(
+        !soft.attach(2, 5, outbox, ClientFacts::default(), now),
+        "it is about to end"
+    );
+    // A process that stood still heard nobody.
+    soft.excuse(now + 3 * TIMEOUT);
+    assert!(soft.expired(now + 3 * TIMEOUT, TIMEOUT).is_empty());
+}
+
+#[tokio::test]
+async fn closes_wake_the_reaper_only_while_there_are_orphans() {
+    let now = Instant::now();
+    let mut soft = soft(&[1], now);
+    let _frames = attach(&mut soft, 1, now);
+    soft.open(1, 7).unwrap();
+    assert!(soft.release(1, 7).reap, "nobody has looked yet");
+    let count = soft.orphan_count();
+    soft.no_orphans(count);
+    soft.open(1, 7).unwrap();
+    assert!(!soft.release(1, 7).reap);
+    soft.open(1, 7).unwrap();
+    let unlinked = v1::Reply {
+        position: Some(position(1).into()),
+        orphaned: true,
+        ..Default::default()
+    };
+    let op = Op::Unlink(v1::Unlink::default());
+    assert!(
+        soft.applied(&applied(1, 1, op, unlinked, Vec::new()), now)
+            .reap
+    );
+    assert!(soft.release(1, 7).reap);
+}

@@ -1,0 +1,508 @@
+//! One session's stream: takes requests from frames, answers them out of order.
+//!
+//! One task per stream and none per request: mutations go straight to the proposer, reads of a frame share one linearizable
+//! round and are answered from one view. What is under way is bounded; beyond it no further frame is read.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use heliofs_proto::ids::VolumeId;
+use heliofs_proto::v1::{self, FsError, command::Op, log_item::Item, request::Body};
+use meta_core::Corruption;
+use tonic::Streaming;
+
+use super::Context;
+use super::hub::VolumeSessions;
+use super::interest::StreamId;
+use super::locks::Ticket;
+use super::opens::Registered;
+use super::outbox::{Outbox, Outgoing};
+use super::reads::{self, Answer, refusal};
+use super::soft::Wake;
+use super::{deletions, summary};
+use crate::proposer::{ProposeError, Proposed};
+use crate::read_gate::ReadError;
+
+/// Requests under way on one stream, by weight (see [`weight`]): four times what a client may have unanswered mutations.
+const IN_FLIGHT_MAX: usize = 4 * heliofs_proto::limits::IN_FLIGHT_MAX;
+
+/// Reads answered from one view before others get the thread.
+const READS_PER_TURN: usize = 64;
+
+/// The stream of an attached session.
+pub(super) struct SessionStream {
+    pub ctx: Context,
+    pub volume: Arc<VolumeSessions>,
+    pub session: u64,
+    pub stream: StreamId,
+    pub outbox: Outbox,
+    pub read_only: bool,
+}
+
+/// What ended, of what was under way.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most are mutations, and a box each would cost more than the room"
+)]
+enum Done {
+    /// Answered, or about to be without us; this much weight is free again.
+    Answered(usize),
+    /// A mutation.
+    Mutation {
+        id: u64,
+        creates_file: bool,
+        outcome: Result<Proposed, ProposeError>,
+    },
+    /// The stream can't go on here.
+    Leave(Leave),
+}
+
+/// Why the stream can't go on here.
+enum Leave {
+    /// Another node leads, perhaps the one of this address.
+    Moved(String),
+    /// The records can't be read.
+    Corrupt(Corruption),
+}
+
+/// Requests of one frame that wait for a linearizable round.
+#[derive(Default)]
+struct Round {
+    reads: Vec<Read>,
+    /// Decided, but to be told only after it is sure that nobody else leads.
+    confirmed: Vec<v1::Response>,
+    ping: u64,
+    weight: usize,
+}
+
+struct Read {
+    id: u64,
+    body: Body,
+    opened: Option<Registered>,
+}
+
+type Work = FuturesUnordered<BoxFuture<'static, Done>>;
+
+impl SessionStream {
+    /// Runs until either side ends the stream. Afterwards the session goes on without a stream, or has ended.
+    pub(super) async fn run(self, mut inbound: Streaming<v1::ClientFrame>) {
+        let mut work = Work::new();
+        let mut backlog = VecDeque::new();
+        let mut in_flight = 0;
+        let mut bye = false;
+        loop {
+            self.admit(&mut backlog, &mut work, &mut in_flight);
+            if bye && work.is_empty() && backlog.is_empty() {
+                self.leave_for_good().await;
+                return;
+            }
+            let may_read = !bye && backlog.is_empty() && in_flight < IN_FLIGHT_MAX;
+            let has_room = self.outbox.has_room();
+            tokio::select! {
+                Some(done) = work.next(), if !work.is_empty() => {
+                    if let Err(leave) = self.finish(done, &mut in_flight) {
+                        self.leave(leave);
+                        break;
+                    }
+                }
+                frame = inbound.message(), if may_read && has_room => match frame {
+                    Ok(Some(frame)) => {
+                        bye = frame.bye;
+                        self.take(frame, &mut backlog, &mut work);
+                    }
+                    Ok(None) => break,
+                    Err(status) => {
+                        tracing::debug!(session = self.session, %status, "a session's stream broke");
+                        break;
+                    }
+                },
+                () = self.outbox.room(), if !has_room => {}
+                () = self.outbox.closed() => break,
+            }
+        }
+        self.volume
+            .soft()
+            .detach(self.session, self.stream, Instant::now());
+        if !work.is_empty() {
+            // Proposals must not be dropped half-way: they carry other sessions' commands, too.
+            tokio::spawn(async move { while work.next().await.is_some() {} });
+        }
+    }
+
+    /// A frame's parts: what needs no answer at once, requests to the backlog.
+    fn take(&self, frame: v1::ClientFrame, backlog: &mut VecDeque<v1::Request>, work: &mut Work) {
+        {
+            let mut soft = self.volume.soft();
+            soft.heard(self.session, Instant::now());
+            for request in &frame.cancels {
+                soft.cancel(Ticket {
+                    session: self.session,
+                    request: *request,
+                });
+            }
+        }
+        backlog.extend(frame.requests);
+        if frame.ping != 0 {
+            let round = Round {
+                ping: frame.ping,
+                ..Round::default()
+            };
+            work.push(Box::pin(self.round(round)));
+        }
+    }
+
+    /// Begins requests of the backlog, as many as may be under way.
+    fn admit(&self, backlog: &mut VecDeque<v1::Request>, work: &mut Work, in_flight: &mut usize) {
+        let mut round = Round::default();
+        while *in_flight < IN_FLIGHT_MAX
+            && let Some(request) = backlog.pop_front()
+        {
+            let Some(body) = request.body else {
+                // From a newer client; the version check of Hello lets only compatible ones in.
+                self.respond(request.id, refusal(FsError::NotSupported));
+                continue;
+            };
+            let weight = weight(&body);
+            let id = request.id;
+            match body {
+                Body::Command(command) => {
+                    if let Some(future) = self.mutation(id, command) {
+                        *in_flight += 1;
+                        work.push(Box::pin(future));
+                    }
+                }
+                Body::Release(release) => {
+                    let wake = self.volume.soft().release(self.session, release.ino);
+                    self.wake(wake);
+                }
+                Body::ReleaseLocks(release) => {
+                    self.volume.soft().release_locks(self.session, &release);
+                    self.respond(id, v1::Response::default());
+                }
+                Body::Lock(lock) => {
+                    let ticket = Ticket {
+                        session: self.session,
+                        request: id,
+                    };
+                    let decided = self.volume.soft().lock(ticket, &lock, Instant::now());
+                    round.confirmed.extend(decided);
+                }
+                Body::TestLock(test) => {
+                    let ticket = Ticket {
+                        session: self.session,
+                        request: id,
+                    };
+                    let lock = test.lock.unwrap_or_default();
+                    let decided = self.volume.soft().test(ticket, &lock, Instant::now());
+                    round.confirmed.extend(decided);
+                }
+                Body::Open(open) => {
+                    let registered = self.volume.soft().open(self.session, open.ino);
+                    match registered {
+                        Ok(registered) => {
+                            round.weight += weight;
+                            *in_flight += weight;
+                            let opened = Some(registered);
+                            round.reads.push(Read {
+                                id,
+                                body: Body::Open(open),
+                                opened,
+                            });
+                        }
+                        Err(error) => self.respond(id, refusal(error)),
+                    }
+                }
+                Body::TakeDeletions(ask) => {
+                    *in_flight += weight;
+                    work.push(Box::pin(self.take_deletions(id, ask)));
+                }
+                Body::Summary(ask) => {
+                    *in_flight += weight;
+                    work.push(Box::pin(self.summary(id, ask.ino)));
+                }
+                body @ (Body::Lookup(_)
+                | Body::GetAttr(_)
+                | Body::ReadDir(_)
+                | Body::ReadLink(_)
+                | Body::GetXattr(_)
+                | Body::ListXattr(_)
+                | Body::GetExtents(_)
+                | Body::StatFs(_)
+                | Body::Walk(_)) => {
+                    round.weight += weight;
+                    *in_flight += weight;
+                    round.reads.push(Read {
+                        id,
+                        body,
+                        opened: None,
+                    });
+                }
+            }
+        }
+        if !round.reads.is_empty() || !round.confirmed.is_empty() {
+            work.push(Box::pin(self.round(round)));
+        }
+    }
+
+    fn respond(&self, id: u64, response: v1::Response) {
+        self.outbox
+            .send(Outgoing::Response(v1::Response { id, ..response }));
+    }
+
+    fn wake(&self, wake: Wake) {
+        self.ctx.hub.wake(&self.volume, wake);
+    }
+
+    /// Proposes a mutation, unless it is refused at once.
+    fn mutation(
+        &self,
+        id: u64,
+        mut command: v1::Command,
+    ) -> Option<impl Future<Output = Done> + Send + use<>> {
+        if let Some(error) = reads::refuse_command(&command, self.read_only) {
+            let position = self.volume.soft().seen();
+            let reply = v1::Reply {
+                position: Some(position.into()),
+                error: error as i32,
+                ..Default::default()
+            };
+            let body = Some(v1::response::Body::Reply(reply));
+            self.respond(
+                id,
+                v1::Response {
+                    body,
+                    ..Default::default()
+                },
+            );
+            return None;
+        }
+        command.volume = self.volume.id.0;
+        command.session = self.session;
+        let creates_file =
+            matches!(&command.op, Some(Op::Create(op)) if op.kind() == v1::FileKind::File);
+        let proposer = self.ctx.proposer.clone();
+        Some(async move {
+            let outcome = proposer.propose(Item::Command(command)).await;
+            Done::Mutation {
+                id,
+                creates_file,
+                outcome,
+            }
+        })
+    }
+
+    fn finish(&self, done: Done, in_flight: &mut usize) -> Result<(), Leave> {
+        match done {
+            Done::Answered(weight) => *in_flight -= weight,
+            Done::Leave(leave) => return Err(leave),
+            Done::Mutation {
+                id,
+                creates_file,
+                outcome,
+            } => {
+                *in_flight -= 1;
+                let reply = match outcome {
+                    Ok(Proposed::Reply(reply)) => reply,
+                    Ok(Proposed::Local(other)) => {
+                        tracing::error!(?other, "a command was answered like a local one");
+                        return Err(Leave::Moved(String::new()));
+                    }
+                    // No reply: the client sends it again elsewhere, under the same sequence.
+                    Err(ProposeError::NotLeader { leader }) => {
+                        return Err(Leave::Moved(
+                            leader.map_or_else(String::new, |at| at.address),
+                        ));
+                    }
+                    Err(ProposeError::Unknown | ProposeError::Fatal(_)) => {
+                        return Err(Leave::Moved(String::new()));
+                    }
+                };
+                let gone = reply.error() == FsError::SessionGone;
+                if creates_file
+                    && reply.error() == FsError::None
+                    && let Some(attr) = &reply.attr
+                {
+                    self.volume.soft().created(self.session, attr.ino);
+                }
+                let body = Some(v1::response::Body::Reply(reply));
+                self.respond(
+                    id,
+                    v1::Response {
+                        body,
+                        ..Default::default()
+                    },
+                );
+                if gone {
+                    self.outbox.send(Outgoing::SessionEnded);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers what waits for one linearizable round.
+    fn round(&self, round: Round) -> impl Future<Output = Done> + Send + use<> {
+        let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
+        let (session, stream, outbox) = (self.session, self.stream, self.outbox.clone());
+        async move {
+            if let Err(error) = ctx.gate.linearizable().await {
+                return Done::Leave(leave_for(error));
+            }
+            for response in round.confirmed {
+                outbox.send(Outgoing::Response(response));
+            }
+            if round.ping != 0 {
+                outbox.send(Outgoing::Pong(round.ping));
+            }
+            let mut reads = round.reads.into_iter().peekable();
+            while reads.peek().is_some() {
+                let turn: Vec<Read> = reads.by_ref().take(READS_PER_TURN).collect();
+                let answered = ctx
+                    .state
+                    .snapshot_view(|view| answer_all(view, volume.id, &turn));
+                let (position, answers) = match answered {
+                    Ok(answered) => answered,
+                    Err(corruption) => return Done::Leave(Leave::Corrupt(corruption)),
+                };
+                for (read, (_, answer)) in turn.iter().zip(&answers) {
+                    if let (Some(Registered { first: true, .. }), Body::Open(open)) =
+                        (read.opened, &read.body)
+                        && answer.response.error() != FsError::None
+                    {
+                        let wake = volume.soft().release(session, open.ino);
+                        ctx.hub.wake(&volume, wake);
+                    }
+                }
+                volume.tell(stream, position, answers).await;
+                if reads.peek().is_some() {
+                    tokio::task::yield_now().await;
+                }
+            }
+            Done::Answered(round.weight)
+        }
+    }
+
+    fn take_deletions(
+        &self,
+        id: u64,
+        ask: v1::TakeDeletions,
+    ) -> impl Future<Output = Done> + Send + use<> {
+        let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
+        let (session, outbox, read_only) = (self.session, self.outbox.clone(), self.read_only);
+        let weight = weight(&Body::TakeDeletions(v1::TakeDeletions::default()));
+        async move {
+            let response = if read_only {
+                refusal(FsError::ReadOnly)
+            } else {
+                match deletions::serve(&ctx, &volume, session, ask).await {
+                    Ok(response) => response,
+                    Err(deletions::Failed::Moved(leader)) => {
+                        return Done::Leave(Leave::Moved(leader));
+                    }
+                    Err(deletions::Failed::Read(error)) => return Done::Leave(leave_for(error)),
+                    Err(deletions::Failed::Corrupt(corruption)) => {
+                        return Done::Leave(Leave::Corrupt(corruption));
+                    }
+                }
+            };
+            outbox.send(Outgoing::Response(v1::Response { id, ..response }));
+            Done::Answered(weight)
+        }
+    }
+
+    fn summary(&self, id: u64, ino: u64) -> impl Future<Output = Done> + Send + use<> {
+        let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
+        let outbox = self.outbox.clone();
+        let weight = weight(&Body::Summary(v1::Summary::default()));
+        async move {
+            if let Err(error) = ctx.gate.linearizable().await {
+                return Done::Leave(leave_for(error));
+            }
+            match summary::walk(&ctx.state, volume.id, ino).await {
+                Ok(response) => {
+                    outbox.send(Outgoing::Response(v1::Response { id, ..response }));
+                    Done::Answered(weight)
+                }
+                Err(corruption) => Done::Leave(Leave::Corrupt(corruption)),
+            }
+        }
+    }
+
+    fn leave(&self, leave: Leave) {
+        match leave {
+            Leave::Moved(leader) => self.outbox.send(Outgoing::Moved(leader)),
+            Leave::Corrupt(corruption) => {
+                tracing::error!(%corruption, volume = %self.volume.id, "records can't be read");
+                self.outbox.send(Outgoing::Moved(String::new()));
+            }
+        }
+    }
+
+    /// The client said bye: everything is answered; the session ends.
+    async fn leave_for_good(&self) {
+        self.outbox.send(Outgoing::Close);
+        {
+            let mut soft = self.volume.soft();
+            soft.detach(self.session, self.stream, Instant::now());
+            if !soft.begin_end(self.session) {
+                return;
+            }
+        }
+        super::end_session(&self.ctx, &self.volume, self.session).await;
+    }
+}
+
+/// Answers reads from one view, with the position that it shows. Without the volume everything is stale.
+fn answer_all(
+    view: &impl meta_core::View,
+    volume: VolumeId,
+    reads: &[Read],
+) -> Result<(heliofs_proto::ids::Position, Vec<(u64, Answer)>), Corruption> {
+    let position = reads::position(view, volume)?.unwrap_or_default();
+    let mut answers = Vec::with_capacity(reads.len());
+    for read in reads {
+        let was_held = read.opened.is_some_and(|registered| registered.was_held);
+        let mut answer = reads::answer(view, volume, &read.body, was_held)?.unwrap_or(Answer {
+            response: refusal(FsError::NotSupported),
+            told: Vec::new(),
+        });
+        answer.response.position = Some(position.into());
+        answers.push((read.id, answer));
+    }
+    Ok((position, answers))
+}
+
+fn leave_for(error: ReadError) -> Leave {
+    match error {
+        ReadError::NoLeader { leader } => {
+            Leave::Moved(leader.map_or_else(String::new, |at| at.address))
+        }
+        ReadError::NoQuorum | ReadError::Fatal(_) => Leave::Moved(String::new()),
+    }
+}
+
+/// What a request counts towards [`IN_FLIGHT_MAX`]: large answers count for more.
+fn weight(body: &Body) -> usize {
+    match body {
+        Body::ReadDir(ask) if ask.entries_max == 0 => 64,
+        Body::ReadDir(ask) => 1 + (ask.entries_max as usize).min(4096) / 64,
+        Body::GetExtents(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
+        Body::Open(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
+        Body::ListXattr(_) | Body::GetXattr(_) | Body::TakeDeletions(_) => 8,
+        Body::Summary(_) => 64,
+        Body::Command(_)
+        | Body::Lookup(_)
+        | Body::GetAttr(_)
+        | Body::Release(_)
+        | Body::ReadLink(_)
+        | Body::StatFs(_)
+        | Body::Walk(_)
+        | Body::Lock(_)
+        | Body::TestLock(_)
+        | Body::ReleaseLocks(_) => 1,
+    }
+}

@@ -1,0 +1,157 @@
+//! Keys of the `local` column family: records of this cluster that are in no volume's history. Numbers are big endian.
+//!
+//! | key | record |
+//! |---|---|
+//! | `applied` | RaftLogId: the last entry applied |
+//! | `members` | SnapshotHeader: membership and its log id |
+//! | `cluster` | cluster id, u32 |
+//! | `next-volume` | id of the next volume, u32 |
+//! | `V` volume | Volume: name, storage, settings as created |
+//! | `S` volume, bucket (1) | digest sum, u128 little endian |
+//! | `D` volume, freed-at (i64, sign flipped), segment | in the deletion queue since |
+//! | `d` volume, segment | freed-at: finds the record above |
+//! | `W` volume | length of the deletion queue, u64 |
+//! | `P` volume, seq | log index (u64), epoch (u32), time (i64): `seq` is the volume's first command in that entry; sparse |
+
+use heliofs_proto::ids::{Epoch, SegmentId, UnixNanos, VolumeId};
+
+/// The last entry applied.
+pub const APPLIED: &[u8] = b"applied";
+/// Membership and its log id.
+pub const MEMBERS: &[u8] = b"members";
+/// The cluster's id.
+pub const CLUSTER: &[u8] = b"cluster";
+/// The next volume's id.
+pub const NEXT_VOLUME: &[u8] = b"next-volume";
+
+const VOLUME: u8 = b'V';
+const SUM: u8 = b'S';
+const DELETION: u8 = b'D';
+const DELETION_OF: u8 = b'd';
+const WAITING: u8 = b'W';
+const PLACE: u8 = b'P';
+
+/// The tags of all records of one volume.
+const TAGS: [u8; 6] = [VOLUME, SUM, DELETION, DELETION_OF, WAITING, PLACE];
+
+fn key(tag: u8, volume: VolumeId, rest: &[&[u8]]) -> Vec<u8> {
+    let mut key = Vec::with_capacity(24);
+    key.push(tag);
+    key.extend_from_slice(&volume.0.to_be_bytes());
+    for part in rest {
+        key.extend_from_slice(part);
+    }
+    key
+}
+
+/// A volume's admin record.
+pub fn volume(volume: VolumeId) -> Vec<u8> {
+    key(VOLUME, volume, &[])
+}
+
+/// All volumes.
+pub fn volumes() -> (Vec<u8>, Vec<u8>) {
+    (vec![VOLUME], vec![VOLUME + 1])
+}
+
+/// One of a volume's 256 sums.
+pub fn sum(volume: VolumeId, bucket: u8) -> Vec<u8> {
+    key(SUM, volume, &[&[bucket]])
+}
+
+/// All sums of a volume.
+pub fn sums(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(SUM, volume)
+}
+
+/// Order of bytes is order of time, also before 1970.
+fn ordered(time: UnixNanos) -> [u8; 8] {
+    (time.0 as u64 ^ 1 << 63).to_be_bytes()
+}
+
+/// A segment in the deletion queue.
+pub fn deletion(volume: VolumeId, freed_at: UnixNanos, segment: SegmentId) -> Vec<u8> {
+    key(
+        DELETION,
+        volume,
+        &[&ordered(freed_at), &segment.0.to_be_bytes()],
+    )
+}
+
+/// The part of a volume's deletion queue that was freed before a time.
+pub fn deletions_before(volume: VolumeId, time: UnixNanos) -> (Vec<u8>, Vec<u8>) {
+    (
+        key(DELETION, volume, &[]),
+        key(DELETION, volume, &[&ordered(time)]),
+    )
+}
+
+/// The segment of a deletion key.
+pub fn deletion_segment(key: &[u8]) -> Option<SegmentId> {
+    key.last_chunk()
+        .map(|bytes| SegmentId(u64::from_be_bytes(*bytes)))
+}
+
+/// When a segment was freed.
+pub fn deletion_of(volume: VolumeId, segment: SegmentId) -> Vec<u8> {
+    key(DELETION_OF, volume, &[&segment.0.to_be_bytes()])
+}
+
+/// Length of a volume's deletion queue.
+pub fn waiting(volume: VolumeId) -> Vec<u8> {
+    key(WAITING, volume, &[])
+}
+
+/// Where in the log a command is.
+pub fn place(volume: VolumeId, seq: u64) -> Vec<u8> {
+    key(PLACE, volume, &[&seq.to_be_bytes()])
+}
+
+/// Everything of one kind of one volume.
+fn range(tag: u8, volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    (key(tag, volume, &[]), key(tag, VolumeId(volume.0 + 1), &[]))
+}
+
+/// All places of a volume.
+pub fn places(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(PLACE, volume)
+}
+
+/// The ranges of all records of a volume.
+pub fn all_of(volume: VolumeId) -> impl Iterator<Item = (Vec<u8>, Vec<u8>)> {
+    TAGS.into_iter().map(move |tag| range(tag, volume))
+}
+
+/// Where a volume's command is in the log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// The command's seq: the volume's first one in the entry.
+    pub seq: u64,
+    /// The command's epoch.
+    pub epoch: Epoch,
+    /// The entry.
+    pub index: u64,
+    /// The volume's time before the command: effective times are the greatest stamp so far.
+    pub time_before: UnixNanos,
+}
+
+impl Place {
+    /// The record's value.
+    pub fn encode(&self) -> [u8; 20] {
+        let mut value = [0; 20];
+        value[..8].copy_from_slice(&self.index.to_be_bytes());
+        value[8..12].copy_from_slice(&self.epoch.0.to_be_bytes());
+        value[12..].copy_from_slice(&self.time_before.0.to_be_bytes());
+        value
+    }
+
+    /// From key and value; `None` if they are no place.
+    pub fn decode(key: &[u8], value: &[u8]) -> Option<Self> {
+        Some(Self {
+            seq: u64::from_be_bytes(*key.last_chunk()?),
+            index: u64::from_be_bytes(*value.first_chunk()?),
+            epoch: Epoch(u32::from_be_bytes(value.get(8..12)?.try_into().ok()?)),
+            time_before: UnixNanos(i64::from_be_bytes(value.get(12..20)?.try_into().ok()?)),
+        })
+    }
+}

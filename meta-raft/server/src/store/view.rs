@@ -1,0 +1,137 @@
+//! Reads of the replicated records.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use meta_core::{Corruption, View};
+use rocksdb::{AsColumnFamilyRef, DB, DBAccess, ReadOptions, SnapshotWithThreadMode};
+
+use super::state::{Generation, REPLICATED};
+
+fn failed(error: rocksdb::Error) -> Corruption {
+    Corruption::Store(error.to_string())
+}
+
+/// The records as they are when each read is made. Keeps its state alive over a snapshot install.
+#[derive(Clone)]
+pub struct LiveView {
+    pub(super) generation: Arc<Generation>,
+}
+
+/// The records as they were at one moment.
+pub struct SnapshotView<'a> {
+    snapshot: SnapshotWithThreadMode<'a, DB>,
+    db: &'a DB,
+}
+
+impl<'a> SnapshotView<'a> {
+    pub(super) fn new(generation: &'a Generation) -> Self {
+        Self {
+            snapshot: generation.db.snapshot(),
+            db: &generation.db,
+        }
+    }
+}
+
+fn replicated(db: &DB) -> &impl AsColumnFamilyRef {
+    db.cf_handle(REPLICATED)
+        .expect("the column family is created when the state is opened")
+}
+
+fn bounded(from: &[u8], to: &[u8]) -> ReadOptions {
+    let mut options = ReadOptions::default();
+    options.set_iterate_lower_bound(from);
+    options.set_iterate_upper_bound(to);
+    options
+}
+
+/// From the one end of the options' bounds, or the other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Ascending,
+    Descending,
+}
+
+fn collect<D: DBAccess>(
+    mut iterator: rocksdb::DBRawIteratorWithThreadMode<'_, D>,
+    order: Order,
+    records_max: usize,
+) -> Result<Vec<(Bytes, Bytes)>, Corruption> {
+    let mut found = Vec::new();
+    match order {
+        Order::Ascending => iterator.seek_to_first(),
+        Order::Descending => iterator.seek_to_last(),
+    }
+    while found.len() < records_max
+        && let Some((key, value)) = iterator.item()
+    {
+        found.push((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value)));
+        if found.len() < records_max {
+            match order {
+                Order::Ascending => iterator.next(),
+                Order::Descending => iterator.prev(),
+            }
+        }
+    }
+    iterator.status().map_err(failed)?;
+    Ok(found)
+}
+
+impl LiveView {
+    fn range(&self, from: &[u8], to: &[u8], order: Order, records_max: usize) -> Page {
+        if from >= to || records_max == 0 {
+            return Ok(Vec::new());
+        }
+        let db = &self.generation.db;
+        let iterator = db.raw_iterator_cf_opt(replicated(db), bounded(from, to));
+        collect(iterator, order, records_max)
+    }
+}
+
+impl SnapshotView<'_> {
+    fn range(&self, from: &[u8], to: &[u8], order: Order, records_max: usize) -> Page {
+        if from >= to || records_max == 0 {
+            return Ok(Vec::new());
+        }
+        let iterator = self
+            .snapshot
+            .raw_iterator_cf_opt(replicated(self.db), bounded(from, to));
+        collect(iterator, order, records_max)
+    }
+}
+
+type Page = Result<Vec<(Bytes, Bytes)>, Corruption>;
+
+impl View for LiveView {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, Corruption> {
+        let db = &self.generation.db;
+        let value = db.get_pinned_cf(replicated(db), key).map_err(failed)?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn scan(&self, from: &[u8], to: &[u8], records_max: usize) -> Page {
+        self.range(from, to, Order::Ascending, records_max)
+    }
+
+    fn scan_back(&self, from: &[u8], to: &[u8], records_max: usize) -> Page {
+        self.range(from, to, Order::Descending, records_max)
+    }
+}
+
+impl View for SnapshotView<'_> {
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, Corruption> {
+        let value = self
+            .snapshot
+            .get_pinned_cf(replicated(self.db), key)
+            .map_err(failed)?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn scan(&self, from: &[u8], to: &[u8], records_max: usize) -> Page {
+        self.range(from, to, Order::Ascending, records_max)
+    }
+
+    fn scan_back(&self, from: &[u8], to: &[u8], records_max: usize) -> Page {
+        self.range(from, to, Order::Descending, records_max)
+    }
+}

@@ -1,0 +1,260 @@
+//! The stores: openraft's suite, damage, crashes.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+use std::path::Path;
+
+use heliofs_proto::ids::NodeId;
+use heliofs_proto::v1;
+use meta_server::config::CacheSizes;
+use meta_server::observer::Observers;
+use meta_server::raft::LogData;
+use meta_server::raft::machine::StateMachine;
+use meta_server::raft::types::{Entry, LogId, TypeConfig, Vote};
+use meta_server::store::{LogStore, OpenError, State};
+use openraft::EntryPayload;
+use openraft::storage::IOFlushed;
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::TypeConfigExt;
+use tempfile::TempDir;
+
+const NODE: NodeId = NodeId(1);
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, LogStore, StateMachine, TempDir> for Builder {
+    async fn build(
+        &self,
+    ) -> Result<(TempDir, LogStore, StateMachine), openraft::StorageError<TypeConfig>> {
+        let dir = TempDir::new().unwrap();
+        let log = LogStore::open(dir.path(), NODE, 1 << 20, false).unwrap();
+        let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
+        Ok((dir, log, StateMachine::new(state, Observers::default())))
+    }
+}
+
+#[test]
+fn openrafts_own_suite_passes() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(Suite::test_all(Builder)).unwrap();
+}
+
+fn open_with_cache(dir: &Path, cache_bytes: usize) -> Result<LogStore, OpenError> {
+    LogStore::open(dir, NODE, cache_bytes, false)
+}
+
+fn open(dir: &Path) -> Result<LogStore, OpenError> {
+    open_with_cache(dir, 1 << 20)
+}
+
+fn entry(index: u64) -> Entry {
+    let batch = v1::LogBatch {
+        items: vec![v1::LogItem {
+            time: i64::try_from(index).unwrap(),
+            item: None,
+        }],
+    };
+    Entry {
+        log_id: log_id(index),
+        payload: EntryPayload::Normal(LogData::new(batch)),
+    }
+}
+
+fn log_id(index: u64) -> LogId {
+    LogId {
+        leader_id: 1.into(),
+        index,
+    }
+}
+
+async fn append(log: &LogStore, indexes: std::ops::Range<u64>) {
+    for index in indexes {
+        let (sender, flushed) = TypeConfig::oneshot();
+        log.append(vec![entry(index)], IOFlushed::signal(sender))
+            .unwrap();
+        flushed.await.unwrap().unwrap();
+    }
+}
+
+async fn indexes(log: &LogStore, from: u64, to: u64) -> Vec<u64> {
+    let entries = log.read_all(from, to).await.unwrap();
+    for read in &entries {
+        assert_eq!(*read, entry(read.log_id.index));
+    }
+    entries.iter().map(|entry| entry.log_id.index).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_vote_and_commit_index_survive_a_restart() {
+    let dir = TempDir::new().unwrap();
+    let log = open(dir.path()).unwrap();
+    let identity = log.identity();
+    append(&log, 0..20).await;
+    log.save_vote(Vote::new_committed(3, 1)).await.unwrap();
+    log.save_committed(Some(log_id(7))).unwrap();
+    log.truncate_after(Some(log_id(14))).await.unwrap();
+    append(&log, 15..18).await;
+    log.purge(log_id(4)).await.unwrap();
+    drop(log);
+    for cache in [1 << 20, 0] {
+        let log = open_with_cache(dir.path(), cache).unwrap();
+        assert_eq!(log.identity(), identity);
+        assert_eq!(log.vote(), Some(Vote::new_committed(3, 1)));
+        assert_eq!(log.committed(), Some(log_id(7)));
+        assert_eq!(
+            (log.purged(), log.last()),
+            (Some(log_id(4)), Some(log_id(17)))
+        );
+        assert_eq!(indexes(&log, 0, 100).await, (5..18).collect::<Vec<_>>());
+        assert_eq!(indexes(&log, 6, 9).await, [6, 7, 8]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_left_the_cache_is_read_from_disk() {
+    let dir = TempDir::new().unwrap();
+    // Room for a few entries only.
+    let log = open_with_cache(dir.path(), 2_000).unwrap();
+    append(&log, 0..100).await;
+    assert_eq!(indexes(&log, 0, 100).await, (0..100).collect::<Vec<_>>());
+    assert_eq!(indexes(&log, 40, 42).await, [40, 41]);
+    assert_eq!(
+        log.read(10, 100, 1).await.unwrap().len(),
+        1,
+        "never nothing"
+    );
+    log.truncate_after(Some(log_id(10))).await.unwrap();
+    assert_eq!(indexes(&log, 5, 100).await, (5..11).collect::<Vec<_>>());
+    append(&log, 11..13).await;
+    assert_eq!(indexes(&log, 9, 100).await, [9, 10, 11, 12]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_nodes_directory_is_refused() {
+    let dir = TempDir::new().unwrap();
+    drop(open(dir.path()).unwrap());
+    let refused = LogStore::open(dir.path(), NodeId(2), 0, false);
+    assert!(matches!(
+        refused,
+        Err(OpenError::WrongNode {
+            found: 1,
+            expected: 2
+        })
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_log_is_refused() {
+    let dir = TempDir::new().unwrap();
+    drop(open(dir.path()).unwrap());
+    std::fs::remove_dir_all(dir.path().join("log")).unwrap();
+    assert!(matches!(open(dir.path()), Err(OpenError::Damaged(_))));
+    // The identity file is gone as well, but a state is there.
+    std::fs::remove_file(dir.path().join("IDENTITY")).unwrap();
+    let refused = LogStore::open(dir.path(), NODE, 0, true);
+    assert!(matches!(refused, Err(OpenError::Damaged(_))));
+}
+
+fn damaged(result: Result<LogStore, OpenError>) -> String {
+    match result {
+        Err(error @ OpenError::Damaged(_)) => {
+            let text = error.to_string();
+            assert!(text.contains("under a new id"), "{text}");
+            text
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("a damaged log was opened"),
+    }
+}
+
+fn key(index: u64) -> Vec<u8> {
+    [b"e".as_slice(), &index.to_be_bytes()].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_with_a_flipped_bit_or_a_hole_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let log = open(dir.path()).unwrap();
+    append(&log, 0..10).await;
+    drop(log);
+    let raw = || rocksdb::DB::open(&rocksdb::Options::default(), dir.path().join("log")).unwrap();
+    let db = raw();
+    let sound = db.get(key(5)).unwrap().unwrap();
+    let mut flipped = sound.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    db.put(key(5), flipped).unwrap();
+    drop(db);
+    assert!(damaged(open(dir.path())).contains("entry 5"));
+    let db = raw();
+    db.delete(key(5)).unwrap();
+    drop(db);
+    assert!(damaged(open(dir.path())).contains("entry 5 is missing"));
+    let db = raw();
+    db.put(key(5), sound).unwrap();
+    drop(db);
+    open(dir.path()).unwrap();
+}
+
+/// The write-ahead log that holds the entries.
+fn wal(dir: &Path) -> std::path::PathBuf {
+    let mut files: Vec<_> = std::fs::read_dir(dir.join("log"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .filter(|path| path.metadata().unwrap().len() > 0)
+        .collect();
+    files.sort();
+    files.pop().expect("a WAL with entries")
+}
+
+/// The directory as a power loss would leave it: everything synced is there, nothing was closed.
+fn crashed(dir: &Path) -> TempDir {
+    let copy = TempDir::new().unwrap();
+    copy_tree(dir, copy.path());
+    copy
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_tree(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_torn_tail_is_cut_and_damage_before_it_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let log = open(dir.path()).unwrap();
+    append(&log, 0..50).await;
+
+    let whole = crashed(dir.path());
+    assert_eq!(open(whole.path()).unwrap().last(), Some(log_id(49)));
+
+    // The last record was being written when the power went.
+    let torn = crashed(dir.path());
+    let path = wal(torn.path());
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 3]).unwrap();
+    let opened = open(torn.path()).unwrap();
+    assert_eq!(opened.last(), Some(log_id(48)));
+    assert_eq!(indexes(&opened, 0, 100).await, (0..49).collect::<Vec<_>>());
+
+    // Rot: one bit in the middle. The entries behind it were acknowledged.
+    let rotten = crashed(dir.path());
+    let path = wal(rotten.path());
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    std::fs::write(&path, &bytes).unwrap();
+    damaged(open(rotten.path()));
+}
