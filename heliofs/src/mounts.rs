@@ -60,9 +60,12 @@ impl MountNote {
         Ok(Noted(path))
     }
 
-    /// Whether the process still runs.
+    /// Whether the process still runs. One that has ended and that its parent has not looked at yet does not.
     pub(crate) fn alive(&self) -> bool {
-        Path::new(&format!("/proc/{}", self.pid)).exists()
+        // Source: proc_pid_stat(5); the state follows the name, which is in parentheses and may hold some itself.
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        !matches!(state, None | Some('Z' | 'X'))
     }
 }
 

@@ -43,7 +43,9 @@ fn unreachable_peers_and_wrong_tokens_are_named() {
     assert!(error["error"].as_str().unwrap().contains("refused"));
 
     cluster.run(&["status", "redis://x"]).failure(2, "redis://x");
-    cluster.run(&["mount", &cluster.url(), "missing", "/mnt"]).failure(1, "missing");
+    let point = cluster.directory.join("mnt");
+    fs::create_dir(&point).unwrap();
+    hinted(&cluster.run(&["mount", &cluster.url(), "missing", point.to_str().unwrap()]).failure(1, "no volume `missing`"));
     cluster.run(&["info", "/usr"]).failure(1, "not in a mount of heliofs");
 }
 

@@ -1,5 +1,7 @@
 //! The client's sessions against three real nodes in this process, reached through relays that lose what is under way.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

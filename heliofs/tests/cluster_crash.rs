@@ -1,5 +1,7 @@
 //! Nodes crash: killed, without power, with damaged disks. Nothing acknowledged is lost, and damage is never served.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use std::fs::{self, File, OpenOptions};

@@ -82,7 +82,7 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
     let mut txn = Txn::new(view, command, head.position, head.time);
     let reply = match once(&txn, command)? {
         Once::Refused(error) => refused(error),
-        Once::Repeated(reply) => reply,
+        Once::Repeated(reply) => *reply,
         Once::First => {
             let reply = match dispatch(&mut txn, command) {
                 Ok(mut reply) => {
@@ -137,7 +137,7 @@ enum Once {
     /// It is new, or the system's.
     First,
     /// It was applied before, with this reply.
-    Repeated(v1::Reply),
+    Repeated(Box<v1::Reply>),
     /// It can't be told apart from what was applied before.
     Refused(FsError),
 }
@@ -158,7 +158,7 @@ fn once<V: View>(txn: &Txn<V>, command: &v1::Command) -> Result<Once, Corruption
         return Ok(Once::First);
     };
     match v1::Reply::decode(value) {
-        Ok(reply) => Ok(Once::Repeated(reply)),
+        Ok(reply) => Ok(Once::Repeated(Box::new(reply))),
         Err(_) => Err(Corruption::Record {
             key: key.to_vec(),
             why: "reply can't be decoded",
