@@ -20,6 +20,7 @@ use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use meta_client::Watcher;
 use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
+use tokio::sync::watch;
 
 use crate::fs::dir::DirHandle;
 use crate::inode::InodeTable;
@@ -50,13 +51,26 @@ struct Queue {
     waiting: VecDeque<Notice>,
     /// The same as `waiting`: a notice that waits is not queued twice.
     known: HashSet<Notice>,
+    /// Notices that were ever queued.
+    queued: u64,
     closed: bool,
 }
 
-#[derive(Default)]
 struct Lane {
     queue: Mutex<Queue>,
     filled: Condvar,
+    /// Notices that the kernel was told; the greatest number once the lane is closed.
+    told: watch::Sender<u64>,
+}
+
+impl Default for Lane {
+    fn default() -> Self {
+        Self {
+            queue: Mutex::default(),
+            filled: Condvar::new(),
+            told: watch::Sender::new(0),
+        }
+    }
 }
 
 /// See the module. Made before the session, which it watches.
@@ -144,13 +158,27 @@ impl Coherence {
         let lane = &self.lanes[(notice.ino() % NOTIFIERS as u64) as usize];
         let mut queue = lane.queue.lock();
         if !queue.closed && queue.known.insert(notice.clone()) {
+            queue.queued += 1;
             queue.waiting.push_back(notice);
             lane.filled.notify_one();
         }
     }
 
+    /// Waits until the kernel knows everything about `ino` that was to be told before the call. Not for operations during which
+    /// the kernel holds a lock of the inode.
+    pub async fn kernel_knows(&self, ino: u64) {
+        let lane = &self.lanes[(ino % NOTIFIERS as u64) as usize];
+        let queued = lane.queue.lock().queued;
+        let mut told = lane.told.subscribe();
+        // The sender lives as long as the lane.
+        let _ = told.wait_for(|told| *told >= queued).await;
+    }
+
     /// Starts the threads that tell the kernel; they end after [`Coherence::close`].
-    pub fn start_notifiers(self: &Arc<Self>, notifier: &Notifier) -> std::io::Result<Vec<JoinHandle<()>>> {
+    pub fn start_notifiers(
+        self: &Arc<Self>,
+        notifier: &Notifier,
+    ) -> std::io::Result<Vec<JoinHandle<()>>> {
         (0..NOTIFIERS)
             .map(|lane| {
                 let (coherence, notifier) = (self.clone(), notifier.clone());
@@ -168,6 +196,7 @@ impl Coherence {
             queue.closed = true;
             queue.waiting.clear();
             queue.known.clear();
+            lane.told.send_replace(u64::MAX);
             lane.filled.notify_all();
         }
     }
@@ -201,13 +230,17 @@ impl Coherence {
                 // The entry is in use as a mount point or a working directory, or the mount is going: it expires by itself.
                 tracing::debug!(?notice, %error, "the kernel did not take an invalidation");
             }
+            lane.told.send_modify(|told| *told = told.saturating_add(1));
         }
     }
 }
 
 impl Watcher for Coherence {
     fn invalidated(&self, invalidation: &v1::Invalidation) {
-        let at: Position = invalidation.position.map(Position::from).unwrap_or_default();
+        let at: Position = invalidation
+            .position
+            .map(Position::from)
+            .unwrap_or_default();
         self.cache.invalidate(invalidation);
         let ino = invalidation.ino;
         if invalidation.content
@@ -241,7 +274,13 @@ impl Watcher for Coherence {
             inode.lock().forget();
             self.tell(Notice::Pages(inode.ino));
         }
-        let dirs: Vec<_> = self.open_dirs.lock().values().flatten().filter_map(Weak::upgrade).collect();
+        let dirs: Vec<_> = self
+            .open_dirs
+            .lock()
+            .values()
+            .flatten()
+            .filter_map(Weak::upgrade)
+            .collect();
         for dir in dirs {
             dir.forget();
         }

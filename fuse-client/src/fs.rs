@@ -97,7 +97,9 @@ pub struct Fs {
 
 impl std::fmt::Debug for Fs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Fs").field("volume", &self.volume).finish_non_exhaustive()
+        f.debug_struct("Fs")
+            .field("volume", &self.volume)
+            .finish_non_exhaustive()
     }
 }
 
@@ -166,14 +168,10 @@ impl Fs {
     ) -> Duration {
         let cache = &self.coherence.cache;
         if generation == cache.generation() && cache.is_fresh(ino, at, name) {
-            self.lease_left().min(KERNEL_LIFETIME_MAX)
+            self.session.load().lease_left().min(KERNEL_LIFETIME_MAX)
         } else {
             Duration::ZERO
         }
-    }
-
-    fn lease_left(&self) -> Duration {
-        if self.trusted() { KERNEL_LIFETIME_MAX } else { Duration::ZERO }
     }
 
     /// Keeps attributes that the server told, wherever they are of use.
@@ -226,9 +224,14 @@ impl Fs {
     /// Keeps every attribute that a reply tells.
     fn absorb(&self, generation: Generation, reply: v1::Reply, own_content: bool) -> Changed {
         let at = reply.position.map(Position::from).unwrap_or_default();
-        for attr in [&reply.attr, &reply.parent, &reply.new_parent, &reply.replaced]
-            .into_iter()
-            .flatten()
+        for attr in [
+            &reply.attr,
+            &reply.parent,
+            &reply.new_parent,
+            &reply.replaced,
+        ]
+        .into_iter()
+        .flatten()
         {
             self.saw_as(generation, attr, at, own_content);
         }

@@ -27,7 +27,7 @@ use heliofs_proto::v1::{FileKind, LockKind};
 
 use crate::errno::{Errno, FsResult};
 use crate::fs::attr::AttrChange;
-use crate::fs::data::{Allocation, Seek};
+use crate::fs::data::{Allocation, Seek, WriteHow};
 use crate::fs::dir::Listed;
 use crate::fs::file::OpenHow;
 use crate::fs::lock::LockRange;
@@ -381,7 +381,6 @@ impl Filesystem for Adapter {
         let caller = caller(request);
         let how = OpenHow {
             truncate: flags.0 & libc::O_TRUNC != 0,
-            append: flags.0 & libc::O_APPEND != 0,
             kill_suidgid: Raw::of(request).open_kills_suidgid(),
         };
         self.answer(
@@ -408,14 +407,16 @@ impl Filesystem for Adapter {
         let known = name.clone();
         let how = OpenHow {
             truncate: flags & libc::O_TRUNC != 0,
-            append: flags & libc::O_APPEND != 0,
             kill_suidgid: Raw::of(request).open_kills_suidgid(),
         };
         let exclusive = flags & libc::O_EXCL != 0;
         let modes = (mode & 0o7777, umask);
         self.answer(
             Op::Create,
-            |fs| async move { fs.create(parent.0, &name, modes, exclusive, how, caller).await },
+            |fs| async move {
+                fs.create(parent.0, &name, modes, exclusive, how, caller)
+                    .await
+            },
             move |fs, created| reply::created(fs, reply, (parent.0, &known), created),
         );
     }
@@ -452,7 +453,7 @@ impl Filesystem for Adapter {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -461,10 +462,17 @@ impl Filesystem for Adapter {
             Ok(file) => file,
             Err(error) => return reply.error(reply::errno(error)),
         };
+        let how = WriteHow {
+            offset,
+            // What the kernel writes back from mapped pages has its place already.
+            append: flags.0 & libc::O_APPEND != 0
+                && !write_flags.contains(WriteFlags::FUSE_WRITE_CACHE),
+            kill_suidgid: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
+        };
         let written = {
             // A full buffer starts an upload.
             let _entered = self.fs.runtime().enter();
-            self.fs.try_write(&file, offset, data)
+            self.fs.try_write(&file, how, data)
         };
         let answer = |reply: ReplyWrite, written: FsResult<u32>| match written {
             Ok(length) => reply.written(length),
@@ -475,10 +483,9 @@ impl Filesystem for Adapter {
             return answer(reply, written);
         }
         let (caller, data) = (caller(request), Bytes::copy_from_slice(data));
-        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         self.answer(
             Op::Write,
-            |fs| async move { fs.write(&file, offset, data, kill, caller).await },
+            |fs| async move { fs.write(&file, how, data, caller).await },
             move |_, written| answer(reply, written),
         );
     }
@@ -541,7 +548,10 @@ impl Filesystem for Adapter {
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let since = Instant::now();
-        reply.opened(FileHandle(self.fs.open_dir(ino.0)), fuser::FopenFlags::empty());
+        reply.opened(
+            FileHandle(self.fs.open_dir(ino.0)),
+            fuser::FopenFlags::empty(),
+        );
         self.fs.metrics().ended(Op::OpenDir, since, false);
     }
 
@@ -596,7 +606,14 @@ impl Filesystem for Adapter {
                     let _gate = coherence.gate();
                     for (number, cookie, name) in page.dots(ino.0) {
                         let (none, attr) = (std::time::Duration::ZERO, reply::dot_attr(number));
-                        if reply.add(INodeNo(number), cookie, name, &none, &attr, reply::GENERATION) {
+                        if reply.add(
+                            INodeNo(number),
+                            cookie,
+                            name,
+                            &none,
+                            &attr,
+                            reply::GENERATION,
+                        ) {
                             return reply.ok();
                         }
                     }
@@ -625,7 +642,6 @@ impl Filesystem for Adapter {
                         if full {
                             break;
                         }
-                        coherence.cache.told_kernel(listed.ino, entry.attr.size);
                     }
                     reply.ok();
                 }
@@ -644,7 +660,9 @@ impl Filesystem for Adapter {
     ) {
         let since = Instant::now();
         let done = self.fs.release_dir(handle.0);
-        self.fs.metrics().ended(Op::ReleaseDir, since, done.is_err());
+        self.fs
+            .metrics()
+            .ended(Op::ReleaseDir, since, done.is_err());
         reply::empty(reply, done);
     }
 
@@ -667,7 +685,8 @@ impl Filesystem for Adapter {
             |fs| async move { fs.stat_fs().await },
             |_, usage| match usage {
                 Ok(usage) => {
-                    let or = |limit: u64, unlimited: u64| if limit == 0 { unlimited } else { limit };
+                    let or =
+                        |limit: u64, unlimited: u64| if limit == 0 { unlimited } else { limit };
                     let bytes = or(usage.capacity_bytes_max, UNLIMITED_BYTES);
                     let used = usage.used_bytes.div_ceil(STATFS_BLOCK);
                     let blocks = (bytes / STATFS_BLOCK).max(used);
@@ -718,7 +737,14 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
         let name = bytes(name);
         self.answer(
             Op::GetXattr,
@@ -908,7 +934,8 @@ impl Filesystem for Adapter {
             Op::CopyFileRange,
             |fs| async move {
                 let (source, target) = (fs.file(handle_in.0)?, fs.file(handle_out.0)?);
-                fs.copy_range((&source, offset_in), (&target, offset_out), length, caller).await
+                fs.copy_range((&source, offset_in), (&target, offset_out), length, caller)
+                    .await
             },
             |_, copied| match copied {
                 Ok(copied) => reply.written(copied),
@@ -965,7 +992,10 @@ mod tests {
             parent: 7,
             entries: Vec::new(),
         };
-        assert_eq!(page(0).dots(9).collect::<Vec<_>>(), [(9, 1, "."), (7, 2, "..")]);
+        assert_eq!(
+            page(0).dots(9).collect::<Vec<_>>(),
+            [(9, 1, "."), (7, 2, "..")]
+        );
         assert_eq!(page(1).dots(9).collect::<Vec<_>>(), [(7, 2, "..")]);
         assert_eq!(page(2).dots(9).count(), 0);
     }

@@ -40,7 +40,11 @@ impl<T> Handles<T> {
 
     /// The handle of a number. `BADF` if there is none.
     pub fn get(&self, number: u64) -> FsResult<Arc<T>> {
-        self.shard(number).lock().get(&number).cloned().ok_or(Errno::BADF)
+        self.shard(number)
+            .lock()
+            .get(&number)
+            .cloned()
+            .ok_or(Errno::BADF)
     }
 
     /// Takes a handle away.
@@ -52,7 +56,13 @@ impl<T> Handles<T> {
     pub fn drain(&self) -> Vec<Arc<T>> {
         self.shards
             .iter()
-            .flat_map(|shard| shard.lock().drain().map(|(_, handle)| handle).collect::<Vec<_>>())
+            .flat_map(|shard| {
+                shard
+                    .lock()
+                    .drain()
+                    .map(|(_, handle)| handle)
+                    .collect::<Vec<_>>()
+            })
             .collect()
     }
 }

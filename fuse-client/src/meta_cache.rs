@@ -64,8 +64,6 @@ struct Node {
     xattr_floor: Position,
     /// The kernel's pages hold the content of this `data_seq`.
     pages: Option<u64>,
-    /// The size that the kernel was told last.
-    kernel_size: Option<u64>,
     dir: Option<Box<Dir>>,
 }
 
@@ -151,7 +149,11 @@ impl MetaCache {
     pub fn newer_attr(&self, ino: u64, at: Position) -> Result<Option<v1::Attr>, Stale> {
         let shard = self.shard(ino).lock();
         let Some(node) = shard.nodes.peek(&ino) else {
-            return if at < shard.floor { Err(Stale) } else { Ok(None) };
+            return if at < shard.floor {
+                Err(Stale)
+            } else {
+                Ok(None)
+            };
         };
         match node.attr {
             Some(stamped) if stamped.at >= at => Ok(Some(stamped.attr)),
@@ -204,7 +206,8 @@ impl MetaCache {
         }
         if let Some(dir) = &node.dir {
             floor = floor.max(dir.newest());
-            self.dentries.fetch_sub(dir.entries.len(), Ordering::Relaxed);
+            self.dentries
+                .fetch_sub(dir.entries.len(), Ordering::Relaxed);
         }
         shard.floor = floor;
     }
@@ -213,7 +216,11 @@ impl MetaCache {
     pub fn lookup(&self, parent: u64, name: &[u8]) -> Found {
         let ino = {
             let mut shard = self.shard(parent).lock();
-            let Some(dir) = shard.nodes.get_mut(&parent).and_then(|node| node.dir.as_mut()) else {
+            let Some(dir) = shard
+                .nodes
+                .get_mut(&parent)
+                .and_then(|node| node.dir.as_mut())
+            else {
                 return Found::Unknown { prefetch: None };
             };
             match dir.entries.get(name) {
@@ -241,7 +248,14 @@ impl MetaCache {
     }
 
     /// Keeps that `name` in `parent` is `ino` (0: absent) as of `at`.
-    pub fn put_name(&self, generation: Generation, parent: u64, name: &Bytes, ino: u64, at: Position) {
+    pub fn put_name(
+        &self,
+        generation: Generation,
+        parent: u64,
+        name: &Bytes,
+        ino: u64,
+        at: Position,
+    ) {
         let mut shard = self.shard(parent).lock();
         if !self.is_current(generation) {
             return;
@@ -251,7 +265,14 @@ impl MetaCache {
         self.shrink();
     }
 
-    fn put_name_locked(&self, shard: &mut Shard, parent: u64, name: &Bytes, ino: u64, at: Position) {
+    fn put_name_locked(
+        &self,
+        shard: &mut Shard,
+        parent: u64,
+        name: &Bytes,
+        ino: u64,
+        at: Position,
+    ) {
         let Some(node) = self.node(shard, parent, at) else {
             return;
         };
@@ -377,27 +398,6 @@ impl MetaCache {
         invalidate_attr(&mut shard, ino, at);
     }
 
-    /// The kernel was told `size` of `ino`.
-    pub fn told_kernel(&self, ino: u64, size: u64) {
-        let mut shard = self.shard(ino).lock();
-        if let Some(node) = shard.nodes.peek_mut(&ino) {
-            node.kernel_size = Some(size);
-        }
-    }
-
-    /// The kernel itself knows that `ino` is at least `size` bytes long.
-    pub fn kernel_wrote(&self, ino: u64, size: u64) {
-        let mut shard = self.shard(ino).lock();
-        if let Some(node) = shard.nodes.get_mut(&ino) {
-            node.kernel_size = node.kernel_size.map(|known| known.max(size));
-        }
-    }
-
-    /// The size that the kernel was told last.
-    pub fn kernel_size(&self, ino: u64) -> Option<u64> {
-        self.shard(ino).lock().nodes.peek(&ino)?.kernel_size
-    }
-
     /// A file is opened at `data_seq`: whether the kernel's pages are still good. From now on they are of `data_seq`.
     pub fn keep_pages(&self, ino: u64, data_seq: u64) -> bool {
         let mut shard = self.shard(ino).lock();
@@ -445,7 +445,10 @@ impl MetaCache {
 
     /// Another session changed something.
     pub fn invalidate(&self, invalidation: &v1::Invalidation) {
-        let at: Position = invalidation.position.map(Position::from).unwrap_or_default();
+        let at: Position = invalidation
+            .position
+            .map(Position::from)
+            .unwrap_or_default();
         let ino = invalidation.ino;
         let mut shard = self.shard(ino).lock();
         if invalidation.attr || invalidation.content {
@@ -462,7 +465,8 @@ impl MetaCache {
         if invalidation.all_names || !invalidation.names.is_empty() {
             let dir = node.directory();
             if invalidation.all_names {
-                self.dentries.fetch_sub(dir.entries.len(), Ordering::Relaxed);
+                self.dentries
+                    .fetch_sub(dir.entries.len(), Ordering::Relaxed);
                 dir.forget(at);
             }
             for name in &invalidation.names {
@@ -561,7 +565,6 @@ impl Node {
             xattrs: HashMap::new(),
             xattr_floor: base,
             pages: None,
-            kernel_size: None,
             dir: None,
         }
     }

@@ -171,9 +171,18 @@ impl Metrics {
                 .map(|op| errors.with_label_values(&[op.name()]))
                 .collect(),
             read_bytes: counter("heliofs_fuse_read_bytes_total", "Bytes that programs read")?,
-            written_bytes: counter("heliofs_fuse_written_bytes_total", "Bytes that programs wrote")?,
-            cache_hits: counter("heliofs_fuse_cache_hits_total", "Questions that the cache answered")?,
-            cache_misses: counter("heliofs_fuse_cache_misses_total", "Questions that took a round trip")?,
+            written_bytes: counter(
+                "heliofs_fuse_written_bytes_total",
+                "Bytes that programs wrote",
+            )?,
+            cache_hits: counter(
+                "heliofs_fuse_cache_hits_total",
+                "Questions that the cache answered",
+            )?,
+            cache_misses: counter(
+                "heliofs_fuse_cache_misses_total",
+                "Questions that took a round trip",
+            )?,
             flush_failures: counter("heliofs_fuse_flush_failures_total", "Flushes that failed")?,
             buffered_bytes: IntGauge::with_opts(labelled(
                 "heliofs_fuse_buffered_bytes",
@@ -223,7 +232,12 @@ mod tests {
         let registry = Registry::new();
         let metrics = Metrics::new("v", Some(&registry)).unwrap();
         metrics.ended(Op::CopyFileRange, Instant::now(), true);
-        assert!(registry.gather().iter().any(|family| family.name() == "heliofs_fuse_errors_total"));
+        assert!(
+            registry
+                .gather()
+                .iter()
+                .any(|family| family.name() == "heliofs_fuse_errors_total")
+        );
         assert!(Metrics::new("v", Some(&registry)).is_err());
     }
 }

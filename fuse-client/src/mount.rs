@@ -1,7 +1,12 @@
 //! Mounts a volume, takes it down, and cleans up after a mount that died.
+//!
+//! - [`device`]: mounting as root, so that the type is `fuse.heliofs`
+//! - [`table`]: what is mounted where
+
+mod device;
+mod table;
 
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -11,6 +16,7 @@ use fuser::{Config, MountOption, SessionACL};
 use meta_client::Session;
 use nix::errno::Errno as Sys;
 use nix::mount::{MntFlags, umount2};
+use table::mounted_at;
 use tokio::sync::watch;
 
 use crate::coherence::Coherence;
@@ -110,7 +116,7 @@ pub fn mount(
         }
     };
     let adapter = Adapter { fs: fs.clone() };
-    let begun = fuser::Session::new(adapter, &mount_point, &config)
+    let begun = device::connect(adapter, &mount_point, &config)
         .map_err(refused("mount"))
         .and_then(|session| {
             let notifiers = fs
@@ -119,10 +125,12 @@ pub fn mount(
                 .map_err(refused("start threads"))?;
             // A thread of its own, since fuser's loop blocks; it ends when the kernel ends the connection.
             let (sender, receiver) = tokio::sync::oneshot::channel();
+            let mount_point_of_loop = mount_point.clone();
             std::thread::Builder::new()
                 .name("heliofs-fuse".to_owned())
                 .spawn(move || {
                     let ended = session.run();
+                    device::clear(&mount_point_of_loop, ended.is_err());
                     // Nobody listens any more when the runtime is gone.
                     let _ = sender.send(ended);
                 })
@@ -242,7 +250,11 @@ impl Drop for Mounted {
 ///
 /// Errors: `Busy`; `Refused`, also when nothing is mounted there.
 pub fn unmount(mount_point: &Path, force: bool) -> Result<(), MountError> {
-    let flags = if force { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+    let flags = if force {
+        MntFlags::MNT_DETACH
+    } else {
+        MntFlags::empty()
+    };
     let refused = |detail: String| MountError::Refused {
         mount_point: mount_point.to_owned(),
         what: "unmount",
@@ -327,67 +339,11 @@ fn prepare(mount_point: &Path, nonempty: bool) -> Result<PathBuf, MountError> {
     Ok(absolute)
 }
 
-/// A line of /proc/self/mountinfo.
-#[derive(Clone, PartialEq, Eq, Debug)]
-struct MountInfo {
-    device: String,
-    mount_point: PathBuf,
-    kind: String,
-    source: String,
-}
-
-/// Source: proc_pid_mountinfo(5).
-fn parse_mountinfo(line: &str) -> Option<MountInfo> {
-    let (before, after) = line.split_once(" - ")?;
-    let mut before = before.split(' ');
-    let device = before.nth(2)?.to_owned();
-    let mount_point = unescape(before.nth(1)?);
-    let mut after = after.split(' ');
-    Some(MountInfo {
-        device,
-        mount_point,
-        kind: after.next()?.to_owned(),
-        source: after.next()?.to_owned(),
-    })
-}
-
-/// Blanks, tabs, newlines and backslashes are written as `\ooo`.
-fn unescape(text: &str) -> PathBuf {
-    let bytes = text.as_bytes();
-    let mut path = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let octal = bytes
-            .get(at + 1..at + 4)
-            .filter(|_| bytes[at] == b'\\')
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match octal {
-            Some(byte) => {
-                path.push(byte);
-                at += 4;
-            }
-            None => {
-                path.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsStr::from_bytes(&path))
-}
-
-/// What is mounted there; the last one if several lie above each other.
-fn mounted_at(mount_point: &Path) -> Option<MountInfo> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    text.lines()
-        .filter_map(parse_mountinfo)
-        .filter(|info| info.mount_point == mount_point)
-        .next_back()
-}
-
 fn heliofs_mounted_at(mount_point: &Path) -> Option<String> {
     let info = mounted_at(mount_point)?;
-    (info.kind == format!("fuse.{SUBTYPE}")).then_some(info.source)
+    // Mounts by the setuid helper and by root differ in what they show as the type.
+    let ours = info.kind.starts_with("fuse") && info.source.starts_with(&format!("{SUBTYPE}:"));
+    ours.then_some(info.source)
 }
 
 /// Raises the kernel's read-ahead above the 128 KiB that FUSE mounts start with. Only root can; without it large reads are
@@ -407,17 +363,37 @@ fn config(options: &MountOptions) -> Config {
         MountOption::FSName(format!("{SUBTYPE}:{}", options.volume)),
         MountOption::Subtype(SUBTYPE.to_owned()),
         MountOption::DefaultPermissions,
-        if options.fs.read_only { MountOption::RO } else { MountOption::RW },
-        if options.dev { MountOption::Dev } else { MountOption::NoDev },
-        if options.suid { MountOption::Suid } else { MountOption::NoSuid },
-        if options.exec { MountOption::Exec } else { MountOption::NoExec },
+        if options.fs.read_only {
+            MountOption::RO
+        } else {
+            MountOption::RW
+        },
+        if options.dev {
+            MountOption::Dev
+        } else {
+            MountOption::NoDev
+        },
+        if options.suid {
+            MountOption::Suid
+        } else {
+            MountOption::NoSuid
+        },
+        if options.exec {
+            MountOption::Exec
+        } else {
+            MountOption::NoExec
+        },
     ];
     if options.fs.atime == crate::options::AtimePolicy::Off {
         mount_options.push(MountOption::NoAtime);
     }
     let mut config = Config::default();
     config.mount_options = mount_options;
-    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.acl = if options.allow_other {
+        SessionACL::All
+    } else {
+        SessionACL::Owner
+    };
     config.n_threads = Some(if options.threads > 0 {
         options.threads
     } else {
@@ -434,25 +410,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mountinfo_is_read_with_its_escapes() {
-        let line = "36 35 0:53 / /mnt/a\\040b rw,noatime shared:1 master:2 - fuse.heliofs heliofs:v rw,user_id=0";
-        let info = parse_mountinfo(line).unwrap();
-        assert_eq!(info.device, "0:53");
-        assert_eq!(info.mount_point, Path::new("/mnt/a b"));
-        assert_eq!((info.kind.as_str(), info.source.as_str()), ("fuse.heliofs", "heliofs:v"));
-        assert_eq!(parse_mountinfo("nonsense"), None);
-        assert!(mounted_at(Path::new("/proc")).is_some());
-    }
-
-    #[test]
     fn a_bad_mount_point_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("missing");
-        assert!(matches!(prepare(&missing, false), Err(MountError::Missing(_))));
+        assert!(matches!(
+            prepare(&missing, false),
+            Err(MountError::Missing(_))
+        ));
         let file = dir.path().join("file");
         std::fs::write(&file, b"x").unwrap();
-        assert!(matches!(prepare(&file, false), Err(MountError::NotADirectory(_))));
-        assert!(matches!(prepare(&file.join("below"), false), Err(MountError::NotADirectory(_))));
+        assert!(matches!(
+            prepare(&file, false),
+            Err(MountError::NotADirectory(_))
+        ));
+        assert!(matches!(
+            prepare(&file.join("below"), false),
+            Err(MountError::NotADirectory(_))
+        ));
         let error = prepare(dir.path(), false).unwrap_err();
         assert!(matches!(error, MountError::NotEmpty(_)));
         assert!(error.to_string().contains("nonempty"));

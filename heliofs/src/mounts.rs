@@ -64,7 +64,10 @@ impl MountNote {
     pub(crate) fn alive(&self) -> bool {
         // Source: proc_pid_stat(5); the state follows the name, which is in parentheses and may hold some itself.
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        let state = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.chars().next());
         !matches!(state, None | Some('Z' | 'X'))
     }
 }

@@ -1,5 +1,7 @@
 //! A leader dies under load: no error reaches a program, no byte differs, nothing takes effect twice.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use std::fs::{self, File, OpenOptions};
@@ -28,7 +30,11 @@ fn leaders_killed_under_load_cost_no_error_and_no_byte() {
     }
     let acknowledged = load.stop();
     acknowledged.assert_no_errors();
-    assert!(acknowledged.longest < Duration::from_secs(10), "a file took {:?}", acknowledged.longest);
+    assert!(
+        acknowledged.longest < Duration::from_secs(10),
+        "a file took {:?}",
+        acknowledged.longest
+    );
     acknowledged.verify(&mount.path);
     mount.unmount();
     // Nothing cached.
@@ -46,7 +52,12 @@ fn an_open_unlinked_file_survives_a_leader_kill_and_is_reaped_after_its_close() 
     let inodes = |cluster: &Cluster| cluster.volume("orphans")["used_inodes"].as_u64().unwrap();
     let before = inodes(&cluster);
     let path = mount.join("file");
-    let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
     let text = vec![7u8; 100_000];
     file.write_all(&text).unwrap();
     file.sync_all().unwrap();
@@ -69,18 +80,28 @@ fn an_open_unlinked_file_survives_a_leader_kill_and_is_reaped_after_its_close() 
     file.read_to_end(&mut found).unwrap();
     assert_eq!(found.len(), text.len() + 4);
     assert!(found.starts_with(&text) && found.ends_with(b"more"));
-    assert_eq!(inodes(&cluster), before + 1, "the inode is counted while it is open");
+    assert_eq!(
+        inodes(&cluster),
+        before + 1,
+        "the inode is counted while it is open"
+    );
     drop(file);
-    wait_for("the reaping", Duration::from_secs(20), || (inodes(&cluster) == before).then_some(()));
+    wait_for("the reaping", Duration::from_secs(20), || {
+        (inodes(&cluster) == before).then_some(())
+    });
 
     // One whose mount dies is reaped with its session.
     let mut mount = mount;
     let file = File::create_new(mount.join("second")).unwrap();
     fs::remove_file(mount.join("second")).unwrap();
-    wait_for("the orphan", Duration::from_secs(5), || (inodes(&cluster) == before + 1).then_some(()));
+    wait_for("the orphan", Duration::from_secs(5), || {
+        (inodes(&cluster) == before + 1).then_some(())
+    });
     mount.process.kill();
     drop(file);
-    wait_for("the reaping", Duration::from_secs(30), || (inodes(&cluster) == before).then_some(()));
+    wait_for("the reaping", Duration::from_secs(30), || {
+        (inodes(&cluster) == before).then_some(())
+    });
 }
 
 /// Whatever one's own earlier attempt did must not come back as EEXIST or ENOENT.
@@ -91,7 +112,9 @@ fn exactly_once_loop(directory: &Path, stop: &AtomicBool, done: &AtomicU64) -> R
         if stop.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let say = |what: &'static str| move |error: std::io::Error| format!("turn {turn}: {what}: {error}");
+        let say = |what: &'static str| {
+            move |error: std::io::Error| format!("turn {turn}: {what}: {error}")
+        };
         drop(File::create_new(at("a")).map_err(say("create a"))?);
         fs::hard_link(at("a"), at("b")).map_err(say("link a b"))?;
         let links = fs::metadata(at("a")).map_err(say("stat a"))?.nlink();
@@ -104,8 +127,14 @@ fn exactly_once_loop(directory: &Path, stop: &AtomicBool, done: &AtomicU64) -> R
         fs::remove_file(at("c")).map_err(say("unlink c"))?;
         fs::remove_file(at("d/a")).map_err(say("unlink d/a"))?;
         fs::remove_dir(at("d")).map_err(say("rmdir d"))?;
-        let mut log = OpenOptions::new().append(true).create(true).open(at("log")).map_err(say("open log"))?;
-        log.write_all(&[b'x'; 8]).and_then(|()| log.sync_all()).map_err(say("append"))?;
+        let mut log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(at("log"))
+            .map_err(say("open log"))?;
+        log.write_all(&[b'x'; 8])
+            .and_then(|()| log.sync_all())
+            .map_err(say("append"))?;
         let length = log.metadata().map_err(say("stat log"))?.len();
         if length != 8 * (turn + 1) {
             return Err(format!("turn {turn}: the log has {length} bytes"));
@@ -149,7 +178,9 @@ fn a_retried_mutation_takes_effect_once_across_leader_changes() {
             let leader = cluster.leader();
             // Commands arrive and are committed, replies are lost: the client can't know.
             let lost = LostReplies::from_port(cluster.nodes[leader].port);
-            wait_for("replies being lost", Duration::from_secs(10), || (lost.dropped() > 0).then_some(()));
+            wait_for("replies being lost", Duration::from_secs(10), || {
+                (lost.dropped() > 0).then_some(())
+            });
             std::thread::sleep(Duration::from_millis(300));
             if round % 2 == 0 {
                 cluster.kill_node(leader);
@@ -183,7 +214,9 @@ fn the_leader_hands_over_when_it_is_told_to_and_when_it_stops() {
     load.wait_for_more(20, Duration::from_secs(30));
     let follower = cluster.follower();
     let id = cluster.nodes[follower].id.to_string();
-    cluster.run(&["raft", "transfer", &cluster.url(), &id]).success();
+    cluster
+        .run(&["raft", "transfer", &cluster.url(), &id])
+        .success();
     assert_eq!(cluster.leader(), follower);
     load.wait_for_more(20, Duration::from_secs(30));
     cluster.stop_node(follower);

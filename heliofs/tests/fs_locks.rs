@@ -1,5 +1,7 @@
 //! fcntl and flock locks within a mount and across two.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod support;
 
 use std::fs::{self, File};
@@ -20,21 +22,31 @@ struct Two {
 fn two(volume: &str) -> Two {
     let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
     cluster.format_file(volume, &[]);
-    Two { a: cluster.mount(volume), b: cluster.mount(volume), _cluster: cluster }
+    Two {
+        a: cluster.mount(volume),
+        b: cluster.mount(volume),
+        _cluster: cluster,
+    }
 }
 
 /// Python with the lock modules at hand: `f` is the open file.
 fn python(script: &str, path: &Path) -> Command {
     let mut command = Command::new("python3");
     let opening = "import fcntl,os,sys,time\nf=os.open(sys.argv[1],os.O_RDWR)\n";
-    command.args(["-c", &format!("{opening}{script}")]).arg(path);
+    command
+        .args(["-c", &format!("{opening}{script}")])
+        .arg(path);
     command.stdin(Stdio::null());
     command
 }
 
 fn succeeds(script: &str, path: &Path) {
     let output = python(script, path).output().unwrap();
-    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{script}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// A process that holds a lock until it is killed.
@@ -46,7 +58,9 @@ impl Holder {
         let _ = fs::remove_file(&mark);
         let script = format!("{lock}\nopen('{}','w')\ntime.sleep(1000)", mark.display());
         let child = python(&script, path).spawn().unwrap();
-        wait_for("the lock", Duration::from_secs(30), || mark.exists().then_some(()));
+        wait_for("the lock", Duration::from_secs(30), || {
+            mark.exists().then_some(())
+        });
         Self(child)
     }
 
@@ -63,7 +77,8 @@ impl Drop for Holder {
     }
 }
 
-const REFUSED: &str = "\ntry:\n\tLOCK\n\tsys.exit('granted')\nexcept OSError as e: assert e.errno==11, e\n";
+const REFUSED: &str =
+    "\ntry:\n\tLOCK\n\tsys.exit('granted')\nexcept OSError as e: assert e.errno==11, e\n";
 
 fn refused(lock: &str, path: &Path) {
     succeeds(&REFUSED.replace("LOCK", lock), path);
@@ -76,15 +91,25 @@ fn locks_exclude_across_mounts_and_end_with_their_holder() {
     fs::write(two.a.join("file"), b"x").unwrap();
     let (here, there) = (two.a.join("file"), two.b.join("file"));
     for (lock, try_lock) in [
-        ("fcntl.flock(f,fcntl.LOCK_EX)", "fcntl.flock(f,fcntl.LOCK_EX|fcntl.LOCK_NB)"),
-        ("fcntl.lockf(f,fcntl.LOCK_EX)", "fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB)"),
+        (
+            "fcntl.flock(f,fcntl.LOCK_EX)",
+            "fcntl.flock(f,fcntl.LOCK_EX|fcntl.LOCK_NB)",
+        ),
+        (
+            "fcntl.lockf(f,fcntl.LOCK_EX)",
+            "fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB)",
+        ),
     ] {
         let holder = Holder::of(lock, &here, scratch.path());
         refused(try_lock, &here);
         refused(try_lock, &there);
         holder.kill();
         wait_for("the end of the lock", Duration::from_secs(5), || {
-            python(try_lock, &there).status().unwrap().success().then_some(())
+            python(try_lock, &there)
+                .status()
+                .unwrap()
+                .success()
+                .then_some(())
         });
     }
 }
@@ -94,11 +119,24 @@ fn flock_and_fcntl_locks_ignore_each_other() {
     let two = two("kinds");
     let scratch = support::scratch();
     fs::write(two.a.join("file"), b"x").unwrap();
-    let holder = Holder::of("fcntl.flock(f,fcntl.LOCK_EX)", &two.a.join("file"), scratch.path());
-    succeeds("fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB)", &two.a.join("file"));
-    succeeds("fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB)", &two.b.join("file"));
+    let holder = Holder::of(
+        "fcntl.flock(f,fcntl.LOCK_EX)",
+        &two.a.join("file"),
+        scratch.path(),
+    );
+    succeeds(
+        "fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB)",
+        &two.a.join("file"),
+    );
+    succeeds(
+        "fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB)",
+        &two.b.join("file"),
+    );
     // One process may hold both on one file.
-    succeeds("fcntl.lockf(f,fcntl.LOCK_EX); fcntl.lockf(f,fcntl.LOCK_UN)", &two.b.join("file"));
+    succeeds(
+        "fcntl.lockf(f,fcntl.LOCK_EX); fcntl.lockf(f,fcntl.LOCK_UN)",
+        &two.b.join("file"),
+    );
     holder.kill();
 }
 
@@ -134,26 +172,44 @@ fn a_blocked_lock_is_granted_in_time_and_can_be_interrupted() {
         let holder = Holder::of(&lock, &two.a.join("file"), scratch.path());
         let mut waiting = python(&lock, &two.b.join("file")).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(500));
-        assert!(waiting.try_wait().unwrap().is_none(), "it was granted although it is held");
+        assert!(
+            waiting.try_wait().unwrap().is_none(),
+            "it was granted although it is held"
+        );
         let began = Instant::now();
         holder.kill();
         assert!(waiting.wait().unwrap().success());
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert!(
+            began.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            began.elapsed()
+        );
 
         let holder = Holder::of(&lock, &two.a.join("file"), scratch.path());
         for signal in [Signal::SIGINT, Signal::SIGKILL] {
-            let mut waiting = python(&lock, &two.b.join("file")).stderr(Stdio::null()).spawn().unwrap();
+            let mut waiting = python(&lock, &two.b.join("file"))
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
             std::thread::sleep(Duration::from_millis(500));
             let began = Instant::now();
             kill(Pid::from_raw(waiting.id() as i32), signal).unwrap();
             assert!(!waiting.wait().unwrap().success());
-            assert!(began.elapsed() < Duration::from_secs(2), "{signal} took {:?}", began.elapsed());
+            assert!(
+                began.elapsed() < Duration::from_secs(2),
+                "{signal} took {:?}",
+                began.elapsed()
+            );
         }
         holder.kill();
         // Neither of them got it after all.
         let free = format!("fcntl.{kind}(f,fcntl.LOCK_EX|fcntl.LOCK_NB)");
         wait_for("a free lock", Duration::from_secs(5), || {
-            python(&free, &two.a.join("file")).status().unwrap().success().then_some(())
+            python(&free, &two.a.join("file"))
+                .status()
+                .unwrap()
+                .success()
+                .then_some(())
         });
     }
 }
@@ -172,11 +228,21 @@ fn a_circle_of_waiting_processes_is_a_deadlock() {
             mark(they).display()
         )
     };
-    let mut first = python(&script(0, 1, "a", "b"), &two.a.join("file")).spawn().unwrap();
-    let mut second = python(&script(1, 0, "b", "a"), &two.b.join("file")).spawn().unwrap();
+    let mut first = python(&script(0, 1, "a", "b"), &two.a.join("file"))
+        .spawn()
+        .unwrap();
+    let mut second = python(&script(1, 0, "b", "a"), &two.b.join("file"))
+        .spawn()
+        .unwrap();
     let codes = [first.wait().unwrap().code(), second.wait().unwrap().code()];
-    assert!(codes.contains(&Some(35)), "EDEADLK for one of them: {codes:?}");
-    assert!(codes.contains(&Some(0)), "and the lock for the other: {codes:?}");
+    assert!(
+        codes.contains(&Some(35)),
+        "EDEADLK for one of them: {codes:?}"
+    );
+    assert!(
+        codes.contains(&Some(0)),
+        "and the lock for the other: {codes:?}"
+    );
 }
 
 #[test]

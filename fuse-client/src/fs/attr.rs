@@ -157,7 +157,10 @@ impl Fs {
             self.coherence.tell_attr(inode.ino);
         }
         if attr.flags & v1::AttrFlag::Capability as u32 != 0 {
-            match self.remove_xattr(inode.ino, b"security.capability", caller).await {
+            match self
+                .remove_xattr(inode.ino, b"security.capability", caller)
+                .await
+            {
                 Ok(()) | Err(Errno::NODATA) => {}
                 Err(error) => return Err(error),
             }

@@ -73,7 +73,9 @@ impl Fs {
         loop {
             let session = self.session();
             let Some(mut events) = session.events() else {
-                tracing::error!("somebody else took the session's events: a lost session will not be renewed");
+                tracing::error!(
+                    "somebody else took the session's events: a lost session will not be renewed"
+                );
                 return;
             };
             let why = loop {
@@ -83,9 +85,15 @@ impl Fs {
                 };
                 match event {
                     Some(Event::Gone(why)) => break why,
-                    Some(Event::Disconnected) => tracing::warn!("the metadata leader is away; operations wait"),
-                    Some(Event::Reattached) => tracing::info!("attached to a metadata leader again"),
-                    Some(Event::LeaseLost) => tracing::info!("the lease ran out; caches are not used"),
+                    Some(Event::Disconnected) => {
+                        tracing::warn!("the metadata leader is away; operations wait")
+                    }
+                    Some(Event::Reattached) => {
+                        tracing::info!("attached to a metadata leader again")
+                    }
+                    Some(Event::LeaseLost) => {
+                        tracing::info!("the lease ran out; caches are not used")
+                    }
                     Some(Event::LeaseRegained | Event::Invalidate(_)) => {}
                     None => break "its tasks ended".to_owned(),
                 }
@@ -111,7 +119,11 @@ impl Fs {
             if state.pieces.is_empty() {
                 continue;
             }
-            tracing::error!(ino = inode.ino, bytes = state.pieces.bytes(), "uncommitted data is lost");
+            tracing::error!(
+                ino = inode.ino,
+                bytes = state.pieces.bytes(),
+                "uncommitted data is lost"
+            );
             state.pieces.clear();
             state.batches.clear();
             state.lost = Some(Errno::STALE);
@@ -187,7 +199,9 @@ impl Fs {
                         done.push(id);
                     }
                     // It is leased again later.
-                    Err(error) => tracing::warn!(segment = id.0, %error, "a dead segment could not be deleted"),
+                    Err(error) => {
+                        tracing::warn!(segment = id.0, %error, "a dead segment could not be deleted")
+                    }
                 }
             }
         }

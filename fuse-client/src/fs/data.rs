@@ -17,6 +17,17 @@ use crate::inode::{Inode, Privileges};
 /// Extents per request when a seek walks through them.
 const SEEK_EXTENTS: u32 = 512;
 
+/// How a write is meant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct WriteHow {
+    /// File offset; of an append: where the kernel believes that the file ends.
+    pub offset: u64,
+    /// O_APPEND: at the end of the file, wherever that is by now.
+    pub append: bool,
+    /// Clear setuid and setgid, since the caller is not privileged.
+    pub kill_suidgid: bool,
+}
+
 /// What fallocate does to a range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Allocation {
@@ -58,34 +69,31 @@ pub enum Seek {
 }
 
 impl Fs {
-    /// Buffers a write if that needs no waiting: `None` when the buffer is full or something must be cleared first.
+    /// Buffers a write if that needs no waiting: `None` when the buffer is full, something must be cleared first, or the end of
+    /// an appended file isn't known.
     pub fn try_write(
         self: &Arc<Self>,
         file: &FileHandle,
-        offset: u64,
+        how: WriteHow,
         data: &[u8],
     ) -> Option<FsResult<u32>> {
-        self.buffer(&file.inode, offset, data, false)
+        self.buffer(&file.inode, how, data, false)
     }
 
     fn buffer(
         self: &Arc<Self>,
         inode: &Arc<Inode>,
-        offset: u64,
+        how: WriteHow,
         data: &[u8],
         cleared: bool,
     ) -> Option<FsResult<u32>> {
         let Ok(length) = u32::try_from(data.len()) else {
             return Some(Err(Errno::INVAL));
         };
-        let end = offset.checked_add(data.len() as u64);
-        let Some(end) = end.filter(|end| *end <= FILE_BYTES_MAX) else {
-            return Some(Err(Errno::FBIG));
-        };
         if let Err(error) = self.writable() {
             return Some(Err(error));
         }
-        let first = {
+        let (first, moved) = {
             let mut state = inode.lock();
             if let Some(error) = state.lost {
                 return Some(Err(error));
@@ -100,6 +108,14 @@ impl Fs {
             if !self.coherence.budget.has_room(data.len() as u64) {
                 return None;
             }
+            if how.append && state.content.is_none() {
+                return None;
+            }
+            let offset = if how.append { state.size() } else { how.offset };
+            let end = offset.checked_add(data.len() as u64);
+            if end.is_none_or(|end| end > FILE_BYTES_MAX) {
+                return Some(Err(Errno::FBIG));
+            }
             let first = state.pieces.is_empty();
             let segment_bytes = self.options.segment_bytes;
             let filled = state.pieces.write(offset, data, segment_bytes as usize);
@@ -110,12 +126,15 @@ impl Fs {
             if filled as u64 >= segment_bytes {
                 self.seal(inode, &mut state, true);
             }
-            first
+            (first, offset != how.offset)
         };
         if first {
             self.dirty.lock().insert(inode.ino, inode.clone());
         }
-        self.coherence.cache.kernel_wrote(inode.ino, end);
+        if moved {
+            // Another mount has appended. The kernel put the bytes where it believed the end to be.
+            self.coherence.tell_pages(inode.ino);
+        }
         self.metrics.written_bytes.inc_by(u64::from(length));
         Some(Ok(length))
     }
@@ -124,9 +143,8 @@ impl Fs {
     pub async fn write(
         self: &Arc<Self>,
         file: &FileHandle,
-        offset: u64,
+        how: WriteHow,
         data: Bytes,
-        kill_suidgid: bool,
         caller: Caller,
     ) -> FsResult<u32> {
         let inode = &file.inode;
@@ -137,9 +155,13 @@ impl Fs {
                 inode.lock().saw(&attr.attr, attr.at, true);
             }
             if inode.lock().privileges == Privileges::Some {
-                self.drop_privileges(inode, kill_suidgid, caller).await?;
+                self.drop_privileges(inode, how.kill_suidgid, caller)
+                    .await?;
             }
-            if let Some(written) = self.buffer(inode, offset, &data, true) {
+            if how.append && inode.lock().content.is_none() {
+                self.fetch_extents(inode, 0).await?;
+            }
+            if let Some(written) = self.buffer(inode, how, &data, true) {
                 return written;
             }
             self.coherence.budget.wait(data.len() as u64).await;
@@ -193,7 +215,9 @@ impl Fs {
             state.moved(&attr, changed.at, |content| content.extents.clear())
         };
         if let Some(before) = before {
-            self.coherence.cache.pages_moved(inode.ino, before, attr.data_seq);
+            self.coherence
+                .cache
+                .pages_moved(inode.ino, before, attr.data_seq);
         }
         Ok(())
     }
@@ -243,7 +267,12 @@ impl Fs {
     }
 
     /// lseek with SEEK_DATA or SEEK_HOLE. `NXIO` at and behind the end, and for data when only a hole follows.
-    pub async fn seek(self: &Arc<Self>, file: &FileHandle, offset: u64, seek: Seek) -> FsResult<u64> {
+    pub async fn seek(
+        self: &Arc<Self>,
+        file: &FileHandle,
+        offset: u64,
+        seek: Seek,
+    ) -> FsResult<u64> {
         let inode = &file.inode;
         self.flush(inode).await?;
         let mut at = offset;
@@ -284,9 +313,23 @@ mod tests {
         let keep = libc::FALLOC_FL_KEEP_SIZE;
         assert!(Allocation::from_mode(0).is_ok());
         assert!(Allocation::from_mode(keep).unwrap().keep_size);
-        assert!(Allocation::from_mode(libc::FALLOC_FL_PUNCH_HOLE | keep).unwrap().punch_hole);
-        assert!(Allocation::from_mode(libc::FALLOC_FL_ZERO_RANGE).unwrap().zero_range);
-        assert_eq!(Allocation::from_mode(libc::FALLOC_FL_COLLAPSE_RANGE), Err(Errno::NOTSUP));
-        assert_eq!(Allocation::from_mode(libc::FALLOC_FL_PUNCH_HOLE), Err(Errno::NOTSUP));
+        assert!(
+            Allocation::from_mode(libc::FALLOC_FL_PUNCH_HOLE | keep)
+                .unwrap()
+                .punch_hole
+        );
+        assert!(
+            Allocation::from_mode(libc::FALLOC_FL_ZERO_RANGE)
+                .unwrap()
+                .zero_range
+        );
+        assert_eq!(
+            Allocation::from_mode(libc::FALLOC_FL_COLLAPSE_RANGE),
+            Err(Errno::NOTSUP)
+        );
+        assert_eq!(
+            Allocation::from_mode(libc::FALLOC_FL_PUNCH_HOLE),
+            Err(Errno::NOTSUP)
+        );
     }
 }

@@ -217,7 +217,11 @@ impl Fs {
             .read_dir(Ino(handle.ino), from, listing.page_entries, plus)
             .await?;
         self.keep_page(generation, handle.ino, &page, at);
-        handle.changes.lock().names.retain(|_, changed| *changed > at);
+        handle
+            .changes
+            .lock()
+            .names
+            .retain(|_, changed| *changed > at);
         listing.page_entries = (listing.page_entries * 4).min(PAGE_MAX);
         listing.buffer = page.entries.into();
         listing.before = from;
@@ -234,7 +238,12 @@ impl Fs {
     }
 
     /// The entry as it is now; `None` when the page it was read with is outdated.
-    fn current(&self, handle: &DirHandle, listing: &Listing, entry: &v1::DirEntry) -> Option<Listed> {
+    fn current(
+        &self,
+        handle: &DirHandle,
+        listing: &Listing,
+        entry: &v1::DirEntry,
+    ) -> Option<Listed> {
         if handle.is_stale(&entry.name, listing.at) {
             return None;
         }

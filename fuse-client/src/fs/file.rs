@@ -48,8 +48,6 @@ pub struct Opened {
 pub struct OpenHow {
     /// O_TRUNC
     pub truncate: bool,
-    /// O_APPEND
-    pub append: bool,
     /// Truncation clears setuid and setgid, since the caller is not privileged.
     pub kill_suidgid: bool,
 }
@@ -74,10 +72,12 @@ impl Fs {
     }
 
     /// Opens a file. Always asks the server, so that the last close or fsync anywhere is seen.
-    ///
-    /// Errors: `STALE` also when the kernel's idea of an appended file's length is outdated: the kernel then looks the path up
-    /// again, learns the length and opens once more.
-    pub async fn open(self: &Arc<Self>, ino: u64, how: OpenHow, caller: Caller) -> FsResult<Opened> {
+    pub async fn open(
+        self: &Arc<Self>,
+        ino: u64,
+        how: OpenHow,
+        caller: Caller,
+    ) -> FsResult<Opened> {
         if how.truncate {
             self.writable()?;
         }
@@ -127,13 +127,6 @@ impl Fs {
         if let Some(page) = &opened.answer.extents {
             let mut state = inode.lock();
             state.learn(&attr, at, 0..page.complete_to, &page.extents);
-        }
-        if how.append
-            && !how.truncate
-            && let Some(known) = cache.kernel_size(ino)
-            && known != inode.lock().size().max(attr.size)
-        {
-            return Err(Errno::STALE);
         }
         let mut data_seq = attr.data_seq;
         if how.truncate {

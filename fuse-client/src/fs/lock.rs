@@ -33,7 +33,11 @@ pub struct LockRange {
 
 impl LockRange {
     fn to_wire(self, ino: u64, wait: bool) -> v1::Lock {
-        let end = if self.end >= i64::MAX as u64 { u64::MAX } else { self.end };
+        let end = if self.end >= i64::MAX as u64 {
+            u64::MAX
+        } else {
+            self.end
+        };
         v1::Lock {
             ino,
             owner: self.owner,
@@ -49,12 +53,22 @@ impl LockRange {
 
 impl Fs {
     /// Places or removes a lock. `wait`: until it is granted or the caller has a signal to handle (`INTR`).
-    pub async fn lock(&self, ino: u64, lock: LockRange, wait: bool, caller: Caller) -> FsResult<()> {
+    pub async fn lock(
+        &self,
+        ino: u64,
+        lock: LockRange,
+        wait: bool,
+        caller: Caller,
+    ) -> FsResult<()> {
         let session = self.session();
         let wait = wait && lock.kind != v1::LockKind::Unlock;
         let granted = session.lock(lock.to_wire(ino, wait));
         if !wait {
-            return match granted.await {
+            let answer = granted.await;
+            if lock.kind != v1::LockKind::Unlock && answer.is_ok() {
+                self.coherence.kernel_knows(ino).await;
+            }
+            return match answer {
                 // Nothing was held: the session is new, or the lock never was.
                 Err(ClientError::Verdict(FsError::NotFound | FsError::Stale))
                     if lock.kind == v1::LockKind::Unlock =>
@@ -67,7 +81,11 @@ impl Fs {
         tokio::pin!(granted);
         loop {
             tokio::select! {
-                answer = &mut granted => return Ok(answer?),
+                answer = &mut granted => {
+                    // What the last holder wrote was announced before the grant.
+                    self.coherence.kernel_knows(ino).await;
+                    return Ok(answer?);
+                }
                 // Dropping the future takes the request back.
                 () = tokio::time::sleep(SIGNAL_POLL) => {
                     if has_signal(caller.pid) {

@@ -100,7 +100,10 @@ impl Fs {
         self.runtime.spawn(async move {
             let cache = &fs.coherence.cache;
             let generation = cache.generation();
-            let page = fs.session().read_dir(Ino(parent), after, PREFETCH_ENTRIES, true).await;
+            let page = fs
+                .session()
+                .read_dir(Ino(parent), after, PREFETCH_ENTRIES, true)
+                .await;
             let next = match page {
                 Ok((page, at)) => {
                     fs.keep_page(generation, parent, &page, at);
@@ -251,7 +254,10 @@ impl Fs {
     ) -> FsResult<()> {
         check_name(name)?;
         check_name(new_name)?;
-        let (name, new_name) = (Bytes::copy_from_slice(name), Bytes::copy_from_slice(new_name));
+        let (name, new_name) = (
+            Bytes::copy_from_slice(name),
+            Bytes::copy_from_slice(new_name),
+        );
         let op = Op::Rename(v1::Rename {
             parent,
             name: name.clone(),

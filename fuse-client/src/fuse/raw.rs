@@ -70,7 +70,11 @@ impl<'a> Raw<'a> {
 
     /// fuse_open_in and fuse_create_in: truncation clears setuid and setgid.
     pub(super) fn open_kills_suidgid(self) -> bool {
-        let at = if self.u32(4) == FUSE_CREATE { HEADER + 12 } else { HEADER + 4 };
+        let at = if self.u32(4) == FUSE_CREATE {
+            HEADER + 12
+        } else {
+            HEADER + 4
+        };
         self.u32(at) & FUSE_OPEN_KILL_SUIDGID != 0
     }
 
@@ -99,7 +103,9 @@ impl<'a> Raw<'a> {
         }
         let nanos = i64::from(self.u32(nanos_at));
         Some(SetTime::At(
-            self.i64(seconds_at).saturating_mul(1_000_000_000).saturating_add(nanos),
+            self.i64(seconds_at)
+                .saturating_mul(1_000_000_000)
+                .saturating_add(nanos),
         ))
     }
 }

@@ -81,12 +81,16 @@ pub(super) fn open_flags(opened: &Opened) -> FopenFlags {
 }
 
 /// Answers with attributes, and with how long the kernel may keep them.
-fn with_lifetime(fs: &Fs, entry: &Entry, name: Option<(u64, &[u8])>, answer: impl FnOnce(Duration, &FileAttr)) {
+fn with_lifetime(
+    fs: &Fs,
+    entry: &Entry,
+    name: Option<(u64, &[u8])>,
+    answer: impl FnOnce(Duration, &FileAttr),
+) {
     let attr = file_attr(&entry.attr);
     let coherence = fs.coherence();
     let _gate = coherence.gate();
     let lifetime = fs.kernel_lifetime(entry.attr.ino, entry.at, entry.generation, name);
-    coherence.cache.told_kernel(entry.attr.ino, entry.attr.size);
     answer(lifetime, &attr);
 }
 
@@ -99,7 +103,12 @@ pub(super) fn entry(fs: &Fs, reply: fuser::ReplyEntry, name: (u64, &[u8]), entry
     }
 }
 
-pub(super) fn looked(fs: &Fs, reply: fuser::ReplyEntry, name: (u64, &[u8]), looked: FsResult<Looked>) {
+pub(super) fn looked(
+    fs: &Fs,
+    reply: fuser::ReplyEntry,
+    name: (u64, &[u8]),
+    looked: FsResult<Looked>,
+) {
     match looked {
         Ok(Looked::Found(found)) => entry(fs, reply, name, Ok(found)),
         Ok(Looked::Absent { at, generation }) => {
@@ -119,7 +128,9 @@ pub(super) fn looked(fs: &Fs, reply: fuser::ReplyEntry, name: (u64, &[u8]), look
 
 pub(super) fn attr(fs: &Fs, reply: fuser::ReplyAttr, entry: FsResult<Entry>) {
     match entry {
-        Ok(entry) => with_lifetime(fs, &entry, None, |lifetime, attr| reply.attr(&lifetime, attr)),
+        Ok(entry) => with_lifetime(fs, &entry, None, |lifetime, attr| {
+            reply.attr(&lifetime, attr)
+        }),
         Err(error) => reply.error(errno(error)),
     }
 }
@@ -132,7 +143,13 @@ pub(super) fn created(
 ) {
     match created {
         Ok((entry, opened)) => with_lifetime(fs, &entry, Some(name), |lifetime, attr| {
-            reply.created(&lifetime, attr, GENERATION, FileHandle(opened.handle), open_flags(&opened));
+            reply.created(
+                &lifetime,
+                attr,
+                GENERATION,
+                FileHandle(opened.handle),
+                open_flags(&opened),
+            );
         }),
         Err(error) => reply.error(errno(error)),
     }
@@ -164,7 +181,10 @@ mod tests {
     #[test]
     fn times_before_1970_keep_their_nanoseconds() {
         let time = system_time(-1_200_000_000);
-        assert_eq!(UNIX_EPOCH.duration_since(time).unwrap(), Duration::from_millis(1200));
+        assert_eq!(
+            UNIX_EPOCH.duration_since(time).unwrap(),
+            Duration::from_millis(1200)
+        );
         assert_eq!(system_time(5), UNIX_EPOCH + Duration::from_nanos(5));
         system_time(i64::MIN);
     }

@@ -179,7 +179,12 @@ fn misses_ask_for_a_prefetch_once_and_again_when_it_paid() {
         cache.lookup(1, b"a");
     }
     assert_eq!(cache.lookup(1, b"x"), Found::Unknown { prefetch: None });
-    assert_eq!(cache.lookup(1, b"y"), Found::Unknown { prefetch: Some(600) });
+    assert_eq!(
+        cache.lookup(1, b"y"),
+        Found::Unknown {
+            prefetch: Some(600)
+        }
+    );
 }
 
 #[test]

@@ -54,7 +54,9 @@ fn clip(extent: &v1::Extent, range: &Range<u64>) -> Option<v1::Extent> {
     if extent.segment == 0 {
         let (skip, to) = (skip as usize, (to - extent.offset) as usize);
         // An inline extent that is shorter than it says is corrupt; the missing rest must not panic here.
-        part.inline_bytes = extent.inline_bytes.slice(skip.min(extent.inline_bytes.len())..to.min(extent.inline_bytes.len()));
+        part.inline_bytes = extent
+            .inline_bytes
+            .slice(skip.min(extent.inline_bytes.len())..to.min(extent.inline_bytes.len()));
     } else {
         part.frame_offset = u32::try_from(u64::from(extent.frame_offset) + skip).ok()?;
     }
@@ -239,7 +241,10 @@ mod tests {
         map.overlay(&extent(3, 2, 9));
         let parts = map.plan(0..10).unwrap();
         assert_eq!(parts[0].source, Source::Inline(Bytes::from_static(b"012")));
-        assert_eq!(parts[2].source, Source::Inline(Bytes::from_static(b"56789")));
+        assert_eq!(
+            parts[2].source,
+            Source::Inline(Bytes::from_static(b"56789"))
+        );
     }
 
     proptest! {

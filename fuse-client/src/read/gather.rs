@@ -82,7 +82,8 @@ impl Fs {
     ) -> FsResult<Bytes> {
         let mut refreshed = false;
         loop {
-            let (range, size, parts, buffered) = self.plan_read(&file.inode, offset, length).await?;
+            let (range, size, parts, buffered) =
+                self.plan_read(&file.inode, offset, length).await?;
             self.read_ahead(file, &range, size);
             match self.gather(&range, &parts, &buffered).await {
                 Err(error) if error.kind() == Kind::NotFound && !refreshed => {
@@ -125,7 +126,8 @@ impl Fs {
         Err(Errno::IO)
     }
 
-    async fn fetch_extents(&self, inode: &Inode, from: u64) -> FsResult<()> {
+    /// Asks the server for a page of extents from `from` on; an answer that is older than what is known is dropped.
+    pub(crate) async fn fetch_extents(&self, inode: &Inode, from: u64) -> FsResult<()> {
         let session = self.session();
         let (page, at) = session
             .get_extents(Ino(inode.ino), from, u64::MAX - from, PAGE_EXTENTS)

@@ -58,7 +58,8 @@ impl Placed {
             Self::Inline(frames) => {
                 let bytes: Vec<u8> = frames[piece.sent.frame].pieces.concat();
                 let from = piece.sent.frame_offset as usize;
-                extent.inline_bytes = bytes::Bytes::from(bytes).slice(from..from + piece.length as usize);
+                extent.inline_bytes =
+                    bytes::Bytes::from(bytes).slice(from..from + piece.length as usize);
             }
         }
         extent
@@ -151,7 +152,9 @@ impl Fs {
                 if let Placed::Segment(segment, _) = &placed {
                     group.segments.push(*segment);
                 }
-                group.extents.extend(part.iter().map(|piece| placed.extent(piece)));
+                group
+                    .extents
+                    .extend(part.iter().map(|piece| placed.extent(piece)));
                 group.pieces.push((number, part.to_vec()));
             }
         }
@@ -165,7 +168,11 @@ impl Fs {
             return Ok(());
         }
         group.extents.sort_unstable_by_key(|extent| extent.offset);
-        let size_min = group.extents.iter().map(|extent| extent.offset + extent.length).max();
+        let size_min = group
+            .extents
+            .iter()
+            .map(|extent| extent.offset + extent.length)
+            .max();
         let mtime = inode.lock().mtime;
         let op = Op::Commit(v1::Commit {
             segments: group.segments,
@@ -204,8 +211,14 @@ impl Fs {
         }
         drop(state);
         match before {
-            Some(before) => self.coherence().cache.pages_moved(inode.ino, before, attr.data_seq),
-            None => self.coherence().cache.pages_moved(inode.ino, u64::MAX, attr.data_seq),
+            Some(before) => self
+                .coherence()
+                .cache
+                .pages_moved(inode.ino, before, attr.data_seq),
+            None => self
+                .coherence()
+                .cache
+                .pages_moved(inode.ino, u64::MAX, attr.data_seq),
         }
         Ok(())
     }
@@ -227,7 +240,10 @@ impl Fs {
             }
             ClientError::Verdict(FsError::Stale | FsError::NotFound) => {
                 // The inode is gone (its last name was removed elsewhere and nobody had it open any more).
-                tracing::warn!(ino = inode.ino, "the file is gone; what was written to it is lost");
+                tracing::warn!(
+                    ino = inode.ino,
+                    "the file is gone; what was written to it is lost"
+                );
                 state.pieces.clear();
                 state.batches.clear();
                 state.lost = Some(Errno::STALE);

@@ -61,7 +61,11 @@ impl Fs {
             .collect();
         waiting.sort_by_key(|(age, _, _)| *age);
         let budget = &self.coherence().budget;
-        let mut excess = if budget.is_pressed() { budget.used() / 2 } else { 0 };
+        let mut excess = if budget.is_pressed() {
+            budget.used() / 2
+        } else {
+            0
+        };
         waiting
             .into_iter()
             .filter(|(Reverse(age), bytes, _)| {

@@ -214,7 +214,8 @@ impl Pieces {
         let mut room = 0;
         let mut splits = Vec::new();
         for (&start, content) in &mut self.map {
-            if full_only && !matches!(content, Content::Open(bytes) if bytes.len() as u64 >= batch_bytes_max)
+            if full_only
+                && !matches!(content, Content::Open(bytes) if bytes.len() as u64 >= batch_bytes_max)
             {
                 continue;
             }

@@ -27,9 +27,7 @@ impl Fs {
         }
         let inline = !full_only && state.size() <= INLINE_BYTES_MAX as u64;
         let InodeState {
-            pieces,
-            next_batch,
-            ..
+            pieces, next_batch, ..
         } = state;
         let frozen = pieces.freeze(self.segment_bytes(), COMMIT_EXTENTS_MAX, full_only, || {
             let batch = *next_batch;
@@ -104,7 +102,11 @@ impl Fs {
         let changing = inode.changing.lock().await;
         inode.lock().commit_scheduled = false;
         if let Err(refused) = self.commit_sealed(inode, last).await {
-            tracing::warn!(ino = inode.ino, ?refused, "commit failed; the next flush tries again");
+            tracing::warn!(
+                ino = inode.ino,
+                ?refused,
+                "commit failed; the next flush tries again"
+            );
         }
         drop(changing);
         self.settle(inode);

@@ -313,8 +313,18 @@ async fn digest(target: &Target, json: bool) -> Outcome {
             serde_json::Value::String(text) => text.clone(),
             other => other.to_string(),
         };
-        let digest = if row["error"].is_null() { text("digest") } else { text("error") };
-        table.add_row([text("node"), text("address"), text("position"), digest, text("diverged")]);
+        let digest = if row["error"].is_null() {
+            text("digest")
+        } else {
+            text("error")
+        };
+        table.add_row([
+            text("node"),
+            text("address"),
+            text("position"),
+            digest,
+            text("diverged"),
+        ]);
     }
     output::print_table(&table)
 }

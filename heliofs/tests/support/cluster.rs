@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -29,9 +29,17 @@ impl Ran {
 
     /// An error as users are promised: `error: …` that contains `message`, and a hint.
     pub fn failure(self, code: i32, message: &str) -> Self {
-        assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.out, self.err);
+        assert_eq!(
+            self.code, code,
+            "stdout: {}\nstderr: {}",
+            self.out, self.err
+        );
         assert!(self.err.contains("error: "), "no error line: {}", self.err);
-        assert!(self.err.contains(message), "`{message}` is not in: {}", self.err);
+        assert!(
+            self.err.contains(message),
+            "`{message}` is not in: {}",
+            self.err
+        );
         self
     }
 
@@ -63,7 +71,12 @@ impl Cluster {
     }
 
     /// `count` nodes; `place` may put the data directory of node `id` elsewhere.
-    pub fn with_dirs(count: usize, place: impl Fn(u64, &Path) -> Option<PathBuf>, flags: &[&str]) -> Self {
+    pub fn with_dirs(
+        count: usize,
+        place: impl Fn(u64, &Path) -> Option<PathBuf>,
+        flags: &[&str],
+    ) -> Self {
+        super::spawner::ready();
         let scratch = scratch();
         let directory = scratch.path().to_owned();
         let token_file = directory.join("token");
@@ -75,7 +88,12 @@ impl Cluster {
             .map(|(port, id)| {
                 let own = directory.join(format!("node-{id}"));
                 let data_dir = place(id, &own).unwrap_or(own);
-                Node { id, port, data_dir, process: None }
+                Node {
+                    id,
+                    port,
+                    data_dir,
+                    process: None,
+                }
             })
             .collect();
         let mut cluster = Self {
@@ -93,7 +111,9 @@ impl Cluster {
         for index in 1..count {
             let Node { id, port, .. } = &cluster.nodes[index];
             let (id, address) = (id.to_string(), format!("127.0.0.1:{port}"));
-            cluster.run(&["raft", "add", &first, &id, &address]).success();
+            cluster
+                .run(&["raft", "add", &first, &id, &address])
+                .success();
         }
         cluster.leader();
         cluster
@@ -104,16 +124,19 @@ impl Cluster {
         self.spawn_node(index);
         let url = format!("helio://127.0.0.1:{}", self.nodes[index].port);
         let id = self.nodes[index].id;
-        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if self.run(&["raft", "status", &url]).code == 0 {
                 return;
             }
             let process = self.nodes[index].process.as_mut().unwrap();
             if let Some(status) = process.ended() {
-                panic!("node {id} ended ({status}) instead of starting:\n{}", process.log_tail());
+                panic!(
+                    "node {id} ended ({status}) instead of starting:\n{}",
+                    process.log_tail()
+                );
             }
-            assert!(std::time::Instant::now() < deadline, "node {id} does not answer");
+            assert!(Instant::now() < deadline, "node {id} does not answer");
         }
     }
 
@@ -121,16 +144,21 @@ impl Cluster {
     pub fn spawn_node(&mut self, index: usize) {
         let node = &self.nodes[index];
         let log = self.directory.join(format!("node-{}.log", node.id));
-        let process = Process::start(&format!("node {}", node.id), &log, Path::new(HELIOFS), |command| {
-            command
-                .args(["meta", "--id", &node.id.to_string()])
-                .arg("--data-dir")
-                .arg(&node.data_dir)
-                .args(["--listen", &format!("127.0.0.1:{}", node.port)])
-                .arg("--token-file")
-                .arg(&self.token_file)
-                .args(&self.flags);
-        });
+        let process = Process::start(
+            &format!("node {}", node.id),
+            &log,
+            Path::new(HELIOFS),
+            |command| {
+                command
+                    .args(["meta", "--id", &node.id.to_string()])
+                    .arg("--data-dir")
+                    .arg(&node.data_dir)
+                    .args(["--listen", &format!("127.0.0.1:{}", node.port)])
+                    .arg("--token-file")
+                    .arg(&self.token_file)
+                    .args(&self.flags);
+            },
+        );
         self.nodes[index].process = Some(process);
     }
 
@@ -146,13 +174,21 @@ impl Cluster {
         if let Some(mut process) = self.nodes[index].process.take() {
             process.signal(nix::sys::signal::Signal::SIGTERM);
             let status = process.wait(Duration::from_secs(30));
-            assert!(status.success(), "a stopped node ended with {status}:\n{}", process.log_tail());
+            assert!(
+                status.success(),
+                "a stopped node ended with {status}:\n{}",
+                process.log_tail()
+            );
         }
     }
 
     /// The META-URL of all nodes.
     pub fn url(&self) -> String {
-        let peers: Vec<_> = self.nodes.iter().map(|node| format!("127.0.0.1:{}", node.port)).collect();
+        let peers: Vec<_> = self
+            .nodes
+            .iter()
+            .map(|node| format!("127.0.0.1:{}", node.port))
+            .collect();
         format!("helio://{}", peers.join(","))
     }
 
@@ -168,28 +204,37 @@ impl Cluster {
 
     pub fn run_with(&self, arguments: &[&str], prepare: impl FnOnce(&mut Command)) -> Ran {
         let mut command = Command::new(HELIOFS);
-        command.args(arguments).env("HELIOFS_TOKEN_FILE", &self.token_file);
-        command.stdin(std::process::Stdio::null());
+        command
+            .args(arguments)
+            .env("HELIOFS_TOKEN_FILE", &self.token_file);
         prepare(&mut command);
         run(&mut command)
     }
 
     pub fn status(&self) -> Value {
-        self.run(&["status", &self.url(), "--json"]).success().json()
+        self.run(&["status", &self.url(), "--json"])
+            .success()
+            .json()
     }
 
     /// The volume as `heliofs status` shows it.
     pub fn volume(&self, name: &str) -> Value {
         let status = self.status();
         let volumes = status["volumes"].as_array().unwrap();
-        volumes.iter().find(|volume| volume["name"] == name).unwrap().clone()
+        volumes
+            .iter()
+            .find(|volume| volume["name"] == name)
+            .unwrap()
+            .clone()
     }
 
     /// Waits for a leader; its index, from 0.
     pub fn leader(&self) -> usize {
         wait_for("an election", Duration::from_secs(30), || {
             let ran = self.run(&["raft", "status", &self.url(), "--json"]);
-            let id = (ran.code == 0).then(|| ran.json()["leader"].as_u64()).flatten()?;
+            let id = (ran.code == 0)
+                .then(|| ran.json()["leader"].as_u64())
+                .flatten()?;
             self.nodes.iter().position(|node| node.id == id)
         })
     }
@@ -203,7 +248,15 @@ impl Cluster {
     pub fn format_file(&self, name: &str, more: &[&str]) {
         let bucket = self.directory.join("bucket");
         let url = self.url();
-        let mut arguments = vec!["format", &url, name, "--storage", "file", "--bucket", bucket.to_str().unwrap()];
+        let mut arguments = vec![
+            "format",
+            &url,
+            name,
+            "--storage",
+            "file",
+            "--bucket",
+            bucket.to_str().unwrap(),
+        ];
         arguments.extend(more);
         self.run(&arguments).success();
     }
@@ -214,7 +267,8 @@ impl Cluster {
         let bucket = s3.bucket_url(name);
         let mut arguments = vec!["format", &url, name, "--storage", "s3", "--bucket", &bucket];
         arguments.extend(more);
-        self.run_with(&arguments, |command| s3.keys(command)).success();
+        self.run_with(&arguments, |command| s3.keys(command))
+            .success();
     }
 
     pub fn mount(&self, volume: &str) -> Mount {
@@ -224,27 +278,40 @@ impl Cluster {
     /// Waits until all nodes that run have applied the same position of `volume` with the same digest.
     pub fn assert_replicas_equal(&self, volume: &str) {
         let url = self.volume_url(volume);
-        wait_for("equal digests on all nodes", Duration::from_secs(60), || {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
             let ran = self.run(&["raft", "digest", &url, "--json"]);
-            if ran.code != 0 {
-                return None;
+            if ran.code == 0 {
+                let nodes = ran.json();
+                let nodes = nodes.as_array().unwrap();
+                assert!(
+                    nodes.iter().all(|node| node["diverged"].is_null()),
+                    "replicas diverged: {nodes:?}"
+                );
+                let all_answer = nodes.len() == self.nodes.len()
+                    && nodes.iter().all(|node| node["digest"].is_string());
+                let same = |key: &str| nodes.iter().all(|node| node[key] == nodes[0][key]);
+                if all_answer && same("position") && same("digest") {
+                    return;
+                }
             }
-            let nodes = ran.json();
-            let nodes = nodes.as_array().unwrap();
-            assert!(nodes.iter().all(|node| node["diverged"].is_null()), "replicas diverged: {nodes:?}");
-            let all_answer = nodes.len() == self.nodes.len() && nodes.iter().all(|node| node["digest"].is_string());
-            let same = |key: &str| nodes.iter().all(|node| node[key] == nodes[0][key]);
-            (all_answer && same("position") && same("digest")).then_some(())
-        });
+            assert!(
+                Instant::now() < deadline,
+                "the replicas are not equal: {} {}",
+                ran.out,
+                ran.err
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 }
 
 /// Runs a command to its end.
 pub fn run(command: &mut Command) -> Ran {
-    let output = command.output().unwrap();
+    let (code, out, err) = super::spawner::run(command);
     Ran {
-        code: output.status.code().unwrap_or(-1),
-        out: String::from_utf8_lossy(&output.stdout).into_owned(),
-        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        code,
+        out: String::from_utf8_lossy(&out).into_owned(),
+        err: String::from_utf8_lossy(&err).into_owned(),
     }
 }

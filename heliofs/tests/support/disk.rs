@@ -9,6 +9,7 @@ use std::process::Command;
 
 use nix::mount::{MntFlags, umount2};
 
+use super::cluster::run;
 use super::scratch;
 
 pub struct Disk {
@@ -18,12 +19,7 @@ pub struct Disk {
 }
 
 fn must(command: &mut Command) {
-    let output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    run(command).success();
 }
 
 impl Disk {
@@ -33,10 +29,17 @@ impl Disk {
         let scratch = scratch();
         let image = scratch.path().join("image");
         let path = scratch.path().join("disk");
-        fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
+        fs::File::create(&image)
+            .unwrap()
+            .set_len(mib << 20)
+            .unwrap();
         fs::create_dir(&path).unwrap();
         must(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&image));
-        let disk = Self { image, path, _scratch: scratch };
+        let disk = Self {
+            image,
+            path,
+            _scratch: scratch,
+        };
         disk.mount();
         disk
     }
@@ -57,11 +60,14 @@ impl Disk {
 
     /// From now on every write fails, and nothing that was not synced will be seen again.
     pub fn lose_power(&self) {
-        let script = "import fcntl, os, struct, sys\n\
+        let script = "import fcntl, os, struct, sys; \
                       fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587D, struct.pack('I', 2))";
         must(Command::new("python3").args(["-c", script]).arg(&self.path));
         let probe = fs::write(self.path.join("probe"), "x");
-        assert!(probe.is_err(), "the disk still takes writes: the power loss did not happen");
+        assert!(
+            probe.is_err(),
+            "the disk still takes writes: the power loss did not happen"
+        );
     }
 
     /// Power is back. Whoever used the disk must have ended.
@@ -70,14 +76,17 @@ impl Disk {
         self.mount();
     }
 
-    /// Takes what is free, but for `kib_left`; returns the file that took it.
-    pub fn fill(&self, kib_left: u64) -> PathBuf {
+    /// Takes everything that is free; returns the file that took it.
+    pub fn fill(&self) -> PathBuf {
         let filler = self.path.join("filler");
-        let stat = nix::sys::statvfs::statvfs(&self.path).unwrap();
-        // Root may use the reserved blocks too.
-        let free = stat.blocks_free() * stat.fragment_size();
-        let length = free.saturating_sub(kib_left << 10);
-        must(Command::new("fallocate").args(["-l", &length.to_string()]).arg(&filler));
+        let file = fs::File::create(&filler).unwrap();
+        let mut length = 0i64;
+        for step in [16 << 20, 1 << 20, 64 << 10, 4 << 10] {
+            while nix::fcntl::posix_fallocate(&file, length, step).is_ok() {
+                length += step;
+            }
+        }
+        assert!(length > 0, "the disk was full before");
         filler
     }
 }

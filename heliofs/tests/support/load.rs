@@ -46,7 +46,9 @@ pub fn content(number: u64) -> Vec<u8> {
     let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..SIZES[number as usize % SIZES.len()])
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             (state >> 56) as u8
         })
         .collect()
@@ -65,7 +67,12 @@ impl Load {
                 std::thread::spawn(move || write(&root, &directory, thread, &stop, &done))
             })
             .collect();
-        Self { stop, done, threads, root: root.to_owned() }
+        Self {
+            stop,
+            done,
+            threads,
+            root: root.to_owned(),
+        }
     }
 
     /// Files acknowledged so far.
@@ -76,7 +83,9 @@ impl Load {
     /// Waits until `more` more files were acknowledged.
     pub fn wait_for_more(&self, more: u64, within: Duration) {
         let goal = self.done() + more;
-        super::wait_for(&format!("writing {more} more files"), within, || (self.done() >= goal).then_some(()));
+        super::wait_for(&format!("writing {more} more files"), within, || {
+            (self.done() >= goal).then_some(())
+        });
     }
 
     pub fn stop(self) -> Acknowledged {
@@ -94,7 +103,13 @@ impl Load {
 }
 
 /// Create, write, sync, close, rename; every seventh file is removed again. A file counts once all of it was acknowledged.
-fn write(root: &Path, directory: &Path, thread: u64, stop: &AtomicBool, done: &AtomicU64) -> Thread {
+fn write(
+    root: &Path,
+    directory: &Path,
+    thread: u64,
+    stop: &AtomicBool,
+    done: &AtomicU64,
+) -> Thread {
     let mut result = Thread::default();
     for turn in 0.. {
         if stop.load(Ordering::Relaxed) {
@@ -121,7 +136,9 @@ fn write(root: &Path, directory: &Path, thread: u64, stop: &AtomicBool, done: &A
         if turn % 7 == 6 && result.files.contains_key(&path) {
             match fs::remove_file(root.join(&path)) {
                 Ok(()) => result.gone.push(path.clone()),
-                Err(error) => result.errors.push(format!("remove {}: {error}", path.display())),
+                Err(error) => result
+                    .errors
+                    .push(format!("remove {}: {error}", path.display())),
             }
             result.files.remove(&path);
         }
@@ -134,17 +151,31 @@ impl Acknowledged {
     /// Reads everything back below `root`, which may be another mount.
     pub fn verify(&self, root: &Path) {
         for (path, number) in &self.files {
-            let found = fs::read(root.join(path))
-                .unwrap_or_else(|error| panic!("{} was acknowledged and is lost: {error}", path.display()));
-            assert!(found == content(*number), "{} has other content than was acknowledged", path.display());
+            let found = fs::read(root.join(path)).unwrap_or_else(|error| {
+                panic!("{} was acknowledged and is lost: {error}", path.display())
+            });
+            assert!(
+                found == content(*number),
+                "{} has other content than was acknowledged",
+                path.display()
+            );
         }
         for path in &self.gone {
-            assert!(!root.join(path).exists(), "{} was removed and is back", path.display());
+            assert!(
+                !root.join(path).exists(),
+                "{} was removed and is back",
+                path.display()
+            );
         }
     }
 
     /// No error reached the writers.
     pub fn assert_no_errors(&self) {
-        assert!(self.errors.is_empty(), "{} errors, first: {:?}", self.errors.len(), &self.errors[..self.errors.len().min(5)]);
+        assert!(
+            self.errors.is_empty(),
+            "{} errors, first: {:?}",
+            self.errors.len(),
+            &self.errors[..self.errors.len().min(5)]
+        );
     }
 }

@@ -25,23 +25,35 @@ impl Mount {
         let path = scratch.path().join("mnt");
         std::fs::create_dir(&path).unwrap();
         let log = scratch.path().join("mount.log");
-        let mut process = Process::start(&format!("mount of {volume}"), &log, Path::new(HELIOFS), |command| {
-            command
-                .args(["mount", &cluster.url(), volume])
-                .arg(&path)
-                .arg("--cache-dir")
-                .arg(scratch.path().join("cache"))
-                .arg("--token-file")
-                .arg(&cluster.token_file)
-                .args(flags);
-        });
+        let mut process = Process::start(
+            &format!("mount of {volume}"),
+            &log,
+            Path::new(HELIOFS),
+            |command| {
+                command
+                    .args(["mount", &cluster.url(), volume])
+                    .arg(&path)
+                    .arg("--cache-dir")
+                    .arg(scratch.path().join("cache"))
+                    .arg("--token-file")
+                    .arg(&cluster.token_file)
+                    .args(flags);
+            },
+        );
         wait_for("the mount", Duration::from_secs(60), || {
             if let Some(status) = process.ended() {
-                panic!("the mount ended ({status}) instead of serving:\n{}", process.log_tail());
+                panic!(
+                    "the mount ended ({status}) instead of serving:\n{}",
+                    process.log_tail()
+                );
             }
             is_mounted(&path).then_some(())
         });
-        Self { path, process, _scratch: scratch }
+        Self {
+            path,
+            process,
+            _scratch: scratch,
+        }
     }
 
     pub fn join(&self, below: impl AsRef<Path>) -> PathBuf {
@@ -53,7 +65,11 @@ impl Mount {
         let ran = super::cluster::run(Command::new(HELIOFS).arg("umount").arg(&self.path));
         assert_eq!(ran.code, 0, "{}", ran.err);
         let status = self.process.wait(Duration::from_secs(60));
-        assert!(status.success(), "the mount ended with {status}:\n{}", self.process.log_tail());
+        assert!(
+            status.success(),
+            "the mount ended with {status}:\n{}",
+            self.process.log_tail()
+        );
     }
 }
 
@@ -72,5 +88,7 @@ impl Drop for Mount {
 /// Whether something is mounted exactly there; never touches the mount itself, which may hang.
 pub fn is_mounted(path: &Path) -> bool {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mounts.lines().any(|line| line.split(' ').nth(4) == path.to_str())
+    mounts
+        .lines()
+        .any(|line| line.split(' ').nth(4) == path.to_str())
 }

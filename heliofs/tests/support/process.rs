@@ -1,51 +1,75 @@
-//! A child process whose output goes to a file, and which never outlives the test.
+//! A process whose output goes to a file, and which never outlives the test.
 
-use std::fs::{self, File};
-use std::os::unix::process::ExitStatusExt;
+use std::fmt;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::wait_for;
+use super::{spawner, wait_for};
+
+/// How a process ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ended(i32);
+
+impl Ended {
+    pub fn success(self) -> bool {
+        self.0 == 0
+    }
+
+    /// `None` when a signal ended it.
+    pub fn code(self) -> Option<i32> {
+        (self.0 < 128).then_some(self.0)
+    }
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.code() {
+            Some(code) => write!(f, "exit code {code}"),
+            None => write!(f, "signal {}", self.0 - 128),
+        }
+    }
+}
 
 pub struct Process {
     name: String,
     log: PathBuf,
-    child: Child,
-    ended: Option<ExitStatus>,
+    pid: Pid,
+    ended: Option<Ended>,
 }
 
 impl Process {
-    /// Starts `program`. The kernel kills it when the thread that started it ends, be it because the test run was killed.
-    pub fn start(name: &str, log: &Path, program: &Path, prepare: impl FnOnce(&mut Command)) -> Self {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).arg(program);
+    pub fn start(
+        name: &str,
+        log: &Path,
+        program: &Path,
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
+        let mut command = Command::new(program);
         prepare(&mut command);
-        let out = File::options().create(true).append(true).open(log).unwrap();
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(out.try_clone().unwrap())
-            .stderr(out)
-            .spawn()
-            .unwrap_or_else(|error| panic!("{name} did not start: {error}"));
         Self {
             name: name.to_owned(),
             log: log.to_owned(),
-            child,
+            pid: spawner::start(&command, log),
             ended: None,
         }
     }
 
     pub fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id() as i32)
+        self.pid
     }
 
     pub fn signal(&self, signal: Signal) {
         if self.ended.is_none() {
-            kill(self.pid(), signal).unwrap();
+            match kill(self.pid, signal) {
+                // It ended a moment ago.
+                Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                Err(errno) => panic!("{signal} to {}: {errno}", self.name),
+            }
         }
     }
 
@@ -55,15 +79,23 @@ impl Process {
         self.wait(Duration::from_secs(30));
     }
 
-    /// The exit status if it has ended.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<Ended> {
         if self.ended.is_none() {
-            self.ended = self.child.try_wait().unwrap();
+            // The shell remembers the exit codes of its children until they are asked for.
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+            let state = stat
+                .rsplit(") ")
+                .next()
+                .and_then(|rest| rest.chars().next());
+            if matches!(state, None | Some('Z' | 'X')) {
+                self.ended = Some(Ended(spawner::exit_code(self.pid)));
+            }
         }
         self.ended
     }
 
-    pub fn wait(&mut self, within: Duration) -> ExitStatus {
+    pub fn wait(&mut self, within: Duration) -> Ended {
         let what = format!("the end of {}", self.name);
         wait_for(&what, within, || self.ended())
     }
@@ -82,17 +114,11 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if self.ended().is_none() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+        if self.ended.is_none() {
+            let _ = kill(self.pid, Signal::SIGKILL);
         }
         if std::thread::panicking() {
             eprintln!("---- log of {}\n{}", self.name, self.log_tail());
         }
     }
-}
-
-/// Whether it was ended by SIGKILL.
-pub fn was_killed(status: ExitStatus) -> bool {
-    status.signal() == Some(Signal::SIGKILL as i32)
 }

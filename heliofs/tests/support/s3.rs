@@ -17,7 +17,11 @@ pub struct S3 {
 impl S3 {
     pub fn start() -> Self {
         let program = tools().join("weed/bin/weed");
-        assert!(program.exists(), "{} is missing: run .ci/setup test", program.display());
+        assert!(
+            program.exists(),
+            "{} is missing: run .ci/setup test",
+            program.display()
+        );
         let scratch = scratch();
         let data = scratch.path().join("data");
         std::fs::create_dir(&data).unwrap();
@@ -32,8 +36,20 @@ impl S3 {
         let log = scratch.path().join("weed.log");
         let mut process = Process::start("weed", &log, &program, |command| {
             command
-                .args(["server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-volume.max=50"])
-                .args(["-master.volumeSizeLimitMB=256", "-filer", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0"])
+                .args([
+                    "server",
+                    "-ip=127.0.0.1",
+                    "-ip.bind=127.0.0.1",
+                    "-master.telemetry=false",
+                    "-volume.max=50",
+                ])
+                .args([
+                    "-master.volumeSizeLimitMB=256",
+                    "-filer",
+                    "-s3",
+                    "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
+                ])
                 .arg(format!("-dir={}", data.display()))
                 .arg(format!("-s3.config={}", config.display()));
             for (flag, port) in [
@@ -54,11 +70,20 @@ impl S3 {
         });
         let url = format!("http://127.0.0.1:{}", ports[6]);
         wait_for("the start of weed", Duration::from_secs(60), || {
-            assert!(process.ended().is_none(), "weed ended:\n{}", process.log_tail());
-            let answer = Command::new("curl").args(["-s", "-o", "/dev/null", &url]).status().unwrap();
-            answer.success().then_some(())
+            assert!(
+                process.ended().is_none(),
+                "weed ended:\n{}",
+                process.log_tail()
+            );
+            let answer =
+                super::cluster::run(Command::new("curl").args(["-s", "-o", "/dev/null", &url]));
+            (answer.code == 0).then_some(())
         });
-        Self { url, process, _scratch: scratch }
+        Self {
+            url,
+            process,
+            _scratch: scratch,
+        }
     }
 
     pub fn bucket_url(&self, bucket: &str) -> String {
@@ -67,6 +92,8 @@ impl S3 {
 
     /// The right keys, in the environment.
     pub fn keys(&self, command: &mut Command) {
-        command.env("ACCESS_KEY", ACCESS_KEY).env("SECRET_KEY", SECRET_KEY);
+        command
+            .env("ACCESS_KEY", ACCESS_KEY)
+            .env("SECRET_KEY", SECRET_KEY);
     }
 }

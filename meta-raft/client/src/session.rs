@@ -206,6 +206,11 @@ impl Session {
         self.shared().lease.valid()
     }
 
+    /// How much longer [`Session::lease_valid`] holds without another pong: what a cached answer may be passed on for.
+    pub fn lease_left(&self) -> Duration {
+        self.shared().lease.left()
+    }
+
     /// Whether the session has ended; why, when it has.
     pub fn gone(&self) -> Option<String> {
         self.shared().state.lock().gone().map(str::to_owned)

@@ -32,6 +32,13 @@ impl Lease {
         self.until_nanos.store(0, Ordering::Release);
     }
 
+    /// How much longer it is live; zero when it is over.
+    pub fn left(&self) -> Duration {
+        let now = self.base.elapsed().as_nanos();
+        let until = u128::from(self.until_nanos.load(Ordering::Acquire));
+        Duration::from_nanos(u64::try_from(until.saturating_sub(now)).unwrap_or(u64::MAX))
+    }
+
     /// Whether it is live now.
     pub fn valid(&self) -> bool {
         self.valid_at(Instant::now())

@@ -39,7 +39,8 @@ pub fn start(node: &NodeContext) -> Routes {
         leadership: node.leadership.clone(),
         hub,
     };
-    node.tasks.spawn(reign::run(ctx.clone(), node.cancel.clone()));
+    node.tasks
+        .spawn(reign::run(ctx.clone(), node.cancel.clone()));
     if let Some(address) = node.config.metrics_listen {
         let served = metrics::Served {
             metrics,
@@ -47,7 +48,8 @@ pub fn start(node: &NodeContext) -> Routes {
             raft: node.raft.clone(),
             log: node.log.clone(),
         };
-        node.tasks.spawn(metrics::serve(served, address, node.cancel.clone()));
+        node.tasks
+            .spawn(metrics::serve(served, address, node.cancel.clone()));
     }
     let sessions = SessionsServer::new(SessionsService::new(ctx.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)

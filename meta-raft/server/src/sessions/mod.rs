@@ -77,11 +77,15 @@ pub(crate) async fn propose(
     volume: &VolumeSessions,
     op: Op,
 ) -> Result<v1::Reply, ProposeError> {
-    let command = v1::Command { volume: volume.id.0, op: Some(op), ..Default::default() };
+    let command = v1::Command {
+        volume: volume.id.0,
+        op: Some(op),
+        ..Default::default()
+    };
     match ctx.proposer.propose(Item::Command(command)).await? {
         Proposed::Reply(reply) => Ok(reply),
-        Proposed::Local(other) => {
-            Err(ProposeError::Fatal(format!("a command was answered with {other:?}")))
-        }
+        Proposed::Local(other) => Err(ProposeError::Fatal(format!(
+            "a command was answered with {other:?}"
+        ))),
     }
 }
