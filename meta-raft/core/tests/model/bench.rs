@@ -115,7 +115,7 @@ impl Bench {
     /// Many one-byte extents, every other byte from `offset` on.
     pub(crate) fn shred(&mut self, ino: u64, offset: u64, extents_count: u64) {
         let offsets: Vec<_> = (0..extents_count).map(|i| (offset + 2 * i, 1)).collect();
-        for part in offsets.chunks(128) {
+        for part in offsets.chunks(heliofs_proto::limits::COMMIT_EXTENTS_MAX) {
             let extents = part.iter().map(|(offset, _)| inline(*offset, b"x"));
             let file = file_commit(ino, extents.collect());
             self.ok(commit(vec![], vec![file]));

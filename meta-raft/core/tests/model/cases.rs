@@ -282,14 +282,14 @@ fn rewriting_a_shredded_file_in_one_commit_leaves_one_erased_range() {
     let mut bench = Bench::new();
     let ino = bench.file("f");
     bench.shred(ino, 0, 10_000);
-    let ranges: Vec<_> = (0..100).map(|i| (200 * i, 200)).collect();
+    let ranges: Vec<_> = (0..80).map(|i| (250 * i, 250)).collect();
     let segment = bench.write(ino, &ranges);
     // The first few are removed in place; what is left is one range.
     assert_eq!(inode(&bench.world, ino).erases, 1);
     check(&bench.world);
     let content = bench.world.read(ino);
     for (at, byte) in content.iter().enumerate() {
-        let (frame, frame_offset) = (at as u32 / 200, at as u32 % 200);
+        let (frame, frame_offset) = (at as u32 / 250, at as u32 % 250);
         assert_eq!(*byte, Byte::At(segment, frame, frame_offset));
     }
     bench.world.finish_erasures();

@@ -321,8 +321,9 @@ impl Writer {
             Step::Shred(node, offset) => {
                 let ino = self.file(reference, *node);
                 self.stamp = self.stamp.wrapping_add(1);
-                let extents = (0..128).map(|i| v1::Extent {
-                    offset: u64::from(*offset) + 256 * part + 2 * i,
+                let count = heliofs_proto::limits::COMMIT_EXTENTS_MAX as u64;
+                let extents = (0..count).map(|i| v1::Extent {
+                    offset: u64::from(*offset) + 2 * (count * part + i),
                     length: 1,
                     inline_bytes: Bytes::copy_from_slice(&[self.stamp]),
                     ..v1::Extent::default()
