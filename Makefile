@@ -24,7 +24,7 @@ endif
 
 build: ## The heliofs command, at $(CARGO_TARGET_DIR)/release/heliofs
 	@.ci/setup build
-	cargo build --release -p heliofs
+	cargo build --release --workspace --bins
 
 install: build ## Copies the command to $(PREFIX)/bin (default /usr/local), with the fstab helper
 	install -D -m 755 $(CARGO_TARGET_DIR)/release/heliofs $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/heliofs

@@ -142,8 +142,10 @@ start_cluster() {
 
 start_node() {
     local id=$1
-    # 1 is --init's place: the demo forms the cluster with `raft init`, so that each step is seen.
-    start "node-$id" "$HELIOFS" meta --id "$id" --data-dir "$WORK/node-$id" --listen "127.0.0.1:${NODE_PORT[id]}"
+    # HELIOFS_META_FLAGS: for trying settings out.
+    # shellcheck disable=SC2086
+    start "node-$id" "$HELIOFS" meta --id "$id" --data-dir "$WORK/node-$id" --listen "127.0.0.1:${NODE_PORT[id]}" \
+        ${HELIOFS_META_FLAGS:-}
     NODE_PID[id]=$STARTED
     wait_for 60 "node $id's start" node_answers "$id"
 }
@@ -193,6 +195,6 @@ unmount_volume() {
 
 build() {
     [[ -z $GIVEN ]] || return 0
-    (cd "$REPO" && cargo build --release --locked -p heliofs "$@")
+    (cd "$REPO" && cargo build --release --locked --workspace --bins)
     [[ -x $HELIOFS ]] || fail "the build left no $HELIOFS"
 }

@@ -29,6 +29,9 @@ pub(crate) struct Options {
     /// What the results are filed under.
     #[arg(long)]
     label: String,
+    /// Only these phases, in their usual order. Phases that read or rename need `create` before them.
+    #[arg(long, value_delimiter = ',')]
+    phases: Vec<String>,
 }
 
 /// One phase of one run.
@@ -165,6 +168,14 @@ fn drop_caches() -> anyhow::Result<()> {
 
 /// Runs every phase and prints a JSON line for each.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    for name in &options.phases {
+        let known: Vec<_> = PHASES.iter().map(|phase| phase.name).collect();
+        ensure!(
+            known.contains(&name.as_str()),
+            "no phase {name}; there are {}",
+            known.join(", ")
+        );
+    }
     let top = tempfile::Builder::new()
         .prefix("load-")
         .tempdir_in(&options.directory)
@@ -175,7 +186,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     for directory in &directories {
         fs::create_dir(directory)?;
     }
-    for phase in PHASES {
+    let wanted = |phase: &&Phase| {
+        options.phases.is_empty() || options.phases.iter().any(|name| name == phase.name)
+    };
+    for phase in PHASES.iter().filter(wanted) {
         if phase.cold {
             drop_caches()?;
         }

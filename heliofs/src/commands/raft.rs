@@ -237,8 +237,11 @@ pub(crate) fn print_nodes(answers: &[NodeAnswer]) -> Outcome {
                         .to_string()
                 });
                 let heard = match seen.and_then(|seen| seen.heard_ms_ago) {
-                    Some(millis) => format!("{} ago", units::show_millis(millis)),
-                    None => "-".to_owned(),
+                    // The leader does not write to itself.
+                    Some(millis) if status.role != "leader" => {
+                        format!("{} ago", units::show_millis(millis))
+                    }
+                    _ => "-".to_owned(),
                 };
                 table.add_row([
                     status.node.to_string(),

@@ -294,14 +294,13 @@ impl Node {
 
     /// Completes when the node has stopped because of an error; says which.
     pub async fn failed(&self) -> String {
-        let mut metrics = self.raft.metrics();
-        loop {
-            if let Err(fatal) = &metrics.borrow_watched().running_state {
-                return fatal.to_string();
-            }
-            if metrics.changed().await.is_err() {
-                return "raft has stopped".to_owned();
-            }
+        // The lead is published when it changes, openraft's metrics a thousand times a second: this must not wake up for them.
+        let mut leadership = self.context.leadership.clone();
+        // A sender that is gone has published `Stopped`.
+        leadership.wait_for(|now| *now == Leadership::Stopped).await.ok();
+        match &self.raft.metrics().borrow_watched().running_state {
+            Err(fatal) => fatal.to_string(),
+            Ok(()) => "raft has stopped".to_owned(),
         }
     }
 
