@@ -297,7 +297,10 @@ impl Node {
         // The lead is published when it changes, openraft's metrics a thousand times a second: this must not wake up for them.
         let mut leadership = self.context.leadership.clone();
         // A sender that is gone has published `Stopped`.
-        leadership.wait_for(|now| *now == Leadership::Stopped).await.ok();
+        leadership
+            .wait_for(|now| *now == Leadership::Stopped)
+            .await
+            .ok();
         match &self.raft.metrics().borrow_watched().running_state {
             Err(fatal) => fatal.to_string(),
             Ok(()) => "raft has stopped".to_owned(),
