@@ -1,7 +1,7 @@
 //! Reaps orphans that nobody has open.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use heliofs_proto::ids::Ino;
@@ -20,10 +20,14 @@ const UNDER_WAY_MAX: usize = 16;
 /// Orphan records looked at together.
 const PAGE: usize = 512;
 
+/// After a first orphan the reaper waits this long for others: they share the entries of the log.
+const GATHER: Duration = Duration::from_millis(20);
+
 /// Runs until dropped.
 pub(super) async fn run(ctx: Context) {
     loop {
         ctx.hub.reap_wanted().await;
+        tokio::time::sleep(GATHER).await;
         let mut failed = Vec::new();
         for volume in ctx.hub.volumes() {
             if volume.reap_wanted.swap(false, Ordering::AcqRel)
@@ -71,45 +75,35 @@ async fn serve(ctx: &Context, volume: &VolumeSessions) -> Step {
     }
 }
 
-/// The first orphans that nobody holds; from now on nobody can open them.
+/// Some orphans that nobody holds; from now on nobody can open them. None: there are no others.
 fn candidates(ctx: &Context, volume: &VolumeSessions) -> Result<Vec<u64>, Corruption> {
-    let mut free = Vec::new();
-    let mut after = Ino(0);
-    let now = Instant::now();
-    let count = volume.soft().orphan_count();
     loop {
+        let after = {
+            let mut soft = volume.soft();
+            let inos = soft.begin_reaps(UNDER_WAY_MAX, Instant::now());
+            match soft.orphan_search() {
+                Some(after) if inos.is_empty() => after,
+                _ => return Ok(inos),
+            }
+        };
         let page = ctx
             .state
-            .snapshot_view(|view| query::orphans(view, volume.id, after, PAGE))?;
-        if page.is_empty() && after == Ino(0) {
-            volume.soft().no_orphans(count);
-        }
-        {
-            let mut soft = volume.soft();
-            for (ino, _) in &page {
-                if free.len() < UNDER_WAY_MAX && soft.begin_reap(ino.0, now) {
-                    free.push(ino.0);
-                }
-            }
-        }
-        match page.last() {
-            Some((last, _)) if page.len() == PAGE && free.len() < UNDER_WAY_MAX => after = *last,
-            _ => return Ok(free),
-        }
+            .snapshot_view(|view| query::orphans(view, volume.id, Ino(after), PAGE))?;
+        let more = page.len() == PAGE;
+        let inos = page.into_iter().map(|(ino, _)| ino.0);
+        volume.soft().orphans_found(inos, more);
     }
 }
 
 /// One step for one orphan.
 async fn reap(ctx: &Context, volume: &VolumeSessions, ino: u64) -> Step {
-    match sessions::propose(ctx, volume, Op::Reap(v1::Reap { ino })).await {
-        Ok(reply) if reply.error() == FsError::None => {
-            if reply.done {
-                volume.soft().end_reap(ino);
-            }
-            Step::More
+    let step = match sessions::propose(ctx, volume, Op::Reap(v1::Reap { ino })).await {
+        Ok(reply) if reply.error() == FsError::None && reply.done => {
+            volume.soft().end_reap(ino);
+            return Step::More;
         }
+        Ok(reply) if reply.error() == FsError::None => Step::More,
         Ok(reply) => {
-            // Stays unopenable: part of it may be gone.
             tracing::warn!(volume = %volume.id, ino, error = ?reply.error(), "a reap was refused");
             Step::Failed
         }
@@ -117,5 +111,8 @@ async fn reap(ctx: &Context, volume: &VolumeSessions, ino: u64) -> Step {
             tracing::debug!(volume = %volume.id, ino, %error, "a reap could not be proposed");
             Step::Failed
         }
-    }
+    };
+    // It stays unopenable: part of it may be gone.
+    volume.soft().reap_again(ino);
+    step
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`attach`]: the service; [`stream`]: one session's stream; [`outbox`]: what leaves on it
 //! - [`hub`]: all volumes' soft state, while this node leads; [`soft`]: one volume's
-//! - [`locks`], [`opens`], [`interest`], [`grace`], [`deletions`]: its parts, pure
+//! - [`locks`], [`opens`], [`orphans`], [`interest`], [`grace`], [`deletions`]: its parts, pure
 //! - [`reads`]: answers from a view, and what they tell; [`summary`]: the one read that takes long
 
 pub mod attach;
@@ -12,6 +12,7 @@ pub mod hub;
 pub mod interest;
 pub mod locks;
 pub mod opens;
+pub mod orphans;
 pub mod outbox;
 pub mod reads;
 pub mod soft;

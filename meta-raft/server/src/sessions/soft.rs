@@ -15,6 +15,7 @@ use super::grace::Grace;
 use super::interest::{Effects, Interest, StreamId, Told, everything};
 use super::locks::{LockTable, Owner, Ticket, Verdict};
 use super::opens::Opens;
+use super::orphans::Orphans;
 use super::outbox::{Outbox, Outgoing};
 use super::reads;
 use crate::observer::AppliedItem;
@@ -130,10 +131,7 @@ pub struct Soft {
     deferred: Vec<Deferred>,
     recent: VecDeque<(u64, Effects)>,
     seen: Position,
-    /// Counts events that may have left orphan records.
-    orphaned: u64,
-    /// The count at which there were none.
-    no_orphans_at: Option<u64>,
+    orphans: Orphans,
     /// Which dead segments are leased to whom.
     pub deletions: DeletionLeases,
 }
@@ -153,8 +151,7 @@ impl Soft {
             deferred: Vec::new(),
             recent: VecDeque::new(),
             seen: Position::START,
-            orphaned: 0,
-            no_orphans_at: None,
+            orphans: Orphans::new(),
             deletions: DeletionLeases::default(),
         }
     }
@@ -222,7 +219,7 @@ impl Soft {
                 );
             }
         }
-        self.freed(!freed.is_empty())
+        self.freed(&freed)
     }
 
     /// The session is complete: it is no longer waited for.
@@ -352,7 +349,7 @@ impl Soft {
         self.granted(granted);
         self.deletions.end_session(session);
         let freed = self.opens.end_session(session);
-        let wake = self.freed(!freed.is_empty());
+        let wake = self.freed(&freed);
         wake.and(self.settle(session, now))
     }
 
@@ -380,34 +377,54 @@ impl Soft {
 
     /// Takes an open back.
     pub fn release(&mut self, session: u64, ino: u64) -> Wake {
-        let freed = self.opens.release(session, ino);
-        self.freed(freed)
+        if self.opens.release(session, ino) {
+            self.freed(&[ino])
+        } else {
+            Wake::default()
+        }
     }
 
-    /// Most files that are closed still have a name: only with orphans about is it worth looking.
-    fn freed(&self, any: bool) -> Wake {
+    /// Most files that are closed still have a name: only an orphan among them is worth a look.
+    fn freed(&mut self, inos: &[u64]) -> Wake {
         Wake {
-            reap: any && self.no_orphans_at != Some(self.orphaned),
+            reap: self.orphans.freed(inos),
             work: false,
         }
     }
 
-    /// To be taken before the orphan records are read; see [`Soft::no_orphans`].
-    pub fn orphan_count(&self) -> u64 {
-        self.orphaned
+    /// At most `max` orphans that nobody holds; from now on nobody can open them. Fewer than `max`: those are all that are
+    /// known, but see [`Soft::orphan_search`].
+    pub fn begin_reaps(&mut self, max: usize, now: Instant) -> Vec<u64> {
+        let mut free = Vec::new();
+        while free.len() < max
+            && self.grace.may_reap(now)
+            && let Some(ino) = self.orphans.pop()
+        {
+            if self.opens.begin_reap(ino) {
+                free.push(ino);
+            } else {
+                self.orphans.hold(ino);
+            }
+        }
+        free
     }
 
-    /// There were no orphan records when [`Soft::orphan_count`] was `count`.
-    pub fn no_orphans(&mut self, count: u64) {
-        self.no_orphans_at = Some(count);
+    /// Orphan records above this inode are to be searched.
+    pub fn orphan_search(&self) -> Option<u64> {
+        self.orphans.search_after()
     }
 
-    /// May the orphan be reaped? From a yes on nobody can open it.
-    pub fn begin_reap(&mut self, ino: u64, now: Instant) -> bool {
-        self.grace.may_reap(now) && self.opens.begin_reap(ino)
+    /// What the search found; `more`: there may be further ones.
+    pub fn orphans_found(&mut self, inos: impl IntoIterator<Item = u64>, more: bool) {
+        self.orphans.found(inos, more);
     }
 
-    /// The reap ended, or failed.
+    /// A reap that was begun is to be gone on with.
+    pub fn reap_again(&mut self, ino: u64) {
+        self.orphans.add(ino);
+    }
+
+    /// The reap is done.
     pub fn end_reap(&mut self, ino: u64) {
         self.opens.end_reap(ino);
     }
@@ -587,7 +604,7 @@ impl Soft {
             let freed = self
                 .opens
                 .acknowledge(command.session, command.acknowledged_below);
-            let wake = self.freed(!freed.is_empty());
+            let wake = self.freed(&freed);
             if refused {
                 return wake;
             }
@@ -596,7 +613,12 @@ impl Soft {
             {
                 self.opens.pin(command.session, command.sequence, ino);
             }
-            self.orphaned += u64::from(reply.orphaned);
+            if reply.orphaned {
+                match orphaned_by(command, reply) {
+                    Some(ino) => self.orphans.add(ino),
+                    None => self.orphans.search_all(),
+                }
+            }
             let reap = reply.orphaned || wake.reap;
             let work = matches!(
                 command.op,
@@ -621,7 +643,7 @@ impl Soft {
             Some(Op::SessionEnd(end)) if !refused => self.end_session(end.session, now),
             // Whatever it unlinked.
             Some(Op::RemoveTreeStep(_)) => {
-                self.orphaned += 1;
+                self.orphans.search_all();
                 Wake {
                     reap: true,
                     work: false,
@@ -731,6 +753,16 @@ pub fn opened_by(command: &v1::Command, reply: &v1::Reply) -> Option<u64> {
         }
         _ => None,
     }
+}
+
+/// The inode that lost its last name by a command whose reply says `orphaned`. `None`: the reply does not name it.
+fn orphaned_by(command: &v1::Command, reply: &v1::Reply) -> Option<u64> {
+    let attr = match &command.op {
+        Some(v1::command::Op::Unlink(_)) => &reply.attr,
+        Some(v1::command::Op::Rename(_)) => &reply.replaced,
+        _ => &None,
+    };
+    attr.as_ref().map(|attr| attr.ino)
 }
 
 fn lock_granted(ticket: Ticket) -> v1::Response {

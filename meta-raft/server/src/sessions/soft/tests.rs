@@ -178,7 +178,8 @@ async fn new_locks_wait_for_sessions_that_may_hold_them() {
     soft.cancel(ticket(3));
     assert_eq!(drain(&mut first).await, [Err(3)]);
     assert!(soft.expired(now + TIMEOUT / 2, Duration::ZERO).is_empty());
-    assert!(!soft.begin_reap(77, now + TIMEOUT / 2));
+    soft.orphans_found([77, 78], false);
+    assert!(soft.begin_reaps(2, now + TIMEOUT / 2).is_empty());
     // The other comes back with the lock, so it is in the way.
     let _second = attach(&mut soft, 2, now);
     let _ = soft
@@ -195,8 +196,7 @@ async fn new_locks_wait_for_sessions_that_may_hold_them() {
         panic!("{all:?}")
     };
     assert!(reply.conflict.is_some());
-    assert!(!soft.begin_reap(77, now + TIMEOUT), "it is open");
-    assert!(soft.begin_reap(78, now + TIMEOUT));
+    assert_eq!(soft.begin_reaps(2, now + TIMEOUT), [78], "77 is open");
 }
 
 #[tokio::test]
@@ -233,16 +233,17 @@ async fn closes_wake_the_reaper_only_while_there_are_orphans() {
     let now = Instant::now();
     let mut soft = soft(&[1], now);
     let _frames = attach(&mut soft, 1, now);
-    soft.open(1, 7).unwrap();
-    assert!(soft.release(1, 7).reap, "nobody has looked yet");
-    let count = soft.orphan_count();
-    soft.no_orphans(count);
+    soft.orphans_found([], false);
     soft.open(1, 7).unwrap();
     assert!(!soft.release(1, 7).reap);
     soft.open(1, 7).unwrap();
     let unlinked = v1::Reply {
         position: Some(position(1).into()),
         orphaned: true,
+        attr: Some(v1::Attr {
+            ino: 7,
+            ..Default::default()
+        }),
         ..Default::default()
     };
     let op = Op::Unlink(v1::Unlink::default());
@@ -250,5 +251,9 @@ async fn closes_wake_the_reaper_only_while_there_are_orphans() {
         soft.applied(&applied(1, 1, op, unlinked, Vec::new()), now)
             .reap
     );
+    let rested = now + TIMEOUT;
+    assert!(soft.begin_reaps(1, rested).is_empty(), "it is open");
     assert!(soft.release(1, 7).reap);
+    assert_eq!(soft.begin_reaps(1, rested), [7]);
+    assert_eq!(soft.orphan_search(), None);
 }
