@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::cli::Cli;
+use crate::failure::Failure;
 
 // RocksDB and the mount allocate from many threads; glibc's arenas keep what they were given.
 #[global_allocator]
@@ -34,7 +35,19 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(failure) => return failure.report(false),
     };
-    let cli = Cli::parse_from(arguments);
+    let json = arguments.iter().any(|argument| argument == "--json");
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        // For programs it is an object on one line, like every other error.
+        Err(error) if json && error.use_stderr() => {
+            let text = error.render().to_string();
+            let first = text.lines().next().unwrap_or_default();
+            return Failure::usage(first.trim_start_matches("error: "))
+                .hint("--help shows what can be given")
+                .report(true);
+        }
+        Err(error) => error.exit(),
+    };
     let json = cli.json;
     match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -109,7 +109,7 @@ pub(crate) struct Options {
     /// helio://HOST[:PORT][,HOST[:PORT]…][/VOLUME]
     #[arg(value_name = "META-URL")]
     url: String,
-    /// The volume's name: 3 to 63 letters, digits, - and _.
+    /// The volume's name: 3 to 63 lower-case letters, digits and dashes.
     name: Option<String>,
     /// Where its objects are.
     #[arg(long, value_enum, default_value = "file")]
@@ -205,17 +205,19 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     ))
 }
 
-/// As a bucket's name, since it becomes a part of keys, and so that it is never mistaken for a flag or a path.
+/// The metadata nodes' rule, told before anything is asked of them: as a bucket's name, since it becomes a part of keys, and so
+/// that it is never mistaken for a flag or a path.
 fn check_name(name: &str) -> Outcome {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let fits = (3..=63).contains(&name.len())
-        && name.chars().all(plain)
-        && name.starts_with(|c: char| c.is_ascii_alphanumeric());
+        && name.chars().all(|c| plain(c) || c == '-')
+        && name.starts_with(plain)
+        && name.ends_with(plain);
     if fits {
         return Ok(());
     }
     Err(Failure::usage(format!("`{name}` can't be a volume's name"))
-        .hint("3 to 63 letters, digits, - and _, beginning with a letter or a digit"))
+        .hint("3 to 63 lower-case letters, digits and dashes, with no dash at either end"))
 }
 
 fn bucket(options: &Options) -> Outcome<String> {

@@ -132,7 +132,12 @@ async fn serve(options: &Options, data_dir: &Path, log_file: PathBuf, json: bool
                 token_file.display()
             ))?;
         }
-        finish(mounted, &mut stop).await
+        tokio::select! {
+            ended = finish(mounted, &mut stop) => ended,
+            // The mount goes with the future that held it: without its node it could only hang.
+            why = node.failed() => Err(Failure::new(format!("the metadata node stopped: {why}"))
+                .hint("what was synced lies in the data directory; the log says which record or file is damaged")),
+        }
     }
     .await;
     let stopped = node.shutdown().await;

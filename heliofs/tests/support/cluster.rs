@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::{Mount, Process, S3, free_ports, scratch, wait_for};
+use super::{Lan, Mount, Process, S3, free_ports, scratch, wait_for};
 
 /// The command under test.
 pub const HELIOFS: &str = env!("CARGO_BIN_EXE_heliofs");
@@ -50,9 +50,24 @@ impl Ran {
 
 pub struct Node {
     pub id: u64,
+    pub host: String,
     pub port: u16,
+    /// Flags of `nsenter` for the network that its process runs in; `None`: the host's.
+    pub network: Option<String>,
     pub data_dir: PathBuf,
     pub process: Option<Process>,
+}
+
+impl Node {
+    /// `host:port`
+    pub fn address(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+
+    /// The META-URL of this node alone.
+    pub fn url(&self) -> String {
+        format!("helio://{}", self.address())
+    }
 }
 
 pub struct Cluster {
@@ -76,6 +91,20 @@ impl Cluster {
         place: impl Fn(u64, &Path) -> Option<PathBuf>,
         flags: &[&str],
     ) -> Self {
+        Self::build(count, place, None, flags)
+    }
+
+    /// A node on each host of a network whose links can be cut. The network must outlive the cluster.
+    pub fn in_lan(lan: &Lan, flags: &[&str]) -> Self {
+        Self::build(lan.len(), |_, _| None, Some(lan), flags)
+    }
+
+    fn build(
+        count: usize,
+        place: impl Fn(u64, &Path) -> Option<PathBuf>,
+        lan: Option<&Lan>,
+        flags: &[&str],
+    ) -> Self {
         super::spawner::ready();
         let scratch = scratch();
         let directory = scratch.path().to_owned();
@@ -88,9 +117,12 @@ impl Cluster {
             .map(|(port, id)| {
                 let own = directory.join(format!("node-{id}"));
                 let data_dir = place(id, &own).unwrap_or(own);
+                let index = id as usize - 1;
                 Node {
                     id,
+                    host: lan.map_or_else(|| "127.0.0.1".to_owned(), |lan| lan.address(index)),
                     port,
+                    network: lan.map(|lan| lan.inside(index)),
                     data_dir,
                     process: None,
                 }
@@ -106,11 +138,11 @@ impl Cluster {
         for index in 0..count {
             cluster.start_node(index);
         }
-        let first = format!("helio://127.0.0.1:{}", cluster.nodes[0].port);
+        let first = cluster.nodes[0].url();
         cluster.run(&["raft", "init", &first]).success();
         for index in 1..count {
-            let Node { id, port, .. } = &cluster.nodes[index];
-            let (id, address) = (id.to_string(), format!("127.0.0.1:{port}"));
+            let node = &cluster.nodes[index];
+            let (id, address) = (node.id.to_string(), node.address());
             cluster
                 .run(&["raft", "add", &first, &id, &address])
                 .success();
@@ -122,7 +154,7 @@ impl Cluster {
     /// Starts node `index` (from 0) and waits until it answers.
     pub fn start_node(&mut self, index: usize) {
         self.spawn_node(index);
-        let url = format!("helio://127.0.0.1:{}", self.nodes[index].port);
+        let url = self.nodes[index].url();
         let id = self.nodes[index].id;
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
@@ -144,16 +176,24 @@ impl Cluster {
     pub fn spawn_node(&mut self, index: usize) {
         let node = &self.nodes[index];
         let log = self.directory.join(format!("node-{}.log", node.id));
+        let program = match &node.network {
+            Some(_) => "nsenter",
+            None => HELIOFS,
+        };
         let process = Process::start(
             &format!("node {}", node.id),
             &log,
-            Path::new(HELIOFS),
+            Path::new(program),
             |command| {
+                if let Some(network) = &node.network {
+                    // It becomes the program: same process id.
+                    command.args([network, HELIOFS]);
+                }
                 command
                     .args(["meta", "--id", &node.id.to_string()])
                     .arg("--data-dir")
                     .arg(&node.data_dir)
-                    .args(["--listen", &format!("127.0.0.1:{}", node.port)])
+                    .args(["--listen", &node.address()])
                     .arg("--token-file")
                     .arg(&self.token_file)
                     .args(&self.flags);
@@ -184,10 +224,15 @@ impl Cluster {
 
     /// The META-URL of all nodes.
     pub fn url(&self) -> String {
-        let peers: Vec<_> = self
-            .nodes
+        let all: Vec<usize> = (0..self.nodes.len()).collect();
+        self.url_of(&all)
+    }
+
+    /// The META-URL of some nodes, by index.
+    pub fn url_of(&self, nodes: &[usize]) -> String {
+        let peers: Vec<_> = nodes
             .iter()
-            .map(|node| format!("127.0.0.1:{}", node.port))
+            .map(|index| self.nodes[*index].address())
             .collect();
         format!("helio://{}", peers.join(","))
     }

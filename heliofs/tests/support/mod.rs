@@ -2,7 +2,7 @@
 //! that a test starts or mounts ends with the value that holds it, also when the test panics.
 //!
 //! - [`process`]: a process and its log; [`spawner`]: who starts it; [`cluster`]: metadata nodes; [`mount`]: a mounted volume
-//! - [`s3`]: SeaweedFS; [`disk`]: ext4 on a loop device; [`net`]: replies that get lost
+//! - [`s3`]: SeaweedFS; [`disk`]: ext4 on a loop device; [`net`]: replies that get lost; [`lan`]: links that are cut
 //! - [`load`]: writers that know what was acknowledged, and check it later
 
 // Each test file uses a part of it.
@@ -16,6 +16,7 @@
 
 pub mod cluster;
 pub mod disk;
+pub mod lan;
 pub mod load;
 pub mod mount;
 pub mod net;
@@ -25,6 +26,7 @@ pub mod spawner;
 
 pub use cluster::{Cluster, Ran};
 pub use disk::Disk;
+pub use lan::Lan;
 pub use load::{Acknowledged, Load};
 pub use mount::Mount;
 pub use net::LostReplies;

@@ -20,6 +20,16 @@ pub struct Mount {
 impl Mount {
     /// Mounts with an empty cache.
     pub fn of(cluster: &Cluster, volume: &str, flags: &[&str]) -> Self {
+        Self::with_cache(cluster, volume, None, flags)
+    }
+
+    /// Mounts with the disk cache in a directory that outlives the mount; `None`: one of its own.
+    pub fn with_cache(
+        cluster: &Cluster,
+        volume: &str,
+        cache: Option<&Path>,
+        flags: &[&str],
+    ) -> Self {
         need_root_and_fuse();
         let scratch = scratch();
         let path = scratch.path().join("mnt");
@@ -34,7 +44,7 @@ impl Mount {
                     .args(["mount", &cluster.url(), volume])
                     .arg(&path)
                     .arg("--cache-dir")
-                    .arg(scratch.path().join("cache"))
+                    .arg(cache.map_or_else(|| scratch.path().join("cache"), Path::to_owned))
                     .arg("--token-file")
                     .arg(&cluster.token_file)
                     .args(flags);

@@ -4,13 +4,14 @@
 //! - [`raft`]: openraft glue: types, wire, log, state machine, network, membership
 //! - [`store`]: the two RocksDB instances (log and state), views, the one batch
 //! - [`proposer`]: group commit; [`read_gate`]: linearizable reads; [`leadership`]: who leads
-//! - [`observer`]: who watches what is applied
+//! - [`observer`]: who watches what is applied; [`damage`]: what a read met that makes the node stop
 //! - [`auth`]: the cluster token on every call
 //! - `grpc`, `sessions`, `drivers`, `changelog`, `metrics`: what clients and operators talk to
 
 pub mod auth;
 pub mod changelog;
 pub mod config;
+pub mod damage;
 pub mod drivers;
 pub mod grpc;
 pub mod leadership;

@@ -22,6 +22,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::auth::{BadToken, TokenBearer, TokenCheck};
 use crate::config::NodeConfig;
+use crate::damage::Damage;
 use crate::leadership::{Leadership, Peer};
 use crate::observer::Observers;
 use crate::proposer::Proposer;
@@ -98,6 +99,8 @@ pub struct NodeContext {
     pub raft: RaftAdmin,
     /// Who sees what is applied.
     pub observers: Observers,
+    /// Where damaged records are reported.
+    pub damage: Damage,
     /// Checks the cluster token: wrap every service in it.
     pub token: TokenCheck,
     /// Ends all tasks and streams of this node.
@@ -236,6 +239,7 @@ impl Node {
             leadership,
             raft: admin,
             observers,
+            damage: Damage::default(),
             token: token.clone(),
             cancel: cancel.clone(),
             tasks,
@@ -296,11 +300,11 @@ impl Node {
     pub async fn failed(&self) -> String {
         // The lead is published when it changes, openraft's metrics a thousand times a second: this must not wake up for them.
         let mut leadership = self.context.leadership.clone();
-        // A sender that is gone has published `Stopped`.
-        leadership
-            .wait_for(|now| *now == Leadership::Stopped)
-            .await
-            .ok();
+        tokio::select! {
+            damage = self.context.damage.reported() => return damage,
+            // A sender that is gone has published `Stopped`.
+            _ = leadership.wait_for(|now| *now == Leadership::Stopped) => {}
+        }
         match &self.raft.metrics().borrow_watched().running_state {
             Err(fatal) => fatal.to_string(),
             Ok(()) => "raft has stopped".to_owned(),

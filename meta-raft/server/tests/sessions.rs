@@ -6,6 +6,7 @@ mod raw;
 
 use std::time::Duration;
 
+use heliofs_proto::ids::{Ino, VolumeId};
 use heliofs_proto::v1::{self, FsError, LockKind, command::Op, request::Body, response};
 use raw::{Cluster, Raw, attr_of, create, unlink};
 
@@ -587,6 +588,35 @@ async fn volumes_are_made_changed_listed_and_destroyed() {
     };
     let updated = admin.update_volume(update).await.unwrap().into_inner();
     assert_eq!(updated.settings, Some(settings));
+
+    // In the log, a level that this build does not know would stop every node, for good.
+    let unknown = v1::VolumeSettings {
+        core_level: meta_core::limits::CORE_LEVEL_MAX + 1,
+        ..settings
+    };
+    let raise = v1::UpdateVolumeRequest {
+        name: "second".into(),
+        settings: Some(unknown),
+        storage: None,
+    };
+    let make = v1::VolumeCreate {
+        settings: Some(unknown),
+        ..create("third")
+    };
+    for refused in [
+        admin.update_volume(raise).await.unwrap_err(),
+        admin.create_volume(make).await.unwrap_err(),
+    ] {
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{refused}");
+        assert!(refused.message().contains("upgrade"), "{refused}");
+    }
+    let update = v1::UpdateVolumeRequest {
+        name: "second".into(),
+        settings: Some(settings),
+        storage: None,
+    };
+    let updated = admin.update_volume(update).await.unwrap().into_inner();
+    assert_eq!(updated.settings, Some(settings), "the node goes on");
     let digest = admin
         .digest(v1::DigestRequest { volume: got.id })
         .await
@@ -631,5 +661,45 @@ async fn health_and_metrics_are_served() {
     ] {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }
+    cluster.stop().await;
+}
+
+/// A record that can't be decoded stops the node, as a damaged log does: the session would meet it here again and again, and
+/// another replica may be sound.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_record_that_a_read_meets_stops_the_node() {
+    let cluster = Cluster::start().await;
+    let mut raw = cluster.attach().await;
+    let sound = attr_of(&raw.mutate(create(1, "sound", v1::FileKind::File)).await).ino;
+    let damaged = attr_of(&raw.mutate(create(1, "damaged", v1::FileKind::File)).await).ino;
+    drop(raw);
+    let key = meta_core::keys::inode(VolumeId(1), Ino(damaged));
+    let cluster = cluster
+        .restarted(|dir| {
+            let pointer = std::fs::read_to_string(dir.join("CURRENT_STATE")).unwrap();
+            let db = rocksdb::DB::open_cf(
+                &rocksdb::Options::default(),
+                dir.join(pointer.trim()),
+                ["default", "replicated", "local"],
+            )
+            .unwrap();
+            let records = db.cf_handle("replicated").unwrap();
+            let mut value = db.get_cf(records, &key).unwrap().expect("the inode");
+            value.truncate(value.len() / 2);
+            db.put_cf(records, &key, value).unwrap();
+            db.flush_cf(records).unwrap();
+        })
+        .await;
+    let mut raw = cluster.attach().await;
+    let read = raw.read(Body::GetAttr(v1::GetAttr { ino: sound })).await;
+    assert_eq!(read.error(), FsError::None, "what is sound is served");
+    raw.send(Body::GetAttr(v1::GetAttr { ino: damaged })).await;
+    let why = cluster.failed().await;
+    let named = format!("{:02x?}", key.to_vec());
+    assert!(
+        why.contains("can't be decoded") && why.contains(&named),
+        "{why}"
+    );
+    raw.until_ended().await;
     cluster.stop().await;
 }

@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use heliofs_proto::ids::NodeId;
-use heliofs_proto::v1;
+use heliofs_proto::ids::{NodeId, VolumeId};
+use heliofs_proto::v1::{self, FileKind, command, local_command, log_item::Item};
 use meta_server::config::CacheSizes;
 use meta_server::observer::Observers;
 use meta_server::raft::LogData;
@@ -257,4 +259,155 @@ async fn a_torn_tail_is_cut_and_damage_before_it_is_refused() {
     bytes[middle] ^= 0x10;
     std::fs::write(&path, &bytes).unwrap();
     damaged(open(rotten.path()));
+}
+
+/// Set in the process that is to be killed: the directory it works in.
+const VICTIM: &str = "HELIOFS_TEST_VICTIM";
+/// Entries that the victim appends and applies as one group.
+const GROUP: u64 = 3;
+/// The victim ends by itself after so many groups, should nobody be left to kill it.
+const VICTIM_GROUPS_MAX: u64 = 20_000;
+
+/// The smallest buffers that RocksDB takes, so that the family of the records fills and is flushed every few groups, while the
+/// local one is far from full.
+fn small_buffers() -> CacheSizes {
+    CacheSizes {
+        write_buffer_bytes: 64 << 10,
+        ..CacheSizes::default()
+    }
+}
+
+/// Entry 0 makes the volume, the others have twenty creates with long names each.
+fn filling(index: u64) -> Entry {
+    let items = match index {
+        0 => vec![Item::Local(v1::LocalCommand {
+            op: Some(local_command::Op::VolumeCreate(v1::VolumeCreate {
+                name: "v".to_owned(),
+                settings: Some(v1::VolumeSettings::default()),
+                ..v1::VolumeCreate::default()
+            })),
+        })],
+        _ => (0..20)
+            .map(|number| {
+                Item::Command(v1::Command {
+                    volume: 1,
+                    op: Some(command::Op::Create(v1::Create {
+                        parent: 1,
+                        name: format!("{index}-{number}-{}", "x".repeat(200)).into(),
+                        kind: FileKind::File.into(),
+                        mode: 0o644,
+                        exclusive: true,
+                        ..v1::Create::default()
+                    })),
+                    ..v1::Command::default()
+                })
+            })
+            .collect(),
+    };
+    let items = items.into_iter().map(|item| v1::LogItem {
+        time: i64::try_from(index).unwrap(),
+        item: Some(item),
+    });
+    let batch = v1::LogBatch {
+        items: items.collect(),
+    };
+    Entry {
+        log_id: log_id(index),
+        payload: EntryPayload::Normal(LogData::new(batch)),
+    }
+}
+
+/// As a node does: a group is in the log and synced, then it is applied; its end is told.
+async fn victim(dir: &Path) {
+    let log = open(dir).unwrap();
+    let state = State::open(dir, &small_buffers()).unwrap();
+    for group in 0..VICTIM_GROUPS_MAX {
+        let entries: Vec<Entry> = (group * GROUP..(group + 1) * GROUP).map(filling).collect();
+        let (sender, flushed) = TypeConfig::oneshot();
+        log.append(entries.clone(), IOFlushed::signal(sender))
+            .unwrap();
+        flushed.await.unwrap().unwrap();
+        state.apply(&entries).unwrap();
+        println!("{}", (group + 1) * GROUP);
+    }
+}
+
+/// A family's buffer was flushed, that is, written to a table file.
+fn was_flushed(dir: &Path) -> bool {
+    let state = match std::fs::read_dir(dir.join("state-1")) {
+        Ok(state) => state,
+        // It has not come so far.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return false,
+        Err(error) => panic!("{error}"),
+    };
+    state
+        .map(|entry| entry.unwrap().path())
+        .any(|path| path.extension().is_some_and(|extension| extension == "sst"))
+}
+
+/// The state has no WAL: if one family were flushed without the other, records and applied index would no longer agree, and
+/// applying the log again would apply some of it twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_with_one_familys_buffer_flushed_leaves_what_the_log_leads_to() {
+    const NAME: &str = "a_kill_with_one_familys_buffer_flushed_leaves_what_the_log_leads_to";
+    if let Some(dir) = std::env::var_os(VICTIM) {
+        return victim(Path::new(&dir)).await;
+    }
+    let volume = VolumeId(1);
+    let mut lost_and_found = 0;
+    // Groups after the first flush; flushes then come every few groups, so these end at different distances from one.
+    for groups_more in [0, 1, 2, 3, 5, 8, 13, 21] {
+        let dir = TempDir::new().unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture"])
+            .env(VICTIM, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let told = BufReader::new(child.stdout.take().unwrap()).lines();
+        // What the test harness prints is not a number.
+        let mut told = told.filter_map(|line| line.unwrap().trim().parse::<u64>().ok());
+        let mut acknowledged = 0;
+        while !was_flushed(dir.path()) {
+            acknowledged = told.next().expect("the victim goes on until it is killed");
+        }
+        for _ in 0..groups_more {
+            acknowledged = told.next().expect("the victim goes on until it is killed");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+
+        let log = open(dir.path()).unwrap();
+        let last = log.last().unwrap().index;
+        assert!(last + 1 >= acknowledged, "the log lost what it had synced");
+        let state = State::open(dir.path(), &small_buffers()).unwrap();
+        let flushed = state.applied().0.map(|log_id| log_id.index);
+        lost_and_found += u64::from(flushed.is_some() && flushed < Some(last));
+        let tail = log
+            .read_all(flushed.map_or(0, |index| index + 1), last + 1)
+            .await
+            .unwrap();
+        // Grouped otherwise than the first time.
+        for entries in tail.chunks(7) {
+            state.apply(entries).unwrap();
+        }
+
+        let elsewhere = TempDir::new().unwrap();
+        let sound = State::open(elsewhere.path(), &CacheSizes::default()).unwrap();
+        let all: Vec<Entry> = (0..=last).map(filling).collect();
+        for entries in all.chunks(64) {
+            sound.apply(entries).unwrap();
+        }
+        let (position, sums) = sound.digest(volume).unwrap();
+        let (replayed_position, replayed_sums) = state.digest(volume).unwrap();
+        assert_eq!(replayed_position, position, "flushed up to {flushed:?}");
+        assert!(replayed_sums == sums, "flushed up to {flushed:?}");
+        let (_, recomputed) = state.recompute(volume).unwrap();
+        assert!(recomputed == sums, "the sums are not those of the records");
+        assert_eq!(state.applied().0, sound.applied().0);
+    }
+    assert!(
+        lost_and_found > 0,
+        "no kill came between a flush and the next: this proves nothing"
+    );
 }

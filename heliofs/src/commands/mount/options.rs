@@ -49,6 +49,10 @@ pub(crate) struct Serving {
     /// Memory for data on its way to and from the bucket.
     #[arg(long, value_parser = units::parse_size, default_value = "300M", value_name = "SIZE")]
     pub(crate) buffer_size: u64,
+    /// How long the bucket is tried before a read, fsync or close fails with EIO; data that was not stored is kept and tried
+    /// again. At least 1s.
+    #[arg(long, value_parser = parse_io_timeout, default_value = "30s", value_name = "TIME")]
+    pub(crate) io_timeout: Duration,
     /// When reading changes access times.
     #[arg(long, value_enum, default_value = "noatime")]
     pub(crate) atime: Atime,
@@ -109,6 +113,7 @@ impl Serving {
                 "cache-dir" => self.cache_dir = Some(needed()?.into()),
                 "cache-size" => self.cache_size = units::parse_size(needed()?).map_err(wrong)?,
                 "buffer-size" => self.buffer_size = units::parse_size(needed()?).map_err(wrong)?,
+                "io-timeout" => self.io_timeout = parse_io_timeout(needed()?).map_err(wrong)?,
                 "threads" => {
                     self.threads = Some(
                         needed()?
@@ -128,7 +133,7 @@ impl Serving {
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         threads=, metrics=, token-file=",
+                         io-timeout=, threads=, metrics=, token-file=",
                     ));
                 }
             }
@@ -151,6 +156,8 @@ impl Serving {
         );
         flag("--cache-size", Some(self.cache_size.to_string().into()));
         flag("--buffer-size", Some(self.buffer_size.to_string().into()));
+        let io_timeout = format!("{}ms", self.io_timeout.as_millis());
+        flag("--io-timeout", Some(io_timeout.into()));
         let atime = self
             .atime
             .to_possible_value()
@@ -182,6 +189,19 @@ impl Serving {
                 false => home("XDG_CACHE_HOME", ".cache").join("heliofs/blocks"),
             })
     }
+}
+
+/// Below this a bucket that is only slow would look like one that is gone.
+const IO_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+
+fn parse_io_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = units::parse_duration(text)?;
+    if timeout < IO_TIMEOUT_MIN {
+        return Err(
+            "less than 1s: a bucket that is only slow would look like one that is gone".to_owned(),
+        );
+    }
+    Ok(timeout)
 }
 
 /// Inodes and names that a mount remembers; about 300 bytes each.
@@ -239,6 +259,11 @@ impl Serving {
     ) -> Outcome<Mounted> {
         let storage = session.storage();
         let store_options = StoreOptions {
+            deadline: self.io_timeout,
+            // Three attempts at least, so that one lost answer is no error.
+            attempt_timeout: StoreOptions::default()
+                .attempt_timeout
+                .min(self.io_timeout / 3),
             memory_cache_bytes: self.buffer_size,
             disk_cache: (self.cache_size > 0).then(|| {
                 DiskCacheOptions::new(self.cache_directory().join(&storage.uuid), self.cache_size)
@@ -259,6 +284,8 @@ impl Serving {
                 storage.bucket
             ))
             .hint("was the bucket emptied, or is it another server's? `heliofs config` shows where it should be"),
+            another @ blockstore::StoreError::AlreadyExists { .. } => Failure::new(another)
+                .hint("was the bucket restored or copied from elsewhere? `heliofs config` shows where it should be"),
             other => other.into(),
         })?;
         let store = SegmentStore::open(&storage, volume, session.volume_id(), store_options)?;
@@ -372,6 +399,7 @@ mod tests {
             cache_dir: None,
             cache_size: 1,
             buffer_size: 1,
+            io_timeout: Duration::from_secs(30),
             atime: Atime::Noatime,
             threads: None,
             allow_other: false,
@@ -382,13 +410,27 @@ mod tests {
     #[test]
     fn fstab_options_are_the_flags_by_name() {
         let mut access = Access { token_file: None };
-        let mut taken =
-            serving("ro,_netdev,relatime,cache-size=2G,token-file=/t,x-systemd.automount");
+        let mut taken = serving(
+            "ro,_netdev,relatime,cache-size=2G,io-timeout=2500ms,token-file=/t,x-systemd.automount",
+        );
         taken.take_options(&mut access).unwrap();
         assert!(taken.read_only);
         assert_eq!((taken.atime, taken.cache_size), (Atime::Relatime, 2 << 30));
+        assert_eq!(taken.io_timeout, Duration::from_millis(2500));
+        // The background process is given the same.
+        let arguments = taken.to_arguments();
+        let at = arguments
+            .iter()
+            .position(|argument| argument == "--io-timeout");
+        assert_eq!(arguments[at.unwrap() + 1], "2500ms");
         assert_eq!(access.token_file, Some("/t".into()));
-        for wrong in ["cache-size", "cache-size=much", "threads=x", "colour=red"] {
+        for wrong in [
+            "cache-size",
+            "cache-size=much",
+            "io-timeout=10ms",
+            "threads=x",
+            "colour=red",
+        ] {
             assert!(serving(wrong).take_options(&mut access).is_err(), "{wrong}");
         }
     }

@@ -63,7 +63,7 @@ async fn serve(ctx: &Context, volume: &VolumeSessions) -> Step {
             Ok(inos) if inos.is_empty() => return Step::Idle,
             Ok(inos) => inos,
             Err(corruption) => {
-                tracing::error!(%corruption, volume = %volume.id, "orphans can't be read");
+                ctx.damage.report("orphans", &corruption);
                 return Step::Failed;
             }
         };

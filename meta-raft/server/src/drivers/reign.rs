@@ -49,7 +49,8 @@ async fn rule(ctx: &Context, now: &Leadership) {
         tokio::time::sleep(RETRY).await;
     }
     if let Err(corruption) = ctx.hub.begin(term, began) {
-        tracing::error!(%corruption, "a new leader can't read the records: it serves no sessions");
+        ctx.damage
+            .report("what a new leader must know", &corruption);
         return std::future::pending().await;
     }
     tracing::info!(term, "this node leads");
@@ -63,7 +64,7 @@ async fn rule(ctx: &Context, now: &Leadership) {
         tokio::select! {
             () = ctx.hub.volumes_changed() => {
                 if let Err(corruption) = ctx.hub.follow_volumes() {
-                    tracing::error!(%corruption, "a volume's records can't be read");
+                    ctx.damage.report("a volume's sessions", &corruption);
                 }
             }
             Some(ended) = drivers.join_next() => {

@@ -30,7 +30,7 @@ pub(super) async fn run(ctx: Context) {
                 }
                 let began = Instant::now();
                 let step = step(&ctx, &volume).await.unwrap_or_else(|corruption| {
-                    tracing::error!(%corruption, volume = %volume.id, "work can't be read");
+                    ctx.damage.report("erasures and removals", &corruption);
                     Step::Failed
                 });
                 if step != Step::Idle {

@@ -3,7 +3,7 @@
 use heliofs_proto::ids::{NodeId, VolumeId};
 use heliofs_proto::v1::admin_server::Admin;
 use heliofs_proto::v1::{self, FsError, command::Op, local_command, log_item::Item};
-use meta_core::query;
+use meta_core::{limits::CORE_LEVEL_MAX, query};
 use tonic::{Request, Response, Status};
 
 use super::status;
@@ -48,6 +48,20 @@ fn check_name(name: &str) -> Result<(), Status> {
         Err(Status::invalid_argument(format!(
             "`{name}` can't be a volume's name: use 3 to 63 lower-case letters, digits and dashes, with no dash at either end"
         )))
+    }
+}
+
+/// A level that a node does not know stops it when the command is applied, and it would stop all of them. The core can't
+/// refuse: a newer build would accept, and the replicas would go separate ways. So it is refused before it is in the log.
+fn check_core_level(settings: Option<&v1::VolumeSettings>) -> Result<(), Status> {
+    match settings {
+        Some(settings) if settings.core_level > CORE_LEVEL_MAX => {
+            Err(Status::invalid_argument(format!(
+                "core level {} is above what this build supports ({CORE_LEVEL_MAX}): upgrade all metadata nodes first",
+                settings.core_level
+            )))
+        }
+        Some(_) | None => Ok(()),
     }
 }
 
@@ -101,7 +115,7 @@ impl AdminService {
                     query::counters(view, id)?,
                 ))
             })
-            .map_err(status::corrupt)?;
+            .map_err(|found| status::corrupt(&self.ctx.damage, "a volume", &found))?;
         Ok(v1::Volume {
             settings: settings.or(record.settings),
             position: head.map(|head| head.position.into()),
@@ -177,6 +191,7 @@ impl Admin for AdminService {
     async fn create_volume(&self, request: Request<v1::VolumeCreate>) -> Answer<v1::Volume> {
         let mut create = request.into_inner();
         check_name(&create.name)?;
+        check_core_level(create.settings.as_ref())?;
         let Some(storage) = &mut create.storage else {
             return Err(Status::invalid_argument("a volume needs a storage"));
         };
@@ -209,6 +224,7 @@ impl Admin for AdminService {
             settings,
             storage,
         } = request.into_inner();
+        check_core_level(settings.as_ref())?;
         self.current().await?;
         let record = self.named(&name)?;
         if let Some(storage) = storage {

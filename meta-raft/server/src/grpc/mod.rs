@@ -38,6 +38,7 @@ pub fn start(node: &NodeContext) -> Routes {
         gate: node.reads.clone(),
         leadership: node.leadership.clone(),
         hub,
+        damage: node.damage.clone(),
     };
     node.tasks
         .spawn(reign::run(ctx.clone(), node.cancel.clone()));

@@ -4,6 +4,7 @@ use meta_core::Corruption;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::{Code, Status};
 
+use crate::damage::Damage;
 use crate::leadership::Peer;
 use crate::proposer::ProposeError;
 use crate::read_gate::ReadError;
@@ -45,8 +46,8 @@ pub fn read(error: ReadError) -> Status {
     }
 }
 
-/// Records that can't be read.
-pub fn corrupt(corruption: Corruption) -> Status {
-    tracing::error!(%corruption, "records can't be read");
+/// Records that can't be read; the node stops.
+pub fn corrupt(damage: &Damage, reading: &str, corruption: &Corruption) -> Status {
+    damage.report(reading, corruption);
     Status::data_loss(corruption.to_string())
 }

@@ -93,7 +93,7 @@ impl SessionsService {
             .ctx
             .state
             .snapshot_view(|view| query::sessions(view, volume, SessionId(before), 1))
-            .map_err(status::corrupt)?;
+            .map_err(|found| status::corrupt(&self.ctx.damage, "a session", &found))?;
         Ok(found.first().is_some_and(|(id, _)| id.0 == session))
     }
 
@@ -103,7 +103,7 @@ impl SessionsService {
             .ctx
             .state
             .snapshot_view(|view| query::settings(view, id))
-            .map_err(status::corrupt)?;
+            .map_err(|found| status::corrupt(&self.ctx.damage, "a volume's settings", &found))?;
         let timings = self.ctx.hub.timings();
         let (_, membership) = self.ctx.state.applied();
         Ok(v1::Welcome {
@@ -168,7 +168,7 @@ impl Sessions for SessionsService {
             .ctx
             .hub
             .volume(VolumeId(record.id))
-            .map_err(status::corrupt)?
+            .map_err(|found| status::corrupt(&self.ctx.damage, "a volume's sessions", &found))?
             .ok_or_else(|| status::not_leader(self.ctx.leadership.borrow().other_leader()))?;
         let cluster = self
             .ctx

@@ -25,6 +25,7 @@ use heliofs_proto::ids::NodeId;
 use heliofs_proto::v1::{self, FsError, command::Op, log_item::Item};
 use tokio::sync::watch;
 
+use crate::damage::Damage;
 use crate::leadership::Leadership;
 use crate::proposer::{ProposeError, Proposed, Proposer};
 use crate::read_gate::ReadGate;
@@ -46,6 +47,8 @@ pub struct Context {
     pub leadership: watch::Receiver<Leadership>,
     /// The soft state.
     pub hub: Hub,
+    /// Where damaged records are reported.
+    pub damage: Damage,
 }
 
 /// Ends a session that is marked as ending: by a command, whose application drops the soft state on the way.

@@ -436,7 +436,7 @@ impl SessionStream {
         match leave {
             Leave::Moved(leader) => self.outbox.send(Outgoing::Moved(leader)),
             Leave::Corrupt(corruption) => {
-                tracing::error!(%corruption, volume = %self.volume.id, "records can't be read");
+                self.ctx.damage.report("for a session", &corruption);
                 self.outbox.send(Outgoing::Moved(String::new()));
             }
         }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use heliofs_proto::ids::NodeId;
@@ -32,7 +33,7 @@ pub struct Cluster {
     node: Node,
     channel: Channel,
     metrics: SocketAddr,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 fn free_port() -> SocketAddr {
@@ -42,20 +43,7 @@ fn free_port() -> SocketAddr {
 
 impl Cluster {
     pub async fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut config = NodeConfig::new(NodeId(1), dir.path(), TOKEN);
-        let metrics = free_port();
-        config.metrics_listen = Some(metrics);
-        config.sessions.timeout = Duration::from_secs(2);
-        let node = Node::start(config).await.unwrap();
-        let endpoint = Channel::from_shared(format!("http://{}", node.local_addr())).unwrap();
-        let channel = endpoint.connect().await.unwrap();
-        let cluster = Self {
-            node,
-            channel,
-            metrics,
-            _dir: dir,
-        };
+        let cluster = Self::start_in(tempfile::tempdir().unwrap()).await;
         let mut admin = cluster.admin();
         admin.init_cluster(v1::InitClusterRequest {}).await.unwrap();
         let create = v1::VolumeCreate {
@@ -70,9 +58,47 @@ impl Cluster {
         cluster
     }
 
+    async fn start_in(dir: tempfile::TempDir) -> Self {
+        let mut config = NodeConfig::new(NodeId(1), dir.path(), TOKEN);
+        let metrics = free_port();
+        config.metrics_listen = Some(metrics);
+        config.sessions.timeout = Duration::from_secs(2);
+        let node = Node::start(config).await.unwrap();
+        let endpoint = Channel::from_shared(format!("http://{}", node.local_addr())).unwrap();
+        let channel = endpoint.connect().await.unwrap();
+        Self {
+            node,
+            channel,
+            metrics,
+            dir,
+        }
+    }
+
     pub async fn stop(self) {
         drop(self.channel);
         self.node.shutdown().await.unwrap();
+    }
+
+    /// Stops the node, lets `change` at its data directory, starts it again and waits until it leads.
+    pub async fn restarted(self, change: impl FnOnce(&Path)) -> Self {
+        drop(self.channel);
+        self.node.shutdown().await.unwrap();
+        change(self.dir.path());
+        let cluster = Self::start_in(self.dir).await;
+        let mut leadership = cluster.node.context().leadership.clone();
+        let leads = leadership.wait_for(|now| now.leading().is_some());
+        tokio::time::timeout(PATIENCE, leads)
+            .await
+            .expect("a node alone leads")
+            .unwrap();
+        cluster
+    }
+
+    /// Waits until the node says that it has to stop, and why.
+    pub async fn failed(&self) -> String {
+        tokio::time::timeout(PATIENCE, self.node.failed())
+            .await
+            .expect("the node goes on")
     }
 
     fn bearer(&self) -> TokenBearer {
