@@ -17,7 +17,7 @@ use crate::sessions::{self, Context};
 /// hundreds of records, does not hold up the apply task for long.
 const UNDER_WAY_MAX: usize = 16;
 
-/// Orphan records looked at together.
+/// Orphan records looked at together, and reaped before the next look: each look walks over the records that were removed before.
 const PAGE: usize = 512;
 
 /// Runs until dropped.
@@ -54,7 +54,6 @@ async fn serve(ctx: &Context, volume: &VolumeSessions) -> Step {
         return Step::Idle;
     }
     loop {
-        let began = Instant::now();
         let inos = match candidates(ctx, volume) {
             Ok(inos) if inos.is_empty() => return Step::Idle,
             Ok(inos) => inos,
@@ -63,11 +62,14 @@ async fn serve(ctx: &Context, volume: &VolumeSessions) -> Step {
                 return Step::Failed;
             }
         };
-        let steps = join_all(inos.iter().map(|ino| reap(ctx, volume, *ino))).await;
-        if steps.contains(&Step::Failed) {
-            return Step::Failed;
+        for some in inos.chunks(UNDER_WAY_MAX) {
+            let began = Instant::now();
+            let steps = join_all(some.iter().map(|ino| reap(ctx, volume, *ino))).await;
+            if steps.contains(&Step::Failed) {
+                return Step::Failed;
+            }
+            rest(Step::More, began).await;
         }
-        rest(Step::More, began).await;
     }
 }
 
@@ -87,13 +89,13 @@ fn candidates(ctx: &Context, volume: &VolumeSessions) -> Result<Vec<u64>, Corrup
         {
             let mut soft = volume.soft();
             for (ino, _) in &page {
-                if free.len() < UNDER_WAY_MAX && soft.begin_reap(ino.0, now) {
+                if free.len() < PAGE && soft.begin_reap(ino.0, now) {
                     free.push(ino.0);
                 }
             }
         }
         match page.last() {
-            Some((last, _)) if page.len() == PAGE && free.len() < UNDER_WAY_MAX => after = *last,
+            Some((last, _)) if page.len() == PAGE && free.len() < PAGE => after = *last,
             _ => return Ok(free),
         }
     }
