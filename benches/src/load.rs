@@ -48,7 +48,7 @@ pub(crate) struct Measured {
 }
 
 /// Latencies up to a minute, three digits.
-fn histogram() -> Histogram<u64> {
+pub(crate) fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are constant and valid")
 }
 

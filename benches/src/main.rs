@@ -1,12 +1,16 @@
 //! How fast are a mounted file system's metadata operations and small files? A load generator in the manner of mdtest, and the
-//! table that sets two systems side by side. `benches/quick` runs it.
+//! table that sets two systems side by side. `benches/quick`, `benches/scale` and `benches/failover` run it.
 //!
 //! - [`load`]: the phases and how they are timed
 //! - [`fsync`]: what one synced append costs on a device, the floor under every durable operation
+//! - [`gap`]: the longest time between two creates that succeeded
+//! - [`scale`]: millions of inodes, a file of a million extents, and others' latencies meanwhile
 //! - [`table`]: medians of repeated runs and their ratios
 
 mod fsync;
+mod gap;
 mod load;
+mod scale;
 mod table;
 
 use std::path::PathBuf;
@@ -32,6 +36,14 @@ enum Command {
         /// Where to append.
         directory: PathBuf,
     },
+    /// Fills a volume with empty files through sessions.
+    Inodes(scale::Inodes),
+    /// Makes one file of very many extents through a session.
+    Extents(scale::Extents),
+    /// Works on files of its own through a mount until told to stop, and prints how long each operation took.
+    Others(scale::Others),
+    /// Creates files through a mount until told to stop, and prints the longest time between two that succeeded.
+    Gap(gap::Options),
     /// Prints the table of two files of JSON lines, ratio = first / second.
     Table(table::Options),
 }
@@ -40,6 +52,10 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Run(options) => load::run(&options),
         Command::Fsync { directory } => fsync::print(&directory),
+        Command::Inodes(options) => scale::inodes(&options),
+        Command::Extents(options) => scale::extents(&options),
+        Command::Others(options) => scale::others(&options),
+        Command::Gap(options) => gap::run(&options),
         Command::Table(options) => table::print(&options),
     }
 }

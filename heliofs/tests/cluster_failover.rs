@@ -45,6 +45,40 @@ fn leaders_killed_under_load_cost_no_error_and_no_byte() {
 }
 
 #[test]
+fn a_leader_whose_process_died_is_replaced_long_before_the_timers_would() {
+    // Timers that alone would take at least 35 s.
+    let flags = ["--election-min", "15s", "--election-max", "20s"];
+    let mut cluster = Cluster::with_dirs(3, |_, _| None, &flags);
+    cluster.format_file("departed", &[]);
+    let mount = cluster.mount("departed");
+    for round in 0..3 {
+        fs::write(mount.join("before"), "x").unwrap();
+        let leader = cluster.leader();
+        let killed = Instant::now();
+        cluster.kill_node(leader);
+        fs::write(mount.join(format!("after-{round}")), "x").unwrap();
+        let waited = killed.elapsed();
+        assert!(waited < Duration::from_secs(10), "a write took {waited:?}");
+        cluster.start_node(leader);
+        // In the next round its log must be as good as the other's: only both together are a majority.
+        wait_for("the node's return", Duration::from_secs(60), || {
+            let status = cluster.status();
+            let nodes = status["nodes"].as_array()?.clone();
+            let index = |node: &serde_json::Value, name: &str| node[name].as_u64();
+            let committed = nodes
+                .iter()
+                .filter_map(|node| index(node, "committed_index"))
+                .max();
+            let caught_up = nodes
+                .iter()
+                .all(|node| index(node, "last_log_index") >= committed);
+            (caught_up && status["leader"].is_u64()).then_some(())
+        });
+    }
+    mount.unmount();
+}
+
+#[test]
 fn an_open_unlinked_file_survives_a_leader_kill_and_is_reaped_after_its_close() {
     let mut cluster = Cluster::with_dirs(3, |_, _| None, &["--session-timeout", "4s"]);
     cluster.format_file("orphans", &[]);

@@ -49,13 +49,13 @@ pub(crate) struct Options {
     /// Forms a cluster of this node alone if it belongs to none; others are added with `heliofs raft add`.
     #[arg(long)]
     init: bool,
-    /// How often the leader is heard [default: 200ms].
+    /// How often the leader is heard [default: 150ms].
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     heartbeat: Option<Duration>,
-    /// Without a leader for this long at least, a node wants to lead [default: 1s].
+    /// A node that heard nothing for --election-max, and then for this long at least, wants to lead [default: 500ms].
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     election_min: Option<Duration>,
-    /// … and for this long at most [default: 2s].
+    /// … and then for this long at most [default: 800ms].
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     election_max: Option<Duration>,
     /// A mount that was silent for this long has lost its session [default: 30s].

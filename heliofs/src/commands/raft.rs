@@ -44,6 +44,8 @@ pub(crate) enum Command {
     },
     /// Takes a snapshot on the first node of META-URL that answers.
     Snapshot(Place),
+    /// Flushes and compacts the state of every node, one after the other.
+    Compact(Place),
     /// Compares the digests of a volume's records on all nodes.
     Digest {
         #[command(flatten)]
@@ -121,6 +123,7 @@ pub(crate) async fn run(command: Command, json: bool) -> Outcome {
         Command::Digest { access, url, name } => {
             digest(&access.target(&url, name.as_deref())?, json).await
         }
+        Command::Compact(place) => compact(&place.cluster()?, json).await,
         Command::Snapshot(place) => {
             let index = place.cluster()?.snapshot().await?;
             done(
@@ -129,6 +132,36 @@ pub(crate) async fn run(command: Command, json: bool) -> Outcome {
             )
         }
     }
+}
+
+/// One node after the other, so that the others serve at full speed meanwhile. A node that can't be asked is an error, but the
+/// rest is compacted first.
+async fn compact(cluster: &Cluster, json: bool) -> Outcome {
+    let mut rows = Vec::new();
+    let mut failed = None;
+    for (address, answer) in ask_all(cluster).await? {
+        let compacted = match answer {
+            Ok(_) => cluster.compact(&address).await,
+            Err(error) => Err(error),
+        };
+        match compacted {
+            Ok(done) => {
+                if !json {
+                    let size = units::show_size(done.state_bytes);
+                    output::line(format!("node {} at {address}: {size}", done.node))?;
+                }
+                rows.push(json!({ "node": done.node, "address": address, "state_bytes": done.state_bytes }));
+            }
+            Err(error) => {
+                rows.push(json!({ "address": address, "error": error.to_string() }));
+                failed = Some(error);
+            }
+        }
+    }
+    if json {
+        output::print_json(&rows.into())?;
+    }
+    failed.map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// A node as it answered, or why it did not.

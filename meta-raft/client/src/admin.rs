@@ -1,11 +1,29 @@
 //! Calls for operators: status, membership, volumes. All need the cluster token only, no session.
 
+use std::time::Duration;
+
 use futures::future::join_all;
 use heliofs_proto::ids::{NodeId, VolumeId};
 use heliofs_proto::v1;
 
 use crate::cluster::{Answer, Cluster};
 use crate::error::ClusterError;
+
+/// Compacting reads and writes everything a node has.
+const COMPACT_WAIT: Duration = Duration::from_secs(3600);
+
+/// What a single attempt at `peer` failed of.
+fn unanswered(peer: &str, answer: Answer) -> ClusterError {
+    match answer {
+        Answer::Refused(error) => error,
+        Answer::Elsewhere(_, detail) | Answer::Unreachable(detail) | Answer::Broken(detail) => {
+            ClusterError::NoNode {
+                peers: peer.to_owned(),
+                detail,
+            }
+        }
+    }
+}
 
 macro_rules! call {
     ($self:expr, $method:ident, mutates = $mutates:literal, $body:expr) => {{
@@ -33,15 +51,7 @@ impl Cluster {
         };
         self.call_peer(peer, call)
             .await
-            .map_err(|answer| match answer {
-                Answer::Refused(error) => error,
-                Answer::Elsewhere(_, detail)
-                | Answer::Unreachable(detail)
-                | Answer::Broken(detail) => ClusterError::NoNode {
-                    peers: peer.to_owned(),
-                    detail,
-                },
-            })
+            .map_err(|answer| unanswered(peer, answer))
     }
 
     /// Status of every node, those included that only the cluster itself knows of: (address, status or why there is none).
@@ -112,6 +122,25 @@ impl Cluster {
         Ok(taken.applied_index)
     }
 
+    /// Flushes and compacts the state of the node at `peer`; returns which node that is and the bytes of its tables afterwards.
+    /// `Unknown` if it takes longer than an attempt may: it goes on nevertheless.
+    pub async fn compact(&self, peer: &str) -> Result<v1::Compacted, ClusterError> {
+        let request = self.request(v1::CompactRequest {});
+        let call = |mut client: v1::admin_client::AdminClient<_>| async move {
+            client.compact(request).await
+        };
+        self.call_peer_within(peer, COMPACT_WAIT, call)
+            .await
+            .map_err(|answer| match answer {
+                Answer::Broken(detail) => ClusterError::Unknown {
+                    peer: peer.to_owned(),
+                    call: "compact",
+                    detail,
+                },
+                answer => unanswered(peer, answer),
+            })
+    }
+
     /// Creates a volume. `Invalid` when the name is taken.
     pub async fn create_volume(
         &self,
@@ -165,14 +194,6 @@ impl Cluster {
         };
         self.call_peer(peer, call)
             .await
-            .map_err(|answer| match answer {
-                Answer::Refused(error) => error,
-                Answer::Elsewhere(_, detail)
-                | Answer::Unreachable(detail)
-                | Answer::Broken(detail) => ClusterError::NoNode {
-                    peers: peer.to_owned(),
-                    detail,
-                },
-            })
+            .map_err(|answer| unanswered(peer, answer))
     }
 }

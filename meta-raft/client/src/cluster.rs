@@ -179,8 +179,23 @@ impl Cluster {
         F: FnOnce(AdminClient<Channel>) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
+        self.call_peer_within(peer, self.inner.options.attempt_timeout, call)
+            .await
+    }
+
+    /// As [`Cluster::call_peer`], for calls that take longer than others.
+    pub(crate) async fn call_peer_within<T, F, Fut>(
+        &self,
+        peer: &str,
+        within: Duration,
+        call: F,
+    ) -> Result<T, Answer>
+    where
+        F: FnOnce(AdminClient<Channel>) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
         let client = self.admin(peer).map_err(Answer::Refused)?;
-        match tokio::time::timeout(self.inner.options.attempt_timeout, call(client)).await {
+        match tokio::time::timeout(within, call(client)).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(judge(peer, &status)),
             Err(_) => Err(Answer::Broken("it did not answer in time".to_owned())),

@@ -249,20 +249,35 @@ impl<V: View> View for Overlay<V> {
                 Some((key, _)) if !last_page => key.clone(),
                 _ => Bytes::copy_from_slice(from),
             };
-            let own = self
+            // Merged from the back, one by one: between two records of the base may lie everything that a group wrote.
+            let mut own = self
                 .changes
-                .range::<[u8], _>((Included(&until[..]), Excluded(&cursor[..])));
-            // What both have is taken from the changes.
-            let mut merged: BTreeMap<Bytes, Option<Bytes>> = page
-                .into_iter()
-                .map(|(key, value)| (key, Some(value)))
-                .collect();
-            merged.extend(own.map(|(key, slot)| (key.clone(), slot.new.clone())));
-            let records = merged
-                .into_iter()
+                .range::<[u8], _>((Included(&until[..]), Excluded(&cursor[..])))
                 .rev()
-                .filter_map(|(key, value)| Some((key, value?)));
-            found.extend(records.take(wanted));
+                .peekable();
+            let mut base = page.into_iter().peekable();
+            while found.len() < records_max {
+                let own_first = match (own.peek(), base.peek()) {
+                    (Some((own_key, _)), Some((base_key, _))) => {
+                        if *own_key == base_key {
+                            // What both have is taken from the changes.
+                            base.next();
+                        }
+                        // The next of the base, or what follows it, is smaller in any case.
+                        base.peek().is_none_or(|(base_key, _)| *own_key > base_key)
+                    }
+                    (own, _) => own.is_some(),
+                };
+                if own_first {
+                    if let Some((key, Slot { new: Some(new), .. })) = own.next() {
+                        found.push((key.clone(), new.clone()));
+                    }
+                } else if let Some(record) = base.next() {
+                    found.push(record);
+                } else {
+                    break;
+                }
+            }
             if last_page {
                 break;
             }

@@ -21,13 +21,14 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::auth::{BadToken, TokenBearer, TokenCheck};
-use crate::config::NodeConfig;
+use crate::config::{NodeConfig, ReadMode};
 use crate::damage::Damage;
 use crate::leadership::{Leadership, Peer};
 use crate::observer::Observers;
 use crate::proposer::Proposer;
 use crate::raft::Raft;
 use crate::raft::admin::RaftAdmin;
+use crate::raft::departure::{AppendEnds, DepartureWatch};
 use crate::raft::machine::StateMachine;
 use crate::raft::network::{Dialer, Peers};
 use crate::raft::purge::{LogHolds, PurgeDriver};
@@ -185,7 +186,7 @@ impl Node {
         }
 
         let observers = Observers::default();
-        let dialer = Dialer::new(identity, bearer.clone(), config.raft.election_max);
+        let dialer = Dialer::new(identity, bearer.clone(), config.raft.patience());
         let machine = StateMachine::new(state.clone(), observers.clone());
         let raft = Raft::build(
             identity.node,
@@ -201,7 +202,7 @@ impl Node {
         let tasks = TaskTracker::new();
         let proposer = Proposer::new(raft.clone());
         let peers = Peers::new(dialer.clone(), state.clone());
-        let reads = ReadGate::new(raft.clone(), peers, config.reads, config.raft.election_max);
+        let reads = ReadGate::new(raft.clone(), peers, config.reads, config.raft.patience());
         let (sender, leadership) = watch::channel(Leadership::Follower {
             leader: None,
             term: 0,
@@ -227,6 +228,15 @@ impl Node {
             log: log.clone(),
             leadership: leadership.clone(),
         };
+        let ends = AppendEnds::default();
+        if config.reads == ReadMode::ReadIndex {
+            let departures = DepartureWatch {
+                raft: raft.clone(),
+                leadership: leadership.clone(),
+                ends: ends.clone(),
+            };
+            tasks.spawn(departures.run(cancel.clone()));
+        }
         let context = Arc::new(NodeContext {
             node_id: config.node_id,
             store_uuid: identity.store,
@@ -246,7 +256,7 @@ impl Node {
             config,
         });
 
-        let transport = TransportService::new(raft.clone(), state, reads, identity, cancel);
+        let transport = TransportService::new(raft.clone(), state, reads, identity, ends, cancel);
         let transport = RaftTransportServer::new(transport)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use heliofs_proto::ids::{Position, SessionId, UnixNanos, VolumeId};
@@ -31,6 +32,9 @@ pub struct AppliedItem<'a> {
 pub trait ApplyObserver: Send + Sync + 'static {
     /// A group was written: called in log order, once per command, before any waiter of the group gets its reply.
     fn applied(&self, items: &[AppliedItem<'_>]);
+
+    /// A group took this long to be applied and written; comes after [`ApplyObserver::applied`], for groups without commands too.
+    fn took(&self, _spent: Duration) {}
 
     /// The whole state was replaced (a snapshot was installed): whatever was seen before may have changed.
     fn reset(&self);

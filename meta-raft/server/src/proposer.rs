@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use futures::FutureExt;
 use heliofs_proto::ids::{ClusterId, NodeId, VolumeId};
 use heliofs_proto::v1;
 use openraft::errors::{ClientWriteError, ForwardToLeader};
@@ -136,7 +137,7 @@ impl Proposer {
             queue.next_batch()
         };
         if let Some(batch) = batch {
-            self.shared.send(batch).await;
+            self.shared.start(batch);
         }
         // Dropped without an answer: openraft stopped.
         reply.await.unwrap_or(Err(ProposeError::Unknown))
@@ -172,6 +173,16 @@ impl Queue {
 }
 
 impl Shared {
+    /// Sends without depending on the caller, who may be dropped at any await: others' items are in the batch.
+    fn start(self: &Arc<Self>, batch: Vec<Waiting>) {
+        let shared = self.clone();
+        let mut sending = Box::pin(async move { shared.send(batch).await });
+        // Nearly always there is room, and it is sent without a task switch.
+        if sending.as_mut().now_or_never().is_none() {
+            self.runtime.spawn(sending);
+        }
+    }
+
     async fn send(self: &Arc<Self>, batch: Vec<Waiting>) {
         let (items, waiters): (Vec<_>, Vec<_>) = batch
             .into_iter()

@@ -1,12 +1,13 @@
 //! Linearizable reads: all callers that wait share one quorum round, and only rounds that began after a caller arrived
 //! count for it.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use openraft::errors::{LinearizableReadError, RaftError};
 use openraft::{LinearizerOption, ReadPolicy};
 use parking_lot::Mutex;
+use prometheus::{Histogram, IntCounter};
 use tokio::sync::oneshot;
 
 use crate::config::ReadMode;
@@ -41,8 +42,17 @@ struct Rounds {
     waiting: Vec<Waiter>,
 }
 
+/// Rounds that were run, for the metrics.
+pub(crate) struct RoundCounts {
+    /// How long each took, failed ones included.
+    pub(crate) seconds: Histogram,
+    /// Rounds that failed: no leader, no quorum.
+    pub(crate) failed: IntCounter,
+}
+
 struct Shared {
     raft: Raft,
+    counts: OnceLock<RoundCounts>,
     peers: Peers,
     mode: ReadMode,
     round_max: Duration,
@@ -61,12 +71,19 @@ impl ReadGate {
         Self {
             shared: Arc::new(Shared {
                 raft,
+                counts: OnceLock::new(),
                 peers,
                 mode,
                 round_max,
                 rounds: Mutex::default(),
             }),
         }
+    }
+
+    /// Counts rounds from now on; the first call wins.
+    pub(crate) fn count(&self, counts: RoundCounts) {
+        // A second one would be a second set of metrics for one node.
+        self.shared.counts.set(counts).ok();
     }
 
     /// Returns once this node's state holds everything that was acknowledged anywhere before the call. Works on the leader
@@ -110,7 +127,12 @@ impl Shared {
                 }
                 std::mem::take(&mut rounds.waiting)
             };
+            let began = Instant::now();
             let outcome = self.round().await;
+            if let Some(counts) = self.counts.get() {
+                counts.seconds.observe(began.elapsed().as_secs_f64());
+                counts.failed.inc_by(u64::from(outcome.is_err()));
+            }
             for waiter in waiting {
                 // A caller that gave up is no error.
                 waiter.send(outcome.clone()).ok();

@@ -661,6 +661,15 @@ async fn health_and_metrics_are_served() {
     ] {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }
+    for counted in [
+        "heliofs_meta_apply_seconds_count",
+        "heliofs_meta_read_index_seconds_count",
+    ] {
+        let line = text.lines().find(|line| line.starts_with(counted));
+        let count = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        assert!(count > Some(0.0), "{counted} is {count:?} in\n{text}");
+    }
+    assert!(text.contains("\nheliofs_meta_read_index_failed_total "));
     cluster.stop().await;
 }
 

@@ -296,6 +296,9 @@ impl Driver {
             drop(attached);
             tracing::info!(peer, trouble, "session: the stream broke, resuming");
             self.shared.broke(format!("{peer}: {trouble}"));
+            // Before anybody hears a hello of ours: the next leader takes it for our word that nothing is cached any more.
+            self.shared.lease.revoke();
+            self.shared.check_lease(Instant::now());
             self.shared.emit(Event::Disconnected);
             attached = match self.resume(&peer).await {
                 Ok(resumed) => resumed,

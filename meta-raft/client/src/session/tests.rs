@@ -651,6 +651,26 @@ async fn the_lease_lives_by_pongs_and_is_lost_without() {
     assert_eq!(seen, [Event::LeaseRegained, Event::LeaseLost]);
 }
 
+/// A new leader takes a hello for the word that nothing is cached any more.
+#[tokio::test]
+async fn a_broken_stream_ends_the_lease_before_the_next_hello() {
+    let mut fake = fake().await;
+    let session = attach(&[&fake], options()).await;
+    let mut line = fake.line().await;
+    while !session.lease_valid() {
+        line.frame().await.unwrap();
+    }
+    let mut events = session.events().unwrap();
+    drop(line);
+    let line = fake.line().await;
+    assert_ne!(line.hello.session, 0, "it was resumed");
+    let mut seen = Vec::new();
+    while seen.last() != Some(&Event::Reattached) {
+        seen.push(events.recv().await.unwrap());
+    }
+    assert!(seen.contains(&Event::LeaseLost), "{seen:?}");
+}
+
 #[tokio::test]
 async fn detaching_sends_what_is_queued_and_says_goodbye() {
     let mut fake = fake().await;

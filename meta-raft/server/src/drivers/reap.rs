@@ -17,7 +17,7 @@ use crate::sessions::{self, Context};
 /// hundreds of records, does not hold up the apply task for long.
 const UNDER_WAY_MAX: usize = 16;
 
-/// Orphan records looked at together.
+/// Orphan records that one step of a search looks at.
 const PAGE: usize = 512;
 
 /// After a first orphan the reaper waits this long for others: they share the entries of the log.
@@ -58,7 +58,6 @@ async fn serve(ctx: &Context, volume: &VolumeSessions) -> Step {
         return Step::Idle;
     }
     loop {
-        let began = Instant::now();
         let inos = match candidates(ctx, volume) {
             Ok(inos) if inos.is_empty() => return Step::Idle,
             Ok(inos) => inos,
@@ -67,6 +66,7 @@ async fn serve(ctx: &Context, volume: &VolumeSessions) -> Step {
                 return Step::Failed;
             }
         };
+        let began = Instant::now();
         let steps = join_all(inos.iter().map(|ino| reap(ctx, volume, *ino))).await;
         if steps.contains(&Step::Failed) {
             return Step::Failed;

@@ -188,6 +188,14 @@ impl Admin for AdminService {
         Ok(Response::new(v1::SnapshotTaken { applied_index }))
     }
 
+    async fn compact(&self, _: Request<v1::CompactRequest>) -> Answer<v1::Compacted> {
+        let state_bytes = self.raft.compact().await.map_err(admin_status)?;
+        Ok(Response::new(v1::Compacted {
+            node: self.ctx.node.0,
+            state_bytes,
+        }))
+    }
+
     async fn create_volume(&self, request: Request<v1::VolumeCreate>) -> Answer<v1::Volume> {
         let mut create = request.into_inner();
         check_name(&create.name)?;

@@ -31,6 +31,7 @@ pub fn start(node: &NodeContext) -> Routes {
     node.observers.register(hub.observer());
     node.observers.register(applies.observer());
     node.observers.register(metrics.observer());
+    node.reads.count(metrics.rounds());
     let ctx = Context {
         node: node.node_id,
         state: node.state.clone(),

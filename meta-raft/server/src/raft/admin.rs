@@ -277,6 +277,15 @@ impl RaftAdmin {
         Ok(self.state.flushed_index().unwrap_or(0))
     }
 
+    /// Flushes and compacts this node's state; returns the bytes of its tables afterwards.
+    pub async fn compact(&self) -> Result<u64, AdminError> {
+        let state = self.state.clone();
+        tokio::task::spawn_blocking(move || state.compact())
+            .await
+            .map_err(unavailable)?
+            .map_err(unavailable)
+    }
+
     /// This node's view of the cluster; `build` and `sessions` are for the caller to fill in.
     pub fn status(&self) -> v1::StatusResponse {
         let metrics = self.raft.metrics();

@@ -1,6 +1,7 @@
 //! openraft's state machine over the state store.
 
 use std::io;
+use std::time::Instant;
 
 use futures::{FutureExt, Stream, StreamExt};
 use openraft::OptionalSend;
@@ -15,6 +16,18 @@ use crate::store::State;
 
 /// Entries applied as one group at most: bounds memory when a long log is applied again.
 const GROUP_ENTRIES_MAX: usize = 512;
+
+/// Bytes of entries at which a group is full: tens of milliseconds of work. Whoever waits for the state, or for the thread that
+/// applies, waits that long; above it groups gain nothing.
+const GROUP_BYTES_MAX: usize = 128 << 10;
+
+/// About how much work an entry is.
+fn bytes(entry: &Entry) -> usize {
+    match &entry.payload {
+        openraft::EntryPayload::Normal(data) => data.bytes().len(),
+        openraft::EntryPayload::Blank | openraft::EntryPayload::Membership(_) => 0,
+    }
+}
 
 /// Applies the log to the state.
 pub struct StateMachine {
@@ -38,10 +51,12 @@ impl StateMachine {
         entries: &[Entry],
         responders: Vec<Option<ApplyResponder<TypeConfig>>>,
     ) -> io::Result<()> {
+        let began = Instant::now();
         let mut group = self.state.apply(entries).map_err(|error| {
             tracing::error!(%error, "this node stops: going on would spread the damage");
             io::Error::other(error)
         })?;
+        let spent = began.elapsed();
         if !group.items.is_empty() {
             self.observers
                 .each(|observer| observer.applied(&group.items));
@@ -49,6 +64,7 @@ impl StateMachine {
         if group.volumes_changed {
             self.observers.each(|observer| observer.volumes_changed());
         }
+        self.observers.each(|observer| observer.took(spent));
         for (replies, responder) in group.replies().into_iter().zip(responders) {
             if let Some(responder) = responder {
                 responder.send(BatchReply(replies));
@@ -75,11 +91,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut responders = Vec::new();
         while let Some(first) = entries.next().await {
             let mut next = Some(first);
+            let mut group_bytes = 0;
             while let Some(item) = next.take() {
                 let (entry, responder) = item?;
+                group_bytes += bytes(&entry);
                 group.push(entry);
                 responders.push(responder);
-                if group.len() < GROUP_ENTRIES_MAX {
+                if group.len() < GROUP_ENTRIES_MAX && group_bytes < GROUP_BYTES_MAX {
                     // What can be had without waiting joins the group.
                     next = entries.next().now_or_never().flatten();
                 }

@@ -7,10 +7,11 @@
 //! - [`network`]: calls to peers (`append_stream`: the pipelined appends); [`service`]: calls from peers; [`snapshot`]: snapshots
 //!   in transit
 //! - [`admin`]: forming, growing, shrinking the cluster, moving its leader
-//! - [`purge`]: trims the log
+//! - [`purge`]: trims the log; [`departure`]: elections without waiting when the leader's process is gone
 
 pub mod admin;
 mod append_stream;
+pub mod departure;
 pub mod log;
 pub mod machine;
 pub mod network;

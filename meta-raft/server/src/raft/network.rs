@@ -92,13 +92,13 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// `election_max` bounds how long a dead connection goes unnoticed.
-    pub fn new(identity: Identity, token: TokenBearer, election_max: Duration) -> Self {
+    /// `patience` bounds how long a dead connection goes unnoticed.
+    pub fn new(identity: Identity, token: TokenBearer, patience: Duration) -> Self {
         Self {
             identity,
             token,
-            connect_timeout: election_max / 2,
-            idle_max: election_max,
+            connect_timeout: patience / 2,
+            idle_max: patience,
         }
     }
 

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::departure::AppendEnds;
 use super::network::{header, hex};
 use super::snapshot::Receiver;
 use super::types::{Raft, SnapshotMeta};
@@ -26,6 +27,7 @@ pub struct TransportService {
     state: State,
     reads: ReadGate,
     identity: Identity,
+    ends: AppendEnds,
     cancel: CancellationToken,
 }
 
@@ -45,12 +47,13 @@ fn text<'m>(metadata: &'m MetadataMap, key: &'static str) -> Result<&'m str, Sta
 }
 
 impl TransportService {
-    /// Streams end when `cancel` does.
+    /// Streams end when `cancel` does; `ends` is told of every append stream that ends.
     pub fn new(
         raft: Raft,
         state: State,
         reads: ReadGate,
         identity: Identity,
+        ends: AppendEnds,
         cancel: CancellationToken,
     ) -> Self {
         Self {
@@ -58,6 +61,7 @@ impl TransportService {
             state,
             reads,
             identity,
+            ends,
             cancel,
         }
     }
@@ -120,7 +124,10 @@ impl RaftTransport for TransportService {
         request: Request<Streaming<v1::AppendRequest>>,
     ) -> Result<Response<Self::AppendStream>, Status> {
         let from = self.check(request.metadata())?;
+        let end = self.ends.guard();
         let input = request.into_inner().map(move |message| {
+            // Goes when the stream goes, whichever side ends it.
+            let _end = &end;
             let message = message.map_err(|status| status.to_string())?;
             wire::append_request_from_wire(message).map_err(|error| error.to_string())
         });

@@ -226,6 +226,7 @@ impl SessionsService {
             soft.reassert(session, &hello.opens, &locks)
                 .and(soft.settle(session, now))
         };
+        volume.returned();
         self.ctx.hub.wake(volume, wake);
         Some(stream)
     }

@@ -43,6 +43,13 @@ impl Grace {
         self.is_over(now) && now >= self.began + ORPHANS_REST.min(self.timeout)
     }
 
+    /// Until when a session that did not come back may trust what an earlier leader told it; `None`: no longer, or none such is
+    /// left. The earlier leader renewed no lease after a majority had voted for this one.
+    pub fn caches_until(&self, lease: Duration, now: Instant) -> Option<Instant> {
+        let until = self.began + lease;
+        (!self.awaited.is_empty() && now < until).then_some(until)
+    }
+
     /// The term's begin.
     pub fn began(&self) -> Instant {
         self.began
@@ -66,6 +73,17 @@ mod tests {
         assert!(grace.is_over(began));
         assert!(!grace.may_reap(began));
         assert!(grace.may_reap(began + ORPHANS_REST));
+    }
+
+    #[test]
+    fn caches_of_sessions_that_are_away_are_respected_for_one_lease() {
+        let began = Instant::now();
+        let lease = Duration::from_secs(1);
+        let mut grace = Grace::new([1], began, Duration::from_secs(30));
+        assert_eq!(grace.caches_until(lease, began), Some(began + lease));
+        assert_eq!(grace.caches_until(lease, began + lease), None);
+        grace.settle(1);
+        assert_eq!(grace.caches_until(lease, began), None);
     }
 
     #[test]

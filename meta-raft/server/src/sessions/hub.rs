@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::{Position, SessionId, VolumeId};
 use heliofs_proto::v1;
@@ -34,6 +34,11 @@ pub struct VolumeSessions {
     soft: Mutex<Soft>,
     /// Seq up to which effects are known to `soft`.
     seen: watch::Sender<u64>,
+    /// No cache is live that this leader does not know of. Once true, true for the whole term.
+    caches_known: AtomicBool,
+    /// A session came back.
+    returned: Notify,
+    lease: Duration,
     /// There may be an orphan to reap.
     pub(crate) reap_wanted: AtomicBool,
     /// There may be erasures or tree removals to go on with.
@@ -46,6 +51,30 @@ impl VolumeSessions {
     /// The soft state. Held for moments only, never over a wait.
     pub fn soft(&self) -> MutexGuard<'_, Soft> {
         self.soft.lock()
+    }
+
+    /// A session came back, with everything that it holds.
+    pub fn returned(&self) {
+        self.returned.notify_waiters();
+    }
+
+    /// Waits until a change can't be hidden from anybody by a cache that an earlier leader filled: until every session of the
+    /// records came back (and dropped what it had cached), or their leases have run out.
+    pub async fn caches_known(&self) {
+        while !self.caches_known.load(Ordering::Acquire) {
+            let returned = self.returned.notified();
+            tokio::pin!(returned);
+            // Before looking, so that nobody's return is missed.
+            returned.as_mut().enable();
+            let until = self.soft().caches_until(self.lease, Instant::now());
+            match until {
+                None => self.caches_known.store(true, Ordering::Release),
+                Some(until) => {
+                    // Either is a reason to look again.
+                    tokio::time::timeout_at(until.into(), returned).await.ok();
+                }
+            }
+        }
     }
 
     /// Queues the answers of reads that were made at `position`, each behind the invalidations of what the view showed.
@@ -179,6 +208,9 @@ impl Hub {
             id,
             soft: Mutex::new(Soft::new(&known, grace, INODES_TOLD_MAX)),
             seen: watch::Sender::new(0),
+            caches_known: AtomicBool::new(false),
+            returned: Notify::new(),
+            lease: self.shared.timings.lease,
             reap_wanted: AtomicBool::new(false),
             work_wanted: AtomicBool::new(false),
             beaten: AtomicU64::new(0),

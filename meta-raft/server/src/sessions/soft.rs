@@ -228,6 +228,11 @@ impl Soft {
         self.end_grace(now)
     }
 
+    /// See [`Grace::caches_until`].
+    pub fn caches_until(&self, lease: Duration, now: Instant) -> Option<Instant> {
+        self.grace.caches_until(lease, now)
+    }
+
     /// When the grace period is over, the locks that waited for it are decided.
     pub fn end_grace(&mut self, now: Instant) -> Wake {
         if !self.grace.is_over(now) {

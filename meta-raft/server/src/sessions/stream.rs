@@ -285,7 +285,9 @@ impl SessionStream {
         let creates_file =
             matches!(&command.op, Some(Op::Create(op)) if op.kind() == v1::FileKind::File);
         let proposer = self.ctx.proposer.clone();
+        let volume = Arc::clone(&self.volume);
         Some(async move {
+            volume.caches_known().await;
             let outcome = proposer.propose(Item::Command(command)).await;
             Done::Mutation {
                 id,

@@ -129,6 +129,7 @@ impl State {
         let mut group = Group {
             overlay: Overlay::new(LiveView {
                 generation: generation.clone(),
+                applies: true,
             }),
             generation: &generation,
             memory: &mut memory,
@@ -438,6 +439,7 @@ impl<'e> Group<'_, 'e> {
         };
         let replicated = self.generation.replicated();
         let local = self.generation.local();
+        let mut emptied = self.generation.emptied.lock();
         for change in self.overlay.into_changes() {
             if let Some(volume) = change.key.first_chunk()
                 && self
@@ -447,10 +449,16 @@ impl<'e> Group<'_, 'e> {
                 continue;
             }
             match change.new {
-                Some(new) => self.batch.put_cf(replicated, &change.key, &new),
+                Some(new) => {
+                    if !emptied.is_empty() {
+                        emptied.written(&change.key);
+                    }
+                    self.batch.put_cf(replicated, &change.key, &new);
+                }
                 None => self.batch.delete_cf(replicated, &change.key),
             }
         }
+        drop(emptied);
         for (volume, bucket) in self.sums {
             if let Some(known) = self.memory.volumes.get(&volume) {
                 let sum = known.digest.sums.get(bucket);

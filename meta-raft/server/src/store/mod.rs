@@ -3,13 +3,15 @@
 //! - [`identity`]: which node this disk belongs to
 //! - [`log`]: `log/`: entries and vote, synced; `writer`: the thread that syncs
 //! - [`state`]: `state-<n>/`: what the log has led to; no WAL, rebuilt from the log after a crash
-//! - [`view`]: reads of the replicated records; [`local`]: records of the cluster that no volume's history holds
+//! - [`view`]: reads of the replicated records; `emptied`: what its scans need not walk over
+//! - [`local`]: records of the cluster that no volume's history holds
 //! - [`group`]: one applied group, written as one batch
 //! - [`digests`]: sums per volume, kept as changes are applied
 //! - [`directory`]: which `state-<n>` is live, and how another takes its place
 
 pub mod digests;
 pub mod directory;
+mod emptied;
 pub mod group;
 pub mod identity;
 pub mod local;

@@ -1,6 +1,7 @@
 //! Reads of the replicated records.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use meta_core::{Corruption, View};
@@ -16,7 +17,12 @@ fn failed(error: rocksdb::Error) -> Corruption {
 #[derive(Clone)]
 pub struct LiveView {
     pub(super) generation: Arc<Generation>,
+    /// Of the task that applies, which may use [`super::emptied::Emptied`].
+    pub(super) applies: bool,
 }
+
+/// A scan that takes this long walked over what was removed: worth remembering.
+const LONG_SCAN: Duration = Duration::from_micros(200);
 
 /// The records as they were at one moment.
 pub struct SnapshotView<'a> {
@@ -110,7 +116,21 @@ impl View for LiveView {
     }
 
     fn scan(&self, from: &[u8], to: &[u8], records_max: usize) -> Page {
-        self.range(from, to, Order::Ascending, records_max)
+        if !self.applies || records_max == 0 {
+            return self.range(from, to, Order::Ascending, records_max);
+        }
+        let skip = self.generation.emptied.lock().skip(from);
+        let start = skip.as_deref().unwrap_or(from);
+        let began = Instant::now();
+        let page = self.range(start, to, Order::Ascending, records_max)?;
+        if began.elapsed() > LONG_SCAN {
+            let first = page.first().map_or(to, |(key, _)| &key[..]);
+            if from < first {
+                let first = Bytes::copy_from_slice(first);
+                self.generation.emptied.lock().learn(from, first);
+            }
+        }
+        Ok(page)
     }
 
     fn scan_back(&self, from: &[u8], to: &[u8], records_max: usize) -> Page {
