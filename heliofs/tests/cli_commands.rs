@@ -285,7 +285,7 @@ fn metrics_and_readiness_are_served() {
         get("/metrics")
             .success()
             .out
-            .contains("heliofs_meta_leader 1")
+            .contains("heliofs_meta_leader_bool 1")
     );
     node.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(node.wait(Duration::from_secs(20)).success());

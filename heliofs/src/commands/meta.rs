@@ -1,11 +1,9 @@
 //! `heliofs meta`: runs one metadata node until it is told to stop.
 
-mod gauges;
 mod settings;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -134,10 +132,12 @@ async fn serve(
     let cancel = CancellationToken::new();
     let metrics = match metrics {
         Some(listen) => {
-            let (shown, asked) = (Arc::clone(node.context()), Arc::clone(node.context()));
+            let (shown, asked) = (node.shown().clone(), node.shown().clone());
             let exposed = Exposed {
-                metrics: Box::new(move || gauges::text(&shown.raft.status())),
-                unready: Box::new(move || gauges::unready(&asked.raft.status())),
+                metrics: Box::new(move || {
+                    shown.text().unwrap_or_else(|error| format!("# {error}\n"))
+                }),
+                unready: Box::new(move || asked.not_ready()),
             };
             Some(serve_metrics::start(listen, exposed, cancel.clone()).await?)
         }

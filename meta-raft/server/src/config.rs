@@ -126,8 +126,6 @@ pub struct NodeConfig {
     pub listen: SocketAddr,
     /// `host:port` under which peers and clients reach this node; unset: the address listened on.
     pub advertise: Option<String>,
-    /// Where to serve `/metrics`, `/healthz` and `/readyz` over plain HTTP, without the token; unset: nowhere.
-    pub metrics_listen: Option<SocketAddr>,
     /// The cluster token: every call, from nodes and clients, must carry it.
     pub token: String,
     /// Raft's timers.
@@ -150,7 +148,6 @@ impl NodeConfig {
             data_dir: data_dir.into(),
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             advertise: None,
-            metrics_listen: None,
             token: token.into(),
             raft: RaftTimings::default(),
             reads: ReadMode::default(),

@@ -1,17 +1,11 @@
-//! Prometheus metrics of a node, and the plain HTTP listener that serves them with its health.
+//! Prometheus metrics of a node, and whether it can serve. The command shows both over HTTP.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::State;
-use axum::http::StatusCode;
-use axum::routing::get;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
-use tokio_util::sync::CancellationToken;
 
 use crate::observer::{AppliedItem, ApplyObserver};
 use crate::raft::admin::RaftAdmin;
@@ -165,9 +159,9 @@ impl ApplyObserver for Metrics {
     fn reset(&self) {}
 }
 
-/// What the listener shows.
+/// What a node shows of itself.
 #[derive(Clone)]
-pub struct Served {
+pub struct Shown {
     /// Counted as things happen.
     pub metrics: Arc<Metrics>,
     /// Looked at when asked.
@@ -178,7 +172,7 @@ pub struct Served {
     pub log: LogStore,
 }
 
-impl Served {
+impl Shown {
     fn look(&self) {
         let metrics = &self.metrics;
         let status = self.raft.status();
@@ -206,8 +200,14 @@ impl Served {
         metrics.scrapes.inc();
     }
 
+    /// All metrics in Prometheus' text format.
+    pub fn text(&self) -> Result<String, prometheus::Error> {
+        self.look();
+        TextEncoder::new().encode_to_string(&self.metrics.registry.gather())
+    }
+
     /// Why clients should not be sent here; `None`: they may.
-    fn not_ready(&self) -> Option<String> {
+    pub fn not_ready(&self) -> Option<String> {
         let status = self.raft.status();
         if !status.fatal.is_empty() {
             return Some(format!("stopped: {}", status.fatal));
@@ -220,50 +220,5 @@ impl Served {
         }
         let behind = status.committed_index.saturating_sub(status.applied_index);
         (behind > APPLY_LAG_MAX).then(|| format!("{behind} committed entries wait to be applied"))
-    }
-}
-
-async fn metrics(State(served): State<Served>) -> (StatusCode, String) {
-    served.look();
-    match TextEncoder::new().encode_to_string(&served.metrics.registry.gather()) {
-        Ok(text) => (StatusCode::OK, text),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
-    }
-}
-
-async fn health(State(served): State<Served>) -> (StatusCode, String) {
-    let fatal = served.raft.status().fatal;
-    if fatal.is_empty() {
-        (StatusCode::OK, "ok\n".to_owned())
-    } else {
-        (StatusCode::INTERNAL_SERVER_ERROR, fatal + "\n")
-    }
-}
-
-async fn readiness(State(served): State<Served>) -> (StatusCode, String) {
-    match served.not_ready() {
-        None => (StatusCode::OK, "ready\n".to_owned()),
-        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, why + "\n"),
-    }
-}
-
-/// Serves `/metrics`, `/healthz` and `/readyz` until cancelled.
-pub async fn serve(served: Served, address: SocketAddr, cancel: CancellationToken) {
-    let listener = match tokio::net::TcpListener::bind(address).await {
-        Ok(listener) => listener,
-        Err(error) => {
-            // The node does its work without: a port that is taken must not cost a replica.
-            tracing::error!(%address, %error, "metrics are not served");
-            return;
-        }
-    };
-    let routes = Router::new()
-        .route("/metrics", get(metrics))
-        .route("/healthz", get(health))
-        .route("/readyz", get(readiness))
-        .with_state(served);
-    let serving = axum::serve(listener, routes).with_graceful_shutdown(cancel.cancelled_owned());
-    if let Err(error) = serving.await {
-        tracing::error!(%error, "the metrics listener failed");
     }
 }

@@ -24,6 +24,7 @@ use crate::auth::{BadToken, TokenBearer, TokenCheck};
 use crate::config::{NodeConfig, ReadMode};
 use crate::damage::Damage;
 use crate::leadership::{Leadership, Peer};
+use crate::metrics::Shown;
 use crate::observer::Observers;
 use crate::proposer::Proposer;
 use crate::raft::Raft;
@@ -114,6 +115,7 @@ pub struct NodeContext {
 pub struct Node {
     context: Arc<NodeContext>,
     raft: Raft,
+    shown: Shown,
     local_addr: SocketAddr,
     server: tokio::task::JoinHandle<()>,
     /// Ends the listener; later than `context.cancel`, so that clients are told first.
@@ -261,8 +263,8 @@ impl Node {
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         // Observers are registered before the first entry is applied, and before this node can lead.
-        let routes =
-            crate::grpc::start(&context).add_service(InterceptedService::new(transport, token));
+        let (routes, shown) = crate::grpc::start(&context);
+        let routes = routes.add_service(InterceptedService::new(transport, token));
         raft.run();
 
         let close = CancellationToken::new();
@@ -285,6 +287,7 @@ impl Node {
         Ok(Self {
             context,
             raft,
+            shown,
             local_addr,
             server,
             close,
@@ -299,6 +302,11 @@ impl Node {
     /// What the node's parts share.
     pub fn context(&self) -> &Arc<NodeContext> {
         &self.context
+    }
+
+    /// Metrics and readiness.
+    pub fn shown(&self) -> &Shown {
+        &self.shown
     }
 
     /// The cluster's administration.

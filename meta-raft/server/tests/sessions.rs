@@ -645,15 +645,12 @@ async fn volumes_are_made_changed_listed_and_destroyed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_and_metrics_are_served() {
+async fn a_node_shows_its_metrics_and_whether_it_is_ready() {
     let cluster = Cluster::start().await;
     let mut raw = cluster.attach().await;
     raw.mutate(create(1, "f", v1::FileKind::File)).await;
-    let (status, ready) = cluster.http("/readyz").await;
-    assert_eq!((status, ready.as_str()), (200, "ready\n"));
-    assert_eq!(cluster.http("/healthz").await.0, 200);
-    let (status, text) = cluster.http("/metrics").await;
-    assert_eq!(status, 200);
+    assert_eq!(cluster.shown().not_ready(), None);
+    let text = cluster.shown().text().unwrap();
     for line in [
         "heliofs_meta_sessions_count 1",
         "heliofs_meta_leader_bool 1",

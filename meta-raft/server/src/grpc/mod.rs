@@ -21,10 +21,11 @@ use crate::sessions::attach::SessionsService;
 use crate::sessions::hub::Hub;
 use crate::{changelog, metrics};
 
-/// Registers observers, spawns the tasks of sessions and drivers, and returns the services, which check the token.
+/// Registers observers, spawns the tasks of sessions and drivers, and returns the services, which check the token, and what the
+/// node shows of itself.
 ///
 /// Call before the first entry is applied.
-pub fn start(node: &NodeContext) -> Routes {
+pub fn start(node: &NodeContext) -> (Routes, metrics::Shown) {
     let hub = Hub::new(node.state.clone(), node.config.sessions.clone());
     let applies = changelog::Applies::default();
     let metrics = metrics::Metrics::new();
@@ -43,16 +44,12 @@ pub fn start(node: &NodeContext) -> Routes {
     };
     node.tasks
         .spawn(reign::run(ctx.clone(), node.cancel.clone()));
-    if let Some(address) = node.config.metrics_listen {
-        let served = metrics::Served {
-            metrics,
-            hub: ctx.hub.clone(),
-            raft: node.raft.clone(),
-            log: node.log.clone(),
-        };
-        node.tasks
-            .spawn(metrics::serve(served, address, node.cancel.clone()));
-    }
+    let shown = metrics::Shown {
+        metrics,
+        hub: ctx.hub.clone(),
+        raft: node.raft.clone(),
+        log: node.log.clone(),
+    };
     let sessions = SessionsServer::new(SessionsService::new(ctx.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -61,7 +58,8 @@ pub fn start(node: &NodeContext) -> Routes {
     let follow = ChangelogService::new(ctx, node, applies);
     let follow = ChangelogServer::new(follow).max_encoding_message_size(MESSAGE_BYTES_MAX);
     let token = || node.token.clone();
-    Routes::new(InterceptedService::new(sessions, token()))
+    let routes = Routes::new(InterceptedService::new(sessions, token()))
         .add_service(InterceptedService::new(admin, token()))
-        .add_service(InterceptedService::new(follow, token()))
+        .add_service(InterceptedService::new(follow, token()));
+    (routes, shown)
 }

@@ -1,7 +1,6 @@
 //! A one-node cluster with a volume, and a client that speaks frames.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,8 +10,8 @@ use heliofs_proto::v1::changelog_client::ChangelogClient;
 use heliofs_proto::v1::sessions_client::SessionsClient;
 use heliofs_proto::v1::{self, FsError, command::Op, request::Body, response};
 use meta_server::auth::TokenBearer;
+use meta_server::metrics::Shown;
 use meta_server::{Node, NodeConfig};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
@@ -32,13 +31,7 @@ type Authed = InterceptedService<Channel, TokenBearer>;
 pub struct Cluster {
     node: Node,
     channel: Channel,
-    metrics: SocketAddr,
     dir: tempfile::TempDir,
-}
-
-fn free_port() -> SocketAddr {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    listener.local_addr().unwrap()
 }
 
 impl Cluster {
@@ -60,18 +53,11 @@ impl Cluster {
 
     async fn start_in(dir: tempfile::TempDir) -> Self {
         let mut config = NodeConfig::new(NodeId(1), dir.path(), TOKEN);
-        let metrics = free_port();
-        config.metrics_listen = Some(metrics);
         config.sessions.timeout = Duration::from_secs(2);
         let node = Node::start(config).await.unwrap();
         let endpoint = Channel::from_shared(format!("http://{}", node.local_addr())).unwrap();
         let channel = endpoint.connect().await.unwrap();
-        Self {
-            node,
-            channel,
-            metrics,
-            dir,
-        }
+        Self { node, channel, dir }
     }
 
     pub async fn stop(self) {
@@ -214,14 +200,8 @@ impl Cluster {
         }
     }
 
-    pub async fn http(&self, path: &str) -> (u16, String) {
-        let mut stream = tokio::net::TcpStream::connect(self.metrics).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
-        (status, answer.split_once("\r\n\r\n").unwrap().1.to_owned())
+    pub fn shown(&self) -> &Shown {
+        self.node.shown()
     }
 }
 
