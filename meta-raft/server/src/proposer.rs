@@ -2,10 +2,13 @@
 //!
 //! There is no batching task: the caller that finds room in the pipeline sends what waits, its own item among it, and a
 //! completed entry sends what gathered meanwhile. An idle proposer thus adds no delay and no task switch.
+//!
+//! Callers that were just answered are likely to come back at once, as programs do that make one file after the other. The next
+//! entry waits a moment for them ([`Gather`]): four programs then share one round of the cluster instead of paying for three.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::FutureExt;
 use heliofs_proto::ids::{ClusterId, NodeId, VolumeId};
@@ -26,6 +29,11 @@ const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Entries proposed and not yet applied. Two would do on one node; with the third the leader's fsync, the followers' and the
 /// apply overlap.
 const ENTRIES_IN_FLIGHT_MAX: usize = 3;
+
+/// How long an entry waits for callers to come back. Their way is an answer, a system call or two, and a request.
+const GATHER_MAX: Duration = Duration::from_micros(800);
+/// Most entries that don't wait after waiting was in vain.
+const GATHER_SKIPS_MAX: u32 = 64;
 
 /// What an applied item answered.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,10 +92,26 @@ struct Waiting {
     waiter: Waiter,
 }
 
+/// Whether waiting for callers to come back pays, and the wait that is under way.
+#[derive(Default)]
+struct Gather {
+    /// Callers that the next entry is held back for; 0: it is not.
+    expected: usize,
+    /// How many of them must be there for the wait to be worth its time: half of those that were missing.
+    worth: usize,
+    /// Counts the waits, so that the end of an earlier one is not taken for this one's.
+    wait: u64,
+    /// Entries that are not held back any more, since the last wait was in vain.
+    skips: u32,
+    /// How many that were, last time.
+    penalty: u32,
+}
+
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Waiting>,
     in_flight: usize,
+    gather: Gather,
     /// The last stamp given: stamps of one proposer never go back.
     time: i64,
 }
@@ -155,8 +179,19 @@ fn now() -> i64 {
 impl Queue {
     /// What to send now, if there is something and the pipeline has room.
     fn next_batch(&mut self) -> Option<Vec<Waiting>> {
-        if self.waiting.is_empty() || self.in_flight >= ENTRIES_IN_FLIGHT_MAX {
+        let gather = &mut self.gather;
+        // One at a time while callers come back together; else what comes in between would wait for a whole round.
+        let room = if gather.skips == 0 {
+            1
+        } else {
+            ENTRIES_IN_FLIGHT_MAX
+        };
+        if self.waiting.is_empty() || self.in_flight >= room || self.waiting.len() < gather.expected
+        {
             return None;
+        }
+        if std::mem::take(&mut gather.expected) > 0 {
+            gather.penalty = 0;
         }
         let mut bytes = 0;
         let mut items = 0;
@@ -169,6 +204,39 @@ impl Queue {
         }
         self.in_flight += 1;
         Some(self.waiting.drain(..items).collect())
+    }
+
+    /// An entry is done and `callers` of sessions were answered. `Some`: the next one waits for them; call
+    /// [`Queue::waited`] with this after [`GATHER_MAX`].
+    fn completed(&mut self, callers: usize) -> Option<u64> {
+        self.in_flight -= 1;
+        let gather = &mut self.gather;
+        if gather.skips > 0 {
+            gather.skips -= 1;
+            return None;
+        }
+        let here = self.waiting.len();
+        let expected = (callers + here).min(BATCH_ITEMS_MAX);
+        if self.in_flight > 0 || expected < 2 || here >= expected {
+            return None;
+        }
+        gather.expected = expected;
+        gather.worth = here + (expected - here).div_ceil(2);
+        gather.wait += 1;
+        Some(gather.wait)
+    }
+
+    /// A wait is over. If most are still missing it was in vain, and is tried less often.
+    fn waited(&mut self, wait: u64) {
+        let gather = &mut self.gather;
+        if gather.wait != wait || gather.expected == 0 {
+            return;
+        }
+        gather.expected = 0;
+        if self.waiting.len() < gather.worth {
+            gather.penalty = (2 * gather.penalty).clamp(1, GATHER_SKIPS_MAX);
+            gather.skips = gather.penalty;
+        }
     }
 }
 
@@ -188,7 +256,9 @@ impl Shared {
             .into_iter()
             .map(|waiting| (waiting.item, waiting.waiter))
             .unzip();
+        let from_session = |item: &&v1::LogItem| matches!(&item.item, Some(v1::log_item::Item::Command(command)) if command.session != 0);
         let mut in_flight = InFlight {
+            callers: items.iter().filter(from_session).count(),
             waiters,
             shared: Arc::downgrade(self),
         };
@@ -206,6 +276,8 @@ impl Shared {
 /// An entry on its way. Dropped, answered or not, it makes room for the next.
 struct InFlight {
     waiters: Vec<Waiter>,
+    /// How many of them are sessions'; drivers rest between their steps.
+    callers: usize,
     shared: Weak<Shared>,
 }
 
@@ -235,11 +307,25 @@ impl Drop for InFlight {
         let Some(shared) = self.shared.upgrade() else {
             return;
         };
-        let batch = {
+        let (wait, batch) = {
             let mut queue = shared.queue.lock();
-            queue.in_flight -= 1;
-            queue.next_batch()
+            (queue.completed(self.callers), queue.next_batch())
         };
+        if let Some(wait) = wait {
+            let shared = shared.clone();
+            let runtime = shared.runtime.clone();
+            runtime.spawn(async move {
+                tokio::time::sleep(GATHER_MAX).await;
+                let batch = {
+                    let mut queue = shared.queue.lock();
+                    queue.waited(wait);
+                    queue.next_batch()
+                };
+                if let Some(batch) = batch {
+                    shared.start(batch);
+                }
+            });
+        }
         if let Some(batch) = batch {
             // Encoding and sending must not hold up the apply task, on which this usually runs.
             let runtime = shared.runtime.clone();
@@ -267,5 +353,80 @@ fn refusal(error: ClientWriteError<TypeConfig>) -> ProposeError {
         ClientWriteError::LogEntryDiscarded(_) => ProposeError::Unknown,
         error @ (ClientWriteError::ChangeMembershipError(_)
         | ClientWriteError::PreconditionFailed(_)) => ProposeError::Fatal(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Queue {
+        /// Callers come; their answers are nobody's matter here.
+        fn come(&mut self, callers: usize) -> Option<usize> {
+            for _ in 0..callers {
+                let (waiter, _) = oneshot::channel();
+                self.waiting.push_back(Waiting {
+                    item: v1::LogItem::default(),
+                    bytes: 1,
+                    waiter,
+                });
+            }
+            self.next_batch().map(|batch| batch.len())
+        }
+    }
+
+    #[test]
+    fn callers_that_come_back_share_an_entry() {
+        let mut queue = Queue::default();
+        assert_eq!(queue.come(1), Some(1));
+        assert_eq!(queue.come(3), None, "an entry is under way");
+        let wait = queue.completed(1).expect("three wait, one was answered");
+        assert_eq!(queue.come(0), None, "the fourth is likely to come back");
+        assert_eq!(queue.come(1), Some(4));
+        queue.waited(wait);
+        assert_eq!(queue.gather.penalty, 0, "it was not in vain");
+        assert!(queue.completed(4).is_some());
+        assert_eq!(queue.come(4), Some(4));
+    }
+
+    #[test]
+    fn a_caller_alone_never_waits() {
+        let mut queue = Queue::default();
+        for _ in 0..3 {
+            assert_eq!(queue.come(1), Some(1));
+            assert_eq!(queue.completed(1), None);
+        }
+    }
+
+    #[test]
+    fn waiting_in_vain_is_tried_less_and_less_often() {
+        let mut queue = Queue::default();
+        let mut rounds = Vec::new();
+        for round in 0..40 {
+            assert!(queue.come(3).is_some(), "round {round}");
+            if let Some(wait) = queue.completed(3) {
+                rounds.push(round);
+                assert_eq!(queue.come(1), None);
+                queue.waited(wait);
+                assert_eq!(queue.come(0), Some(1), "nobody waits for longer");
+                assert_eq!(queue.completed(0), None);
+            }
+        }
+        // The entry of one that came counts as one that did not wait.
+        assert_eq!(rounds, [0, 1, 3, 7, 15, 31]);
+        // Meanwhile entries overlap.
+        assert_eq!(queue.come(1), Some(1));
+        assert_eq!(queue.come(1), Some(1));
+    }
+
+    #[test]
+    fn a_wait_that_brought_most_of_them_was_not_in_vain() {
+        let mut queue = Queue::default();
+        assert_eq!(queue.come(4), Some(4));
+        let wait = queue.completed(4).expect("four were answered");
+        assert_eq!(queue.come(2), None);
+        queue.waited(wait);
+        assert_eq!(queue.come(0), Some(2));
+        assert!(queue.completed(2).is_some());
     }
 }

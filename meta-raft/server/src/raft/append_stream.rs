@@ -13,16 +13,17 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::network::{PeerClient, rpc_error};
-use super::types::TypeConfig;
+use super::types::{LogId, TypeConfig};
 use super::wire;
 
 /// Appends on their way to a peer. Enough that a round trip never stops the pipeline, few enough that a slow peer's backlog
 /// stays in the log's cache.
 const IN_FLIGHT_MAX: usize = 32;
 
-/// How long a request without entries waits for one with entries. All that it tells is the commit index, which the next append
-/// tells as well: under load this halves what a follower receives, answers and applies in groups.
-const HOLD_MAX: Duration = Duration::from_millis(2);
+/// How long a follower may be left without news of what is committed. Under load it hears it with an append, and applies many
+/// entries as one group; a request that would tell only that is sent when nothing else came. Nobody waits for a follower to
+/// apply but readers of its changelog, and whoever reads from it by read index.
+const COMMIT_EVERY: Duration = Duration::from_millis(5);
 
 /// An open stream. It outlives openraft's replication sessions as long as no answer is outstanding between them.
 pub(super) struct AppendLink {
@@ -66,7 +67,9 @@ impl AppendLink {
             idle_max,
             deadline: Box::pin(tokio::time::sleep(idle_max)),
             held: None,
-            hold: Box::pin(tokio::time::sleep(HOLD_MAX)),
+            hold: Box::pin(tokio::time::sleep(COMMIT_EVERY)),
+            commit: None,
+            commit_due: Instant::now(),
             ended: false,
         };
         futures::stream::unfold(session, |mut session| async move {
@@ -102,6 +105,10 @@ struct Session<'s, S> {
     held: Option<AppendEntriesRequest<TypeConfig>>,
     /// When `held` is sent at the latest.
     hold: Pin<Box<Sleep>>,
+    /// The commit index that the peer was told last.
+    commit: Option<LogId>,
+    /// From when on it is told another.
+    commit_due: Instant,
     ended: bool,
 }
 
@@ -138,11 +145,10 @@ where
                         self.input = None;
                         continue;
                     };
-                    if !request.entries.is_empty() {
-                        self.held = None;
-                        self.send(request);
-                    } else if self.held.replace(request).is_none() {
-                        self.hold.as_mut().reset(Instant::now() + HOLD_MAX);
+                    if request.entries.is_empty() {
+                        self.hold(request);
+                    } else {
+                        self.append(request);
                     }
                 }
                 () = self.hold.as_mut(), if room && self.held.is_some() => {
@@ -160,12 +166,42 @@ where
         }
     }
 
+    fn hold(&mut self, request: AppendEntriesRequest<TypeConfig>) {
+        if self.held.replace(request).is_none() {
+            self.hold
+                .as_mut()
+                .reset(self.commit_due.max(Instant::now()));
+        }
+    }
+
+    /// Sends entries; news of what is committed goes with them if it is time for it, and later if not.
+    fn append(&mut self, mut request: AppendEntriesRequest<TypeConfig>) {
+        if Instant::now() >= self.commit_due {
+            self.held = None;
+        } else if request.leader_commit > self.commit
+            && let Some(last) = request.entries.last()
+        {
+            let later = AppendEntriesRequest {
+                vote: request.vote,
+                prev_log_id: Some(last.log_id),
+                entries: Vec::new(),
+                leader_commit: std::mem::replace(&mut request.leader_commit, self.commit),
+            };
+            self.hold(later);
+        }
+        self.send(request);
+    }
+
     /// There is room for it: as many fit into the channel as may be in flight.
     fn send(&mut self, request: AppendEntriesRequest<TypeConfig>) {
         if self.link.outstanding == 0 {
             self.rearm();
         }
         self.link.outstanding += 1;
+        if request.leader_commit > self.commit {
+            self.commit = request.leader_commit;
+            self.commit_due = Instant::now() + COMMIT_EVERY;
+        }
         if self
             .link
             .requests
