@@ -23,9 +23,9 @@ pub struct Orphans {
     search_again: bool,
 }
 
-impl Orphans {
+impl Default for Orphans {
     /// At the begin of a term nothing is known: all records are searched.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self {
             candidates: BTreeSet::new(),
             held: HashSet::new(),
@@ -34,7 +34,9 @@ impl Orphans {
             search_again: false,
         }
     }
+}
 
+impl Orphans {
     /// `ino` lost its last name.
     pub fn add(&mut self, ino: u64) {
         if self.candidates.len() < NAMED_MAX {
@@ -116,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_held_orphan_comes_back_once_it_is_freed() {
-        let mut orphans = Orphans::new();
+        let mut orphans = Orphans::default();
         orphans.found([], false);
         orphans.add(7);
         orphans.add(8);
@@ -130,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_search_ends_once_and_begins_again_when_something_may_have_been_passed() {
-        let mut orphans = Orphans::new();
+        let mut orphans = Orphans::default();
         assert_eq!(orphans.search_after(), Some(0));
         orphans.hold(4);
         orphans.found([3, 4, 5], true);
@@ -153,7 +155,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_searched_for() {
-        let mut orphans = Orphans::new();
+        let mut orphans = Orphans::default();
         orphans.found([], false);
         for ino in 0..=NAMED_MAX as u64 {
             orphans.add(ino);

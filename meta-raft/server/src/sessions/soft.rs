@@ -151,7 +151,7 @@ impl Soft {
             deferred: Vec::new(),
             recent: VecDeque::new(),
             seen: Position::START,
-            orphans: Orphans::new(),
+            orphans: Orphans::default(),
             deletions: DeletionLeases::default(),
         }
     }
