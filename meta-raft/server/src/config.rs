@@ -40,7 +40,7 @@ impl RaftTimings {
 }
 
 impl Default for RaftTimings {
-    /// For a leader whose machine is gone: elected after 1.3 to 1.6 s of silence, eight to ten heartbeats. One whose process is
+    /// For a leader whose machine is gone: elected after 1.3 to 1.6 s of silence by these timers, 1.5 to 1.9 s as measured. One whose process is
     /// gone is noticed at once.
     fn default() -> Self {
         Self {
