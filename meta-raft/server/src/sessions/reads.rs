@@ -117,6 +117,7 @@ pub fn answer(
         | Body::TestLock(_)
         | Body::TakeDeletions(_)
         | Body::ReleaseLocks(_)
+        | Body::ReturnLease(_)
         | Body::Summary(_) => return Ok(None),
     };
     let response = match outcome {
