@@ -168,7 +168,13 @@ impl Fs {
     ) -> Duration {
         let cache = &self.coherence.cache;
         if generation == cache.generation() && cache.is_fresh(ino, at, name) {
-            self.session.load().lease_left().min(KERNEL_LIFETIME_MAX)
+            let session = self.session.load();
+            if session.lease_left().is_zero() {
+                return Duration::ZERO;
+            }
+            // Before the lease is read: whoever takes it back makes the kernel forget what is noted by then.
+            self.coherence.kernel_told(ino, name);
+            session.lease_left().min(KERNEL_LIFETIME_MAX)
         } else {
             Duration::ZERO
         }

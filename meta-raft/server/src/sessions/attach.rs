@@ -222,6 +222,9 @@ impl SessionsService {
             if !soft.attach(session, stream, outbox.clone(), facts, now) {
                 return None;
             }
+            if hello.session != 0 {
+                soft.follow_all(stream, now + self.ctx.hub.timings().lease);
+            }
             let locks: Vec<v1::Lock> = hello.locks.iter().filter_map(|held| held.lock).collect();
             soft.reassert(session, &hello.opens, &locks)
                 .and(soft.settle(session, now))

@@ -202,6 +202,11 @@ impl Soft {
         true
     }
 
+    /// A resumed stream hears of every change until `until`: what its session was told before is not known here.
+    pub fn follow_all(&mut self, stream: StreamId, until: Instant) {
+        self.interest.follow_all(stream, until);
+    }
+
     /// A resumed session says what it has open and locked. Locks that conflict with others' are lost: somebody got them
     /// after this session's time was over.
     pub fn reassert(&mut self, session: u64, opens: &[u64], locks: &[v1::Lock]) -> Wake {
@@ -584,7 +589,7 @@ impl Soft {
                 .get(&stream)
                 .is_some_and(|(_, outbox)| outbox.is_crowded())
         };
-        self.interest.change(by, &effects, crowded, &mut send);
+        self.interest.change(by, &effects, now, crowded, &mut send);
         if self.recent.len() >= RECENT_MAX {
             self.recent.pop_front();
         }
