@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::flights::{Flight, Flights, Landing, Run};
+use super::scans::Scans;
 use super::stored::{Missed, Stored};
 use crate::cache::PageKey;
 use crate::cache::disk::DiskTier;
@@ -53,6 +54,7 @@ pub(super) struct Shared {
     pub(super) memory: Option<MemoryTier>,
     pub(super) disk: Option<Arc<DiskTier>>,
     flights: Arc<Flights>,
+    pub(super) scans: Scans,
     pub(super) tables: Mutex<LruCache<SegmentId, Arc<Vec<FrameEntry>>>>,
     /// Of frames with more than one stored page, in volumes with a codec.
     heads: Mutex<LruCache<(SegmentId, FrameNumber), Head>>,
@@ -81,6 +83,7 @@ impl Shared {
             memory,
             disk: disk.map(Arc::new),
             flights: Arc::default(),
+            scans: Scans::new(),
             tables: Mutex::new(LruCache::new(
                 NonZeroUsize::new(TABLES_MAX).expect("a constant above 0"),
             )),

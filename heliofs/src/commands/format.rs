@@ -183,6 +183,8 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         region: options.region.clone(),
         uuid: units::random_hex(),
         segment_bytes: options.block_size,
+        compress: String::new(),
+        encryption: None,
     };
     let volume = VolumeCreate {
         name: target.volume.clone(),

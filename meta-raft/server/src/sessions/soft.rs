@@ -451,6 +451,14 @@ impl Soft {
         Some(recall.returned)
     }
 
+    /// As [`Soft::recall`], for all files.
+    pub fn recall_all(&mut self, by: u64) -> Vec<Returned> {
+        let inos = self.leases.held_against(by);
+        inos.into_iter()
+            .filter_map(|ino| self.recall(by, ino))
+            .collect()
+    }
+
     /// A recall is answered.
     pub fn return_lease(&mut self, session: u64, ino: u64) {
         self.leases.end(session, ino);

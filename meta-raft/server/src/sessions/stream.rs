@@ -465,9 +465,15 @@ impl SessionStream {
 
     fn summary(&self, id: u64, ino: u64) -> impl Future<Output = Done> + Send + use<> {
         let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
-        let outbox = self.outbox.clone();
+        let (session, outbox) = (self.session, self.outbox.clone());
         let weight = weight(&Body::Summary(v1::Summary::default()));
         async move {
+            // Sizes count that somebody holds back, wherever they are.
+            let recalled = volume.soft().recall_all(session);
+            for returned in recalled {
+                // An error is how the wait ends.
+                returned.await.ok();
+            }
             if let Err(error) = ctx.gate.linearizable().await {
                 return Done::Leave(leave_for(error));
             }

@@ -79,6 +79,12 @@ impl WriteLeases {
         Some(Recall { ask, returned })
     }
 
+    /// Files whose lease another session than `by` holds.
+    pub fn held_against(&self, by: u64) -> Vec<u64> {
+        let others = self.leases.iter().filter(|(_, lease)| lease.session != by);
+        others.map(|(ino, _)| *ino).collect()
+    }
+
     /// `session` returns `ino`'s lease, or released the file. Who waits for it goes on.
     pub fn end(&mut self, session: u64, ino: u64) {
         if self
