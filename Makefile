@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites bench-quick bench-scale bench-failover lint install
+.PHONY: help build demo test suites bench-quick bench-pack bench-scale bench-failover lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -35,6 +35,9 @@ suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in t
 
 bench-quick: ## heliofs beside JuiceFS, minutes
 	@benches/quick
+
+bench-pack: ## Requests to the bucket for 20,000 small files, heliofs beside JuiceFS
+	@benches/pack
 
 bench-scale: ## Memory and disk of 5 million inodes; others' latencies beside huge removals
 	@benches/scale
