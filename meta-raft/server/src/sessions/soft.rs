@@ -14,6 +14,7 @@ use super::deletions::DeletionLeases;
 use super::grace::Grace;
 use super::interest::{Effects, Interest, StreamId, Told, everything};
 use super::locks::{LockTable, Owner, Ticket, Verdict};
+use super::maintain::CompactionLease;
 use super::opens::Opens;
 use super::orphans::Orphans;
 use super::outbox::{Outbox, Outgoing};
@@ -134,6 +135,8 @@ pub struct Soft {
     orphans: Orphans,
     /// Which dead segments are leased to whom.
     pub deletions: DeletionLeases,
+    /// Which session compacts.
+    pub compaction: CompactionLease,
 }
 
 impl Soft {
@@ -153,6 +156,7 @@ impl Soft {
             seen: Position::START,
             orphans: Orphans::default(),
             deletions: DeletionLeases::default(),
+            compaction: CompactionLease::default(),
         }
     }
 
@@ -358,6 +362,7 @@ impl Soft {
         let granted = self.locks.end_session(session);
         self.granted(granted);
         self.deletions.end_session(session);
+        self.compaction.end_session(session);
         let freed = self.opens.end_session(session);
         let wake = self.freed(&freed);
         wake.and(self.settle(session, now))
