@@ -25,7 +25,7 @@ use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use meta_client::Watcher;
 use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::fs::KERNEL_LIFETIME_MAX;
 use crate::fs::dir::DirHandle;
@@ -132,6 +132,8 @@ pub struct Coherence {
     lanes: Vec<Lane>,
     gate: RwLock<()>,
     told: Mutex<Told>,
+    recalled: mpsc::UnboundedSender<u64>,
+    recalls: Mutex<Option<mpsc::UnboundedReceiver<u64>>>,
 }
 
 impl std::fmt::Debug for Coherence {
@@ -145,6 +147,7 @@ impl Coherence {
     /// data.
     pub fn new(inodes_max: usize, names_max: usize, buffer_bytes_max: u64) -> Arc<Self> {
         let budget = Arc::new(Budget::new(buffer_bytes_max));
+        let (recalled, recalls) = mpsc::unbounded_channel();
         Arc::new(Self {
             cache: MetaCache::new(inodes_max, names_max),
             inodes: InodeTable::new(budget.clone()),
@@ -153,12 +156,19 @@ impl Coherence {
             lanes: (0..NOTIFIERS).map(|_| Lane::default()).collect(),
             gate: RwLock::new(()),
             told: Mutex::new(Told::new(Instant::now())),
+            recalled,
+            recalls: Mutex::new(Some(recalls)),
         })
     }
 
     /// Held while an answer is checked and written to the kernel.
     pub fn gate(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read()
+    }
+
+    /// Inodes whose write leases are wanted back. Taken once; a second call returns `None`.
+    pub(crate) fn recalls(&self) -> Option<mpsc::UnboundedReceiver<u64>> {
+        self.recalls.lock().take()
     }
 
     /// The kernel is about to be told `ino`'s attributes (0: none), and that `name` in a parent names it. Under the gate.
@@ -327,6 +337,11 @@ impl Watcher for Coherence {
             // Also makes the kernel forget cached ACLs.
             self.tell(Notice::Attr(ino));
         }
+    }
+
+    fn recalled(&self, ino: u64) {
+        // Without a receiver the mount is going, and the lease goes with the session.
+        let _: Result<(), _> = self.recalled.send(ino);
     }
 
     fn forget_all(&self) {

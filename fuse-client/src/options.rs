@@ -25,6 +25,8 @@ pub struct FsOptions {
     pub segment_bytes: u64,
     /// Uncommitted data is committed after this time, whether or not anybody asks.
     pub flush_age: Duration,
+    /// close returns at once while the session holds the file's write lease; otherwise it waits until the data is committed.
+    pub defer_close: bool,
     /// Largest read-ahead window of an open file, bytes; 0 turns read-ahead off.
     pub read_ahead_bytes_max: u64,
     /// Whether this mount deletes dead segments from the bucket.
@@ -62,7 +64,8 @@ impl Default for FsOptions {
             read_only: false,
             atime: AtimePolicy::Off,
             segment_bytes: 4 << 20,
-            flush_age: Duration::from_secs(3),
+            flush_age: Duration::from_secs(1),
+            defer_close: true,
             read_ahead_bytes_max: 8 << 20,
             delete_segments: true,
             compaction: Some(CompactionOptions::default()),

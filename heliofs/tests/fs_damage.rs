@@ -113,7 +113,8 @@ fn a_corrupt_cache_file_is_replaced_from_the_bucket() {
 fn a_damaged_object_is_an_error_that_is_logged_and_never_other_bytes() {
     let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
     cluster.format_file("objects", &[]);
-    let mount = cluster.mount("objects");
+    // An object for each: files that are stored together share one.
+    let mount = Mount::of(&cluster, "objects", &["--close-sync"]);
     for (name, seed) in [("truncated", 1), ("flipped", 2), ("gone", 3), ("sound", 4)] {
         fs::write(mount.join(name), content(seed)).unwrap();
     }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::flights::{Flight, Flights, Landing, Run};
+use super::scans::Scans;
 use super::stored::{Missed, Stored};
 use crate::cache::PageKey;
 use crate::cache::disk::DiskTier;
@@ -54,6 +55,7 @@ pub(super) struct Shared {
     pub(super) memory: Option<MemoryTier>,
     pub(super) disk: Option<Arc<DiskTier>>,
     flights: Arc<Flights>,
+    pub(super) scans: Scans,
     pub(super) tables: Mutex<LruCache<SegmentId, Arc<Vec<FrameEntry>>>>,
     /// Of frames with more than one stored page, in volumes with a codec.
     heads: Mutex<LruCache<(SegmentId, FrameNumber), Head>>,
@@ -85,6 +87,7 @@ impl Shared {
             memory,
             disk: disk.map(Arc::new),
             flights: Arc::default(),
+            scans: Scans::new(),
             tables: Mutex::new(LruCache::new(
                 NonZeroUsize::new(TABLES_MAX).expect("a constant above 0"),
             )),

@@ -106,17 +106,19 @@ impl Shared {
         let mut good: Vec<Option<Page>> = vec![None; wanted.len()];
         let mut faults: Vec<Option<PageFault>> = vec![None; wanted.len()];
         let mut length = None;
+        let own = frame.byte_range(wanted.clone());
+        let reach = match (wanted.start, &self.memory) {
+            (0, Some(_)) => self.scans.reach(segment, own),
+            // What would come along could not be kept, or is fetched by the readers of this frame.
+            _ => own,
+        };
         for _ in 0..2 {
             let or_error = |good: Vec<Option<Page>>, error: StoreError| {
                 good.into_iter()
                     .map(|page| page.ok_or_else(|| Missed::Failed(error.clone())))
                     .collect()
             };
-            let bytes = match self
-                .bucket
-                .get_range(&name, frame.byte_range(wanted.clone()))
-                .await
-            {
+            let bytes = match self.bucket.get_range(&name, reach.clone()).await {
                 Ok(bytes) => bytes,
                 Err(error) => return or_error(good, error),
             };

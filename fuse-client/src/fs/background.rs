@@ -16,6 +16,7 @@ use crate::compact::{CompactError, Compacted, Compactor};
 use crate::errno::Errno;
 use crate::inode::Inode;
 use crate::options::CompactionOptions;
+use crate::write::pack::Packer;
 use crate::write::segment_ids::SegmentIds;
 
 /// Dead segments leased at once.
@@ -29,6 +30,9 @@ const DELETION_PAUSE_MAX: Duration = Duration::from_secs(10);
 const SPARSE: u32 = 256;
 const SEEN_MAX: usize = 4096;
 
+/// How often the volume's room is asked for.
+const ROOM_EVERY: Duration = Duration::from_secs(1);
+
 /// Pause between two attempts to begin a session anew.
 const RENEW_PAUSE: Duration = Duration::from_millis(500);
 
@@ -39,6 +43,10 @@ impl Fs {
 
     pub(crate) fn segment_ids(&self) -> &SegmentIds {
         &self.segment_ids
+    }
+
+    pub(crate) fn packer(&self) -> &Packer {
+        &self.packer
     }
 
     pub(crate) fn segment_bytes(&self) -> u64 {
@@ -61,6 +69,8 @@ impl Fs {
         self.runtime.spawn(self.clone().run_events());
         if !self.options.read_only {
             self.runtime.spawn(self.clone().run_flusher());
+            self.runtime.spawn(self.clone().run_recalls());
+            self.runtime.spawn(self.clone().run_room());
         }
         if self.options.delete_segments && !self.options.read_only {
             self.runtime.spawn(self.clone().run_deletions());
@@ -69,6 +79,22 @@ impl Fs {
             && !self.options.read_only
         {
             self.runtime.spawn(self.clone().run_compaction(options));
+        }
+    }
+
+    /// Keeps in mind how full the volume is, while something is held back.
+    async fn run_room(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(ROOM_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut known = false;
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+            if !known || !self.dirty.lock().is_empty() {
+                known = self.look_for_room().await;
+            }
         }
     }
 
@@ -111,33 +137,10 @@ impl Fs {
                 return;
             }
             tracing::error!(%why, "the session is gone; beginning another one");
-            self.lose_dirty_data();
             let Some(session) = self.renew(&session).await else {
                 return;
             };
             self.adopt(session).await;
-        }
-    }
-
-    /// Locks and leases ended with the session, and others may have written since: what wasn't committed is lost, and whoever
-    /// syncs or closes learns it.
-    fn lose_dirty_data(&self) {
-        let dirty: Vec<Arc<Inode>> = self.dirty.lock().drain().map(|(_, inode)| inode).collect();
-        for inode in dirty {
-            let mut state = inode.lock();
-            if state.pieces.is_empty() {
-                continue;
-            }
-            tracing::error!(
-                ino = inode.ino,
-                bytes = state.pieces.bytes(),
-                "uncommitted data is lost"
-            );
-            state.pieces.clear();
-            state.batches.clear();
-            state.lost = Some(Errno::STALE);
-            drop(state);
-            self.coherence.inodes.settled(&inode);
         }
     }
 
@@ -158,23 +161,68 @@ impl Fs {
         }
     }
 
-    /// Goes on with a new session: what is open here is opened there.
+    /// Goes on with a new session: what is open or dirty here is opened there. Uncommitted data of files that nobody changed
+    /// since is uploaded and committed again, under new segment ids. Locks and leases ended with the old session, so what others
+    /// have written since stays, and ours is lost: whoever syncs or opens such a file learns it.
     async fn adopt(&self, session: Session) {
         self.segment_ids.discard().await;
         for inode in self.coherence.inodes.all() {
-            let handles = {
+            // Not while a flush is under way under the old session.
+            let _changing = inode.changing.lock().await;
+            let (opens, base) = {
                 let mut state = inode.lock();
+                let base = state.base_seq;
                 state.forget();
-                state.handles
+                (state.handles + state.owed_releases, base)
             };
-            for _ in 0..handles {
-                if let Err(error) = session.open(Ino(inode.ino), 0).await {
-                    tracing::warn!(ino = inode.ino, %error, "an open file could not be opened again");
-                    inode.lock().lost = Some(Errno::STALE);
+            let mut outcome = Ok(());
+            for _ in 0..opens {
+                match session.open(Ino(inode.ino), 0, false).await {
+                    Ok((opened, _)) => {
+                        let data_seq = opened.attr.map(|attr| attr.data_seq);
+                        if base.is_none() || data_seq != base {
+                            outcome = Err("others have written to it since");
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(ino = inode.ino, %error, "an open file could not be opened again");
+                        outcome = Err("it is gone");
+                        inode.lock().lost = Some(Errno::STALE);
+                    }
+                }
+            }
+            let mut state = inode.lock();
+            if state.pieces.is_empty() {
+                continue;
+            }
+            state.batches.clear();
+            match outcome {
+                Ok(()) => {
+                    tracing::info!(
+                        ino = inode.ino,
+                        bytes = state.pieces.bytes(),
+                        "uncommitted data is uploaded again"
+                    );
+                    state.pieces.unsend_all();
+                    state.retry = None;
+                    state.failure = None;
+                }
+                Err(why) => {
+                    tracing::error!(
+                        ino = inode.ino,
+                        bytes = state.pieces.bytes(),
+                        why,
+                        "uncommitted data is lost"
+                    );
+                    state.pieces.clear();
+                    state.lost = Some(Errno::STALE);
                 }
             }
         }
         self.session.store(Arc::new(session));
+        for inode in self.coherence.inodes.all() {
+            self.settle(&inode);
+        }
         tracing::info!("a new session goes on");
     }
 

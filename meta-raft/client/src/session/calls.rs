@@ -150,17 +150,18 @@ impl Session {
 
     /// Opens an inode: while it is open in some session it lives on without a name. Returns its attributes and up to
     /// `extents_max` extents from offset 0. Each success is paid back with one [`Session::release`]; a failure or a dropped
-    /// future needs none.
+    /// future needs none. `write`: asks for the write lease ([`Session::holds_write_lease`] tells).
     pub async fn open(
         &self,
         ino: Ino,
         extents_max: u32,
+        write: bool,
     ) -> Result<(v1::Opened, Position), ClientError> {
         let guard = OpenGuard {
             session: self,
             ino: Some(ino),
         };
-        let opened = match self.shared().submit_open(ino.0, extents_max)? {
+        let opened = match self.shared().submit_open(ino.0, (extents_max, write))? {
             (Ticket::Open, answer) => {
                 let response = settle(self.shared().wait(answer).await?)?;
                 expect_body!(response, Opened, "open")?

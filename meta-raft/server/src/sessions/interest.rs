@@ -237,6 +237,31 @@ impl Interest {
         }
     }
 
+    /// Attributes and content of a file are to be asked for anew by everybody but `by`.
+    pub fn forget_file(
+        &mut self,
+        ino: u64,
+        by: Option<StreamId>,
+        mut send: impl FnMut(StreamId, v1::Invalidation),
+    ) {
+        let Some(holders) = self.inodes.peek_mut(&ino) else {
+            return;
+        };
+        let effect = Effect {
+            attr: true,
+            content: true,
+            ..Effect::default()
+        };
+        for holder in holders {
+            if Some(holder.stream) != by
+                && self.streams.contains(&holder.stream)
+                && let Some(message) = invalidate(ino, &effect, holder, false)
+            {
+                send(holder.stream, message);
+            }
+        }
+    }
+
     /// As [`Interest::change`], for one stream only: a change that happened between a read and the moment when its answer is
     /// told.
     pub fn change_for(

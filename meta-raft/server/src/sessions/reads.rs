@@ -118,6 +118,7 @@ pub fn answer(
         | Body::TakeDeletions(_)
         | Body::ReleaseLocks(_)
         | Body::Maintain(_)
+        | Body::ReturnLease(_)
         | Body::Summary(_) => return Ok(None),
     };
     let response = match outcome {
