@@ -19,14 +19,14 @@ pub mod xattr;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use blockstore::SegmentStore;
 use heliofs_proto::ids::{Position, VolumeId};
 use heliofs_proto::v1;
-use meta_client::{ClientError, Session};
+use meta_client::{ClientError, Session, Watcher};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -98,6 +98,8 @@ pub struct Fs {
     runtime: tokio::runtime::Handle,
     /// Ends the background.
     stop: CancellationToken,
+    /// The path of a file that could not be read is being asked for.
+    pub(crate) naming: AtomicBool,
 }
 
 impl std::fmt::Debug for Fs {
@@ -134,6 +136,7 @@ impl Fs {
             dirty: Mutex::default(),
             runtime: runtime.clone(),
             stop: CancellationToken::new(),
+            naming: AtomicBool::new(false),
         });
         fs.start_background();
         fs
@@ -257,6 +260,16 @@ impl Fs {
         }
         if let Some(attr) = &reply.attr {
             self.clock.saw(attr.ctime);
+        }
+        for ino in &reply.forget {
+            // As if somebody else had changed it: what the command did there is not in the reply.
+            self.coherence.invalidated(&v1::Invalidation {
+                position: reply.position,
+                ino: *ino,
+                attr: true,
+                all_names: true,
+                ..v1::Invalidation::default()
+            });
         }
         Changed {
             reply,

@@ -2,9 +2,9 @@
 //!
 //! - [`cli`]: flags that all commands share, and the list of commands; [`commands`]: one file per command
 //! - [`failure`]: errors with a hint and an exit code
-//! - [`connect`]: META-URL and token to a cluster; [`mounts`]: which mounts run on this machine
+//! - [`passphrase`]: of encrypted volumes; [`connect`]: META-URL and token to a cluster; [`mounts`]: which mounts run on this machine
 //! - [`background`]: `-d`; [`fstab`]: `mount.heliofs`; [`signals`]; [`serve_metrics`]; [`log`]
-//! - [`units`], [`output`]: sizes, times and tables as people write and read them
+//! - [`units`], [`output`], [`progress`]: sizes, times and tables as people write and read them
 
 mod background;
 mod cli;
@@ -15,6 +15,8 @@ mod fstab;
 mod log;
 mod mounts;
 mod output;
+mod passphrase;
+mod progress;
 mod serve_metrics;
 mod signals;
 mod units;

@@ -16,4 +16,6 @@ pub use build::{EncodedSegment, SegmentBuilder};
 pub use layout::{FrameNumber, FrameRange};
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

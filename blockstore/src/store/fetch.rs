@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use heliofs_proto::ids::{SegmentId, VolumeId};
@@ -60,6 +61,8 @@ pub(super) struct Shared {
     heads: Mutex<LruCache<(SegmentId, FrameNumber), Head>>,
     head_turns: [tokio::sync::Mutex<()>; HEAD_TURNS],
     pub(super) encoder: FrameEncoder,
+    /// Frames may be encoded: the volume has a codec, had one, or has shown one.
+    mixed: AtomicBool,
     pub(super) runtime: Handle,
 }
 
@@ -68,6 +71,7 @@ impl Shared {
         bucket: Bucket,
         volume: VolumeId,
         encoder: FrameEncoder,
+        mixed: bool,
         options: &StoreOptions,
         runtime: Handle,
     ) -> Result<Self, StoreError> {
@@ -91,6 +95,7 @@ impl Shared {
                 NonZeroUsize::new(HEADS_MAX).expect("a constant above 0"),
             )),
             head_turns: std::array::from_fn(|_| tokio::sync::Mutex::new(())),
+            mixed: AtomicBool::new(mixed || !encoder.is_plain()),
             encoder,
             bucket,
             volume,
@@ -265,34 +270,41 @@ impl Shared {
             return Ok((head, Vec::new()));
         }
         // A frame that is read in the middle: its first page is needed first, by all who read it now.
-        let _turn = match self.encoder.is_plain() || wanted.start == 0 {
+        let mixed = self.mixed.load(Ordering::Relaxed);
+        let _turn = match !mixed || wanted.start == 0 {
             true => None,
             false => Some(self.head_turns[frame.0 as usize % HEAD_TURNS].lock().await),
         };
         if let Some(head) = known() {
             return Ok((head, Vec::new()));
         }
-        let first = match self.encoder.is_plain() {
+        let first = match mixed {
             // Most likely it is stored as it is.
-            true => wanted.clone(),
+            false => wanted.clone(),
             // No longer than its data, but for the prelude: what is asked for, if it begins at the front, is there too.
-            false if wanted.start == 0 => 0..wanted.end,
-            false => 0..1,
+            true if wanted.start == 0 => 0..wanted.end,
+            true => 0..1,
         };
         let fetched = self.stored_pages(segment, frame, first.clone()).await;
-        let mut stored: Vec<(u32, Stored)> = first.zip(fetched).collect();
+        let mut stored: Vec<(u32, Stored)> = first.clone().zip(fetched).collect();
         let codec = |stored: &[(u32, Stored)]| {
             stored
                 .iter()
                 .find_map(|(_, page)| page.as_ref().ok().map(|page| page.codec))
         };
+        if codec(&stored).is_none() && first.start > 0 {
+            // Nothing of it is there: perhaps it is encoded and ends before. Another mount may write with a codec by now.
+            let front = self.stored_pages(segment, frame, 0..1).await;
+            stored.extend((0..).zip(front));
+        }
         if codec(&stored).is_none_or(|codec| codec.is_plain()) {
             let several = |page: &Page| page.frame_bytes as usize > PAGE_BYTES;
-            if !self.encoder.is_plain() && stored.iter().flat_map(|(_, page)| page).any(several) {
+            if mixed && stored.iter().flat_map(|(_, page)| page).any(several) {
                 self.heads.lock().put((segment, frame), Head::Plain);
             }
             return Ok((Head::Plain, stored));
         }
+        self.mixed.store(true, Ordering::Relaxed);
         if !stored.iter().any(|(page, _)| *page == 0) {
             let front = self.stored_pages(segment, frame, 0..1).await;
             stored.extend((0..).zip(front));

@@ -29,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::object::Bucket;
 use crate::segment::codec::FrameEncoder;
 use crate::segment::layout::PAGE_BYTES;
+use crate::segment::object::FrameEntry;
 use crate::segment::page::Compression;
 use crate::{
     EncodedSegment, FrameNumber, FrameRange, SegmentBuilder, StoreError, StoreOptions, VolumeKey,
@@ -67,7 +68,14 @@ impl SegmentStore {
     ) -> Result<Arc<Self>, StoreError> {
         let encoder = encoder(config, &options)?;
         let bucket = Bucket::open(config, volume_name, &options)?;
-        Self::encoding(bucket, volume, encoder, options)
+        // "none" is what a volume says that had a codec once.
+        Self::build_over(
+            bucket,
+            volume,
+            encoder,
+            !config.compress.is_empty(),
+            options,
+        )
     }
 
     /// As [`SegmentStore::open`], over a bucket that is open already, and without a codec for what it writes.
@@ -86,6 +94,16 @@ impl SegmentStore {
         encoder: FrameEncoder,
         options: StoreOptions,
     ) -> Result<Arc<Self>, StoreError> {
+        Self::build_over(bucket, volume, encoder, false, options)
+    }
+
+    fn build_over(
+        bucket: Bucket,
+        volume: VolumeId,
+        encoder: FrameEncoder,
+        mixed: bool,
+        options: StoreOptions,
+    ) -> Result<Arc<Self>, StoreError> {
         let runtime = Handle::try_current()
             .map_err(|_| StoreError::Invalid("a segment store needs a tokio runtime".to_owned()))?;
         let budget = options.prefetch_bytes_max / BUDGET_UNIT;
@@ -98,6 +116,7 @@ impl SegmentStore {
                 bucket,
                 volume,
                 encoder,
+                mixed,
                 &options,
                 runtime.clone(),
             )?),
@@ -211,6 +230,24 @@ impl SegmentStore {
             bytes.extend_from_slice(&part(page, data)?);
         }
         Ok(bytes.freeze())
+    }
+
+    /// The frames of a segment, in order of place, from its footer in the bucket.
+    ///
+    /// Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
+    pub async fn frame_table(&self, segment: SegmentId) -> Result<Vec<FrameEntry>, StoreError> {
+        self.shared.frame_table(segment).await
+    }
+
+    /// A whole frame as it is stored, page headers and all, from the bucket; every page verified. For compaction.
+    ///
+    /// Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
+    pub async fn read_encoded(
+        &self,
+        segment: SegmentId,
+        entry: &FrameEntry,
+    ) -> Result<Bytes, StoreError> {
+        self.shared.read_encoded(segment, entry).await
     }
 
     /// Fetches ranges into the caches in the background. What exceeds the budget, or fails, is left to the read that needs it.

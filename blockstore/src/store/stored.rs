@@ -7,9 +7,9 @@ use bytes::Bytes;
 use heliofs_proto::ids::SegmentId;
 
 use super::fetch::Shared;
-use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES};
+use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES, frame_extent_bytes};
 use crate::segment::object::{FrameEntry, decode_footer, decode_trailer};
-use crate::segment::page::{Page, PageFault, PageIdentity, take_page};
+use crate::segment::page::{Page, PageFault, PageIdentity, take_page, take_pages};
 use crate::{FrameNumber, FrameRange, StoreError};
 
 /// First guess at a footer's length: 250 frames.
@@ -223,7 +223,41 @@ impl Shared {
         Ok(entry.ok().map(|entry| entry.identity(self.volume)))
     }
 
-    async fn frame_table(&self, segment: SegmentId) -> Result<Vec<FrameEntry>, StoreError> {
+    /// A whole frame as it is stored. Bytes that fail verification are fetched once more.
+    pub(super) async fn read_encoded(
+        &self,
+        segment: SegmentId,
+        entry: &FrameEntry,
+    ) -> Result<Bytes, StoreError> {
+        let name = segment.object_name();
+        let from = entry.frame.start();
+        let length = frame_extent_bytes(u64::from(entry.stored_bytes));
+        let pages = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
+        let origin = entry.identity(self.volume);
+        let mut fault = None;
+        for _ in 0..2 {
+            let bytes = self.bucket.get_range(&name, from..from + length).await?;
+            let mut rest = bytes.clone();
+            match take_pages(&mut rest, &origin, 0, pages) {
+                Ok(_) if rest.is_empty() => return Ok(bytes),
+                Ok(_) => fault = Some((pages, "it has another length".to_owned())),
+                Err((page, wrong)) => fault = Some((page, wrong.to_string())),
+            }
+        }
+        let at = FrameRange {
+            segment,
+            frame: entry.frame,
+            offset: 0,
+            length: 0,
+        };
+        let (page, detail) = fault.unwrap_or_default();
+        Err(self.corrupt(&at, page, detail))
+    }
+
+    pub(super) async fn frame_table(
+        &self,
+        segment: SegmentId,
+    ) -> Result<Vec<FrameEntry>, StoreError> {
         let name = segment.object_name();
         let mut fault = None;
         for _ in 0..2 {

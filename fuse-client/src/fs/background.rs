@@ -1,17 +1,21 @@
-//! What runs beside the operations: session events, the flusher, deletion of dead segments.
+//! What runs beside the operations: session events, the flusher, deletion of dead segments, compaction of sparse ones.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use blockstore::SegmentStore;
-use heliofs_proto::ids::{Ino, SegmentId, VolumeId};
+use heliofs_proto::ids::{Ino, SegmentId};
+use heliofs_proto::v1::{self, maintain::Ask, maintained::Answer};
 use meta_client::{Event, Session};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::Fs;
+use crate::compact::{CompactError, Compacted, Compactor};
 use crate::errno::Errno;
 use crate::inode::Inode;
+use crate::options::CompactionOptions;
 use crate::write::pack::Packer;
 use crate::write::segment_ids::SegmentIds;
 
@@ -22,6 +26,10 @@ const DELETIONS: u32 = 512;
 const DELETION_PAUSE_MIN: Duration = Duration::from_millis(500);
 const DELETION_PAUSE_MAX: Duration = Duration::from_secs(10);
 
+/// Sparse segments asked for at once, and how many are remembered until they are met again.
+const SPARSE: u32 = 256;
+const SEEN_MAX: usize = 4096;
+
 /// How often the volume's room is asked for.
 const ROOM_EVERY: Duration = Duration::from_secs(1);
 
@@ -31,10 +39,6 @@ const RENEW_PAUSE: Duration = Duration::from_millis(500);
 impl Fs {
     pub(crate) fn store(&self) -> &Arc<SegmentStore> {
         &self.store
-    }
-
-    pub(crate) fn volume(&self) -> VolumeId {
-        self.volume
     }
 
     pub(crate) fn segment_ids(&self) -> &SegmentIds {
@@ -70,6 +74,11 @@ impl Fs {
         }
         if self.options.delete_segments && !self.options.read_only {
             self.runtime.spawn(self.clone().run_deletions());
+        }
+        if let Some(options) = self.options.compaction.clone()
+            && !self.options.read_only
+        {
+            self.runtime.spawn(self.clone().run_compaction(options));
         }
     }
 
@@ -253,5 +262,67 @@ impl Fs {
                 }
             }
         }
+    }
+
+    /// Copies what lives in sparse segments together, when it is this mount's turn.
+    async fn run_compaction(self: Arc<Self>, options: CompactionOptions) {
+        let mut before = BTreeSet::new();
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(options.pause) => {}
+            }
+            let turn = self.compact_some(&options, &mut before);
+            let compacted = tokio::select! {
+                () = self.stop.cancelled() => return,
+                compacted = turn => compacted,
+            };
+            match compacted {
+                Ok(done) if done.written_segments > 0 => tracing::info!(
+                    segments = done.segments,
+                    moved_bytes = done.moved_bytes,
+                    written_bytes = done.written_bytes,
+                    "compacted sparse segments"
+                ),
+                Ok(_) => {}
+                // Left for the next turn, perhaps another mount's.
+                Err(error) => tracing::debug!(%error, "compaction ended early"),
+            }
+        }
+    }
+
+    async fn compact_some(
+        &self,
+        options: &CompactionOptions,
+        before: &mut BTreeSet<u64>,
+    ) -> Result<Compacted, CompactError> {
+        let session = self.session();
+        let ask = Ask::TakeSparse(v1::TakeSparse {
+            segments_max: SPARSE,
+            live_percent_max: options.live_percent_max,
+        });
+        let Answer::Sparse(sparse) = session.maintain(ask).await? else {
+            return Err(CompactError::Answer);
+        };
+        let now: BTreeSet<u64> = sparse.segments.iter().map(|segment| segment.id).collect();
+        let chosen: Vec<u64> = now.intersection(before).copied().collect();
+        before.retain(|id| !chosen.contains(id));
+        before.extend(now.iter().filter(|id| !chosen.contains(id)));
+        // What was seen long ago and never again is gone.
+        while before.len() > SEEN_MAX {
+            before.pop_first();
+        }
+        if chosen.is_empty() {
+            return Ok(Compacted::default());
+        }
+        let compactor = Compactor {
+            session: &session,
+            store: &self.store,
+            ids: &self.segment_ids,
+            segment_bytes: self.options.segment_bytes,
+            bytes_per_second: options.bytes_per_second,
+            leased: true,
+        };
+        compactor.compact(&chosen).await
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use blockstore::SegmentBuilder;
 use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, INLINE_BYTES_MAX};
 use tokio::sync::watch;
 
@@ -65,12 +64,8 @@ impl Fs {
             tracing::warn!(%error, "no segment id");
             Errno::from(error)
         })?;
-        let mut builder = SegmentBuilder::new(self.volume(), id);
-        let mut numbers = Vec::with_capacity(frames.len());
-        for frame in frames {
-            numbers.push(builder.add_frame(frame.pieces)?);
-        }
-        let segment = builder.finish();
+        let frames = frames.into_iter().map(|frame| frame.pieces).collect();
+        let (segment, numbers) = self.store().build(id, frames).await?;
         let record = segment.record();
         self.store().put(segment).await.map_err(|error| {
             tracing::warn!(segment = id.0, %error, "upload failed");

@@ -331,6 +331,28 @@ async fn another_key_or_none_is_told_apart_from_damage() {
 }
 
 #[tokio::test]
+async fn a_reader_that_expects_no_codec_finds_it_from_the_middle_of_a_frame() {
+    let rig = Rig::new(1, Rates::default());
+    let encoder = FrameEncoder {
+        compression: Compression::Zstd,
+        key: None,
+    };
+    let data: Bytes = prose(30 * PAGE_BYTES, 0)
+        .slice(..PAGE_BYTES)
+        .repeat(30)
+        .into();
+    let store = over(&rig, &encoder, bare());
+    let frames = vec![vec![data.clone()]];
+    let (built, numbers) = store.build(SegmentId(1), frames).await.unwrap();
+    assert!(built.length < 2 * PAGE_BYTES as u64);
+    store.put(built).await.unwrap();
+    let reader = over(&rig, &FrameEncoder::default(), bare());
+    let at = range(1, numbers[0], 20 * PAGE_BYTES, 3 * PAGE_BYTES);
+    let read = reader.read(at).await.unwrap();
+    assert_eq!(read, data.slice(20 * PAGE_BYTES..23 * PAGE_BYTES));
+}
+
+#[tokio::test]
 async fn a_frame_that_does_not_shrink_is_stored_as_it_is() {
     let rig = Rig::new(1, Rates::default());
     for compression in [Compression::Lz4, Compression::Zstd] {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use blockstore::{DiskCacheOptions, SegmentStore, StoreOptions};
 use clap::{Args, ValueEnum};
-use fuse_client::{AtimePolicy, Coherence, FsOptions, MountOptions, Mounted};
+use fuse_client::{AtimePolicy, Coherence, CompactionOptions, FsOptions, MountOptions, Mounted};
 use meta_client::{Cluster, Session, SessionOptions};
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +17,7 @@ use crate::commands::version;
 use crate::connect::host_name;
 use crate::failure::{Failure, Outcome, While};
 use crate::mounts::MountNote;
+use crate::passphrase::PassphraseSource;
 use crate::serve_metrics::{self, Exposed};
 use crate::units;
 
@@ -69,6 +70,14 @@ pub(crate) struct Serving {
     /// Others than the user who mounts may use it; root's mounts allow that anyway.
     #[arg(long)]
     pub(crate) allow_other: bool,
+    /// Leaves deleting dead objects, compaction and expiry of the trash to other mounts.
+    #[arg(long)]
+    pub(crate) no_bgjob: bool,
+    /// Time between two looks for sparse objects to compact.
+    #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
+    pub(crate) compact_interval: Duration,
+    #[command(flatten)]
+    pub(crate) passphrase: PassphraseSource,
     /// Serves /metrics and /ready here.
     #[arg(long, value_name = "ADDR")]
     pub(crate) metrics: Option<SocketAddr>,
@@ -137,12 +146,14 @@ impl Serving {
                             .map_err(|_| wrong("not an address".to_owned()))?,
                     );
                 }
+                "no-bgjob" => self.no_bgjob = true,
+                "passphrase-file" => self.passphrase.passphrase_file = Some(needed()?.into()),
                 "token-file" => access.token_file = Some(needed()?.into()),
                 name if IGNORED.contains(&name) || name.starts_with("x-") => {}
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, flush-age=, threads=, metrics=, token-file=",
+                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, metrics=, passphrase-file=, token-file=",
                     ));
                 }
             }
@@ -182,6 +193,12 @@ impl Serving {
             "--metrics",
             self.metrics.map(|address| address.to_string().into()),
         );
+        arguments.extend(self.passphrase.to_arguments());
+        let compact_interval = format!("{}ms", self.compact_interval.as_millis());
+        arguments.extend(["--compact-interval".into(), compact_interval.into()]);
+        if self.no_bgjob {
+            arguments.push("--no-bgjob".into());
+        }
         if self.read_only {
             arguments.push("--read-only".into());
         }
@@ -294,6 +311,10 @@ impl Serving {
             disk_cache: (self.cache_size > 0).then(|| {
                 DiskCacheOptions::new(self.cache_directory().join(&storage.uuid), self.cache_size)
             }),
+            passphrase: match storage.encryption {
+                Some(_) => Some(self.passphrase.required()?),
+                None => None,
+            },
             registry: Some(registry.clone()),
             ..StoreOptions::default()
         };
@@ -321,6 +342,11 @@ impl Serving {
                 read_only: self.read_only,
                 atime: self.atime.into(),
                 segment_bytes: storage.segment_bytes,
+                delete_segments: !self.no_bgjob,
+                compaction: (!self.no_bgjob).then(|| CompactionOptions {
+                    pause: self.compact_interval,
+                    ..CompactionOptions::default()
+                }),
                 flush_age: self.flush_age,
                 defer_close: !self.close_sync,
                 ..FsOptions::default()
@@ -433,6 +459,9 @@ mod tests {
             atime: Atime::Noatime,
             threads: None,
             allow_other: false,
+            no_bgjob: false,
+            compact_interval: Duration::from_secs(60),
+            passphrase: PassphraseSource::default(),
             metrics: None,
         }
     }

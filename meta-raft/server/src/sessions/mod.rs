@@ -11,6 +11,7 @@ pub mod grace;
 pub mod hub;
 pub mod interest;
 pub mod locks;
+pub mod maintain;
 pub mod opens;
 pub mod orphans;
 pub mod outbox;

@@ -217,6 +217,7 @@ fn weight(response: &v1::Response) -> usize {
         Some(Body::Bytes(bytes)) => bytes.len(),
         Some(Body::Names(names)) => names.names.iter().map(|name| name.len() + 8).sum(),
         Some(Body::Walk(walk)) => walk.attrs.len() * 96,
+        Some(Body::Maintained(maintained)) => maintained_weight(maintained),
         Some(Body::Deletions(deletions)) => deletions.segments.len() * 8,
         Some(
             Body::Reply(_) | Body::Attr(_) | Body::StatFs(_) | Body::Lock(_) | Body::Summary(_),
@@ -231,6 +232,18 @@ fn extents_weight(page: &v1::ExtentPage) -> usize {
         .iter()
         .map(|extent| 40 + extent.inline_bytes.len())
         .sum()
+}
+
+fn maintained_weight(maintained: &v1::Maintained) -> usize {
+    use v1::maintained::Answer;
+    match &maintained.answer {
+        Some(Answer::Segments(page)) => page.segments.len() * 32,
+        Some(Answer::States(states)) => states.states.len(),
+        Some(Answer::Extents(page)) => page.extents.len() * 40,
+        Some(Answer::Sparse(sparse)) => sparse.segments.len() * 32,
+        Some(Answer::Records(checked)) => checked.problems.iter().map(|it| it.len() + 8).sum(),
+        None => 0,
+    }
 }
 
 impl Stream for Frames {

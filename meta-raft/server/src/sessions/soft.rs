@@ -14,6 +14,7 @@ use super::deletions::DeletionLeases;
 use super::grace::Grace;
 use super::interest::{Effects, Interest, StreamId, Told, everything};
 use super::locks::{LockTable, Owner, Ticket, Verdict};
+use super::maintain::CompactionLease;
 use super::opens::Opens;
 use super::orphans::Orphans;
 use super::outbox::{Outbox, Outgoing};
@@ -142,6 +143,8 @@ pub struct Soft {
     orphans: Orphans,
     /// Which dead segments are leased to whom.
     pub deletions: DeletionLeases,
+    /// Which session compacts.
+    pub compaction: CompactionLease,
 }
 
 impl Soft {
@@ -162,6 +165,7 @@ impl Soft {
             seen: Position::START,
             orphans: Orphans::default(),
             deletions: DeletionLeases::default(),
+            compaction: CompactionLease::default(),
         }
     }
 
@@ -382,6 +386,7 @@ impl Soft {
         let granted = self.locks.end_session(session);
         self.granted(granted);
         self.deletions.end_session(session);
+        self.compaction.end_session(session);
         self.leases.end_session(session);
         let freed = self.opens.end_session(session);
         let wake = self.freed(&freed);

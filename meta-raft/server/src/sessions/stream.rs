@@ -24,7 +24,7 @@ use super::outbox::{Outbox, Outgoing};
 use super::reads::{self, Answer, refusal};
 use super::soft::Wake;
 use super::write_leases::Returned;
-use super::{deletions, summary};
+use super::{deletions, maintain, summary};
 use crate::proposer::{ProposeError, Proposed};
 use crate::read_gate::ReadError;
 
@@ -230,6 +230,10 @@ impl SessionStream {
                 Body::TakeDeletions(ask) => {
                     *in_flight += weight;
                     work.push(Box::pin(self.take_deletions(id, ask)));
+                }
+                Body::Maintain(ask) => {
+                    *in_flight += weight;
+                    work.push(Box::pin(self.maintain(id, ask)));
                 }
                 Body::Summary(ask) => {
                     *in_flight += weight;
@@ -463,6 +467,25 @@ impl SessionStream {
         }
     }
 
+    fn maintain(&self, id: u64, ask: v1::Maintain) -> impl Future<Output = Done> + Send + use<> {
+        let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
+        let (session, outbox) = (self.session, self.outbox.clone());
+        let weight = weight(&Body::Maintain(v1::Maintain::default()));
+        async move {
+            match maintain::serve(&ctx, &volume, session, ask).await {
+                Ok(response) => {
+                    outbox.send(Outgoing::Response(v1::Response { id, ..response }));
+                    Done::Answered(weight)
+                }
+                Err(deletions::Failed::Moved(leader)) => Done::Leave(Leave::Moved(leader)),
+                Err(deletions::Failed::Read(error)) => Done::Leave(leave_for(error)),
+                Err(deletions::Failed::Corrupt(corruption)) => {
+                    Done::Leave(Leave::Corrupt(corruption))
+                }
+            }
+        }
+    }
+
     fn summary(&self, id: u64, ino: u64) -> impl Future<Output = Done> + Send + use<> {
         let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
         let (session, outbox) = (self.session, self.outbox.clone());
@@ -617,7 +640,7 @@ fn weight(body: &Body) -> usize {
         Body::GetExtents(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
         Body::Open(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
         Body::ListXattr(_) | Body::GetXattr(_) | Body::TakeDeletions(_) => 8,
-        Body::Summary(_) => 64,
+        Body::Summary(_) | Body::Maintain(_) => 64,
         Body::Command(_)
         | Body::Lookup(_)
         | Body::GetAttr(_)
