@@ -179,8 +179,9 @@ impl SessionStream {
                         work.push(Box::pin(future));
                     }
                 }
-                Body::ReturnLease(lease) => {
-                    self.volume.soft().return_lease(self.session, lease.ino);
+                Body::ReturnLease(returned) => {
+                    let lease = returned.lease.unwrap_or_default();
+                    self.volume.soft().return_lease(self.session, lease);
                 }
                 Body::Release(release) => {
                     let wake = self.volume.soft().release(self.session, release.ino);
