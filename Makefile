@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites fuzz bench-quick bench-scale bench-failover lint install
+.PHONY: help build demo test suites fuzz bench-quick bench-pack bench-scale bench-failover lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -38,6 +38,9 @@ fuzz: ## A million rounds of decoding damaged segments and records
 
 bench-quick: ## heliofs beside JuiceFS, minutes
 	@benches/quick
+
+bench-pack: ## Requests to the bucket for 20,000 small files, heliofs beside JuiceFS
+	@benches/pack
 
 bench-scale: ## Memory and disk of 5 million inodes; others' latencies beside huge removals
 	@benches/scale

@@ -293,7 +293,7 @@ fn sparse_segments_are_compacted_under_readers_and_writers() {
                     state = state
                         .wrapping_mul(6_364_136_223_846_793_005)
                         .wrapping_add(1);
-                    if (state >> 33) % 5 == 0 {
+                    if (state >> 33).is_multiple_of(5) {
                         continue;
                     }
                     let range = piece * PIECE..(piece + 1) * PIECE;

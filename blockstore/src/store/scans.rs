@@ -2,7 +2,7 @@
 //!
 //! Files that were written together lie side by side as frames of one segment. A fetch of a frame's first page that begins where
 //! the last fetch from the segment ended takes four times as much as that did, up to a whole segment; the frames that come along
-//! go into the memory tier. Reads here and there, and those inside large frames (which read-ahead serves), take what they need.
+//! go into the memory tier. The growth carries over from a segment's end to the next segment's beginning. Reads here and there, and those inside large frames (which read-ahead serves), take what they need.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use heliofs_proto::ids::SegmentId;
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use crate::segment::layout::PAGE_STRIDE;
+use crate::segment::layout::{HEADER_BYTES, PAGE_STRIDE};
 
 /// Segments that are remembered.
 const SEGMENTS_MAX: NonZeroUsize = NonZeroUsize::new(4096).expect("the number is not 0");
@@ -25,13 +25,23 @@ const FETCH_BYTES_MAX: u64 = 4 << 20;
 /// The last fetch from each segment.
 #[derive(Debug)]
 pub(super) struct Scans {
-    last: Mutex<LruCache<SegmentId, Range<u64>>>,
+    last: Mutex<Last>,
+}
+
+#[derive(Debug)]
+struct Last {
+    fetches: LruCache<SegmentId, Range<u64>>,
+    /// Length of the newest fetch, if it reached the end of its segment.
+    ended: Option<u64>,
 }
 
 impl Scans {
     pub(super) fn new() -> Self {
         Self {
-            last: Mutex::new(LruCache::new(SEGMENTS_MAX)),
+            last: Mutex::new(Last {
+                fetches: LruCache::new(SEGMENTS_MAX),
+                ended: None,
+            }),
         }
     }
 
@@ -42,13 +52,21 @@ impl Scans {
             // Its last frame was cut off, or the next one is the first that is missing.
             last.start < wanted.start && wanted.start < last.end + PAGE_STRIDE as u64
         };
-        let length = match last.get(&segment) {
-            Some(last) if goes_on(last) => ((last.end - last.start) * FACTOR).min(FETCH_BYTES_MAX),
+        let before = match last.fetches.get(&segment) {
+            Some(fetch) if goes_on(fetch) => fetch.end - fetch.start,
+            None if wanted.start == HEADER_BYTES as u64 => last.ended.unwrap_or(0),
             _ => 0,
         };
+        let length = (before * FACTOR).min(FETCH_BYTES_MAX);
         let reach = wanted.start..wanted.end.max(wanted.start + length);
-        last.put(segment, reach.clone());
+        last.fetches.put(segment, reach.clone());
+        last.ended = None;
         reach
+    }
+
+    /// A fetch that reached further than it had to met the end of its segment.
+    pub(super) fn ended(&self, reach: &Range<u64>) {
+        self.last.lock().ended = Some(reach.end - reach.start);
     }
 }
 
@@ -70,9 +88,12 @@ mod tests {
         assert_eq!(third.end - third.start, 16 * page);
         let fourth = scans.reach(S, third.end + 16..third.end + page);
         assert_eq!(fourth.end - fourth.start, FETCH_BYTES_MAX);
-        // Another segment, and another place.
+        scans.ended(&fourth);
+        let next = scans.reach(SegmentId(2), 64..64 + page);
+        assert_eq!(next, 64..64 + FETCH_BYTES_MAX, "the next segment");
+        assert_eq!(scans.reach(SegmentId(3), 64..64 + page), 64..64 + page);
+        // Another place of a segment.
         let other = page..2 * page;
-        assert_eq!(scans.reach(SegmentId(2), other.clone()), other);
         assert_eq!(scans.reach(S, other.clone()), other);
     }
 

@@ -108,9 +108,9 @@ impl Shared {
         let mut length = None;
         let own = frame.byte_range(wanted.clone());
         let reach = match (wanted.start, &self.memory) {
-            (0, Some(_)) => self.scans.reach(segment, own),
+            (0, Some(_)) => self.scans.reach(segment, own.clone()),
             // What would come along could not be kept, or is fetched by the readers of this frame.
-            _ => own,
+            _ => own.clone(),
         };
         for _ in 0..2 {
             let or_error = |good: Vec<Option<Page>>, error: StoreError| {
@@ -122,6 +122,9 @@ impl Shared {
                 Ok(bytes) => bytes,
                 Err(error) => return or_error(good, error),
             };
+            if reach.end > own.end && (bytes.len() as u64) < reach.end - reach.start {
+                self.scans.ended(&reach);
+            }
             let mut origin = PageIdentity {
                 volume: self.volume,
                 segment,
