@@ -24,6 +24,12 @@ pub struct StoreOptions {
     pub cache_uploads: bool,
     /// Bytes that prefetches may have in flight; what exceeds it is not fetched ahead.
     pub prefetch_bytes_max: u64,
+    /// Bytes per second to the bucket; 0: no limit.
+    pub upload_bytes_per_second: u64,
+    /// Bytes per second from the bucket; 0: no limit.
+    pub download_bytes_per_second: u64,
+    /// A read that has no answer after this time (and a second per 4 MiB) is asked for once more, and the first answer taken.
+    pub hedge_after: Option<Duration>,
     /// Opens the volume's key when the volume is encrypted.
     pub passphrase: Option<Passphrase>,
     /// Where metrics are registered.
@@ -41,6 +47,9 @@ impl Default for StoreOptions {
             disk_cache: None,
             cache_uploads: true,
             prefetch_bytes_max: 64 << 20,
+            upload_bytes_per_second: 0,
+            download_bytes_per_second: 0,
+            hedge_after: None,
             passphrase: None,
             registry: None,
         }
