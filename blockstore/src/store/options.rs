@@ -61,7 +61,9 @@ impl Default for StoreOptions {
 pub struct DiskCacheOptions {
     /// Created if missing. Several mounts may name the same directory: each takes a slot of its own below it.
     pub directory: PathBuf,
-    /// Budget, bytes.
+    /// On other disks, in the same manner; segments are spread over all.
+    pub more_directories: Vec<PathBuf>,
+    /// Budget of all together, bytes.
     pub bytes_max: u64,
     /// The cache shrinks when less than this part of the file system is free, 0.0..=1.0.
     pub free_space_ratio: f64,
@@ -72,8 +74,18 @@ impl DiskCacheOptions {
     pub fn new(directory: impl Into<PathBuf>, bytes_max: u64) -> Self {
         Self {
             directory: directory.into(),
+            more_directories: Vec::new(),
             bytes_max,
             free_space_ratio: 0.1,
+        }
+    }
+
+    /// As it is, with more directories.
+    #[must_use]
+    pub fn and(self, more_directories: Vec<PathBuf>) -> Self {
+        Self {
+            more_directories,
+            ..self
         }
     }
 }

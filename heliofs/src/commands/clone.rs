@@ -179,11 +179,17 @@ impl Cloner<'_> {
                         std::future::ready(!own)
                     })
                     .map(|entry| async move {
-                        match entry.attr {
-                            Some(attr) => self.entry(&attr, pair.target, &entry.name).await,
-                            // Gone between listing and look.
-                            None => Ok(None),
-                        }
+                        let attr = match entry.attr {
+                            Some(attr) => attr,
+                            // A mount holds data of it back: asked for by itself, it is told to store them first.
+                            None => match self.session.get_attr(Ino(entry.ino)).await {
+                                Ok((attr, _)) => attr,
+                                // Gone between listing and look.
+                                Err(ClientError::Verdict(FsError::Stale)) => return Ok(None),
+                                Err(error) => return Err(Failure::from(error)),
+                            },
+                        };
+                        self.entry(&attr, pair.target, &entry.name).await
                     })
                     .buffered(AT_ONCE)
                     .try_collect()

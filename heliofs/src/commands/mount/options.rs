@@ -41,9 +41,10 @@ pub(crate) struct Serving {
     /// No change through this mount.
     #[arg(short, long)]
     pub(crate) read_only: bool,
-    /// Keeps what was read and written on local disk [default: /var/cache/heliofs, or ~/.cache/heliofs/blocks for users].
-    #[arg(long, value_name = "DIR")]
-    pub(crate) cache_dir: Option<PathBuf>,
+    /// Keeps what was read and written on local disk [default: /var/cache/heliofs, or ~/.cache/heliofs/blocks for users]. Several,
+    /// separated by colons or given again, share it: one for each disk.
+    #[arg(long, value_name = "DIR", value_delimiter = ':')]
+    pub(crate) cache_dir: Vec<PathBuf>,
     /// Most that the disk cache may take. 0: no disk cache.
     #[arg(long, value_parser = units::parse_size, default_value = "20G", value_name = "SIZE")]
     pub(crate) cache_size: u64,
@@ -135,7 +136,7 @@ impl Serving {
                 "relatime" => self.atime = Atime::Relatime,
                 "strictatime" | "atime" => self.atime = Atime::Strictatime,
                 "allow_other" => self.allow_other = true,
-                "cache-dir" => self.cache_dir = Some(needed()?.into()),
+                "cache-dir" => self.cache_dir = needed()?.split(':').map(Into::into).collect(),
                 "cache-size" => self.cache_size = units::parse_size(needed()?).map_err(wrong)?,
                 "buffer-size" => self.buffer_size = units::parse_size(needed()?).map_err(wrong)?,
                 "io-timeout" => self.io_timeout = parse_io_timeout(needed()?).map_err(wrong)?,
@@ -188,10 +189,9 @@ impl Serving {
             }
         };
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        flag(
-            "--cache-dir",
-            self.cache_dir.as_ref().map(|path| absolute(path).into()),
-        );
+        for path in &self.cache_dir {
+            flag("--cache-dir", Some(absolute(path).into()));
+        }
         flag("--cache-size", Some(self.cache_size.to_string().into()));
         flag("--buffer-size", Some(self.buffer_size.to_string().into()));
         let io_timeout = format!("{}ms", self.io_timeout.as_millis());
@@ -236,14 +236,15 @@ impl Serving {
         arguments
     }
 
-    /// Where the disk cache is.
-    pub(crate) fn cache_directory(&self) -> PathBuf {
-        self.cache_dir
-            .clone()
-            .unwrap_or_else(|| match nix::unistd::geteuid().is_root() {
-                true => PathBuf::from("/var/cache/heliofs"),
-                false => home("XDG_CACHE_HOME", ".cache").join("heliofs/blocks"),
-            })
+    /// Where the disk cache is; at least one directory.
+    pub(crate) fn cache_directories(&self) -> Vec<PathBuf> {
+        if !self.cache_dir.is_empty() {
+            return self.cache_dir.clone();
+        }
+        vec![match nix::unistd::geteuid().is_root() {
+            true => PathBuf::from("/var/cache/heliofs"),
+            false => home("XDG_CACHE_HOME", ".cache").join("heliofs/blocks"),
+        }]
     }
 }
 
@@ -344,9 +345,14 @@ impl Serving {
                 .attempt_timeout
                 .min(self.io_timeout / 3),
             memory_cache_bytes: self.buffer_size,
-            disk_cache: (self.cache_size > 0).then(|| DiskCacheOptions {
-                free_space_ratio: self.free_space_ratio,
-                ..DiskCacheOptions::new(self.cache_directory().join(&storage.uuid), self.cache_size)
+            disk_cache: (self.cache_size > 0).then(|| {
+                let directories = self.cache_directories();
+                let mut own = directories.iter().map(|it| it.join(&storage.uuid));
+                DiskCacheOptions {
+                    free_space_ratio: self.free_space_ratio,
+                    ..DiskCacheOptions::new(own.next().unwrap_or_default(), self.cache_size)
+                }
+                .and(own.collect())
             }),
             upload_bytes_per_second: self.upload_limit,
             download_bytes_per_second: self.download_limit,
@@ -490,7 +496,7 @@ mod tests {
         Serving {
             options: vec![options.to_owned()],
             read_only: false,
-            cache_dir: None,
+            cache_dir: Vec::new(),
             cache_size: 1,
             buffer_size: 1,
             io_timeout: Duration::from_secs(30),
