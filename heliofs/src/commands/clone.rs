@@ -299,7 +299,7 @@ impl Cloner<'_> {
         }
     }
 
-    /// Extended attributes, ACLs, mode and times.
+    /// Extended attributes, ACLs, mode and times. The owner is whom it was created for: to set it again would clear setuid.
     async fn dress(&self, source: &Attr, target: u64) -> Outcome {
         if source.flags != 0 {
             let (names, _) = self.session.list_xattr(Ino(source.ino)).await?;
@@ -326,8 +326,6 @@ impl Cloner<'_> {
         let set = Op::SetAttr(v1::SetAttr {
             ino: target,
             mode: (source.kind() != FileKind::Symlink).then_some(source.mode),
-            uid: Some(source.uid),
-            gid: Some(source.gid),
             atime: at(source.atime),
             mtime: at(source.mtime),
             ..v1::SetAttr::default()
