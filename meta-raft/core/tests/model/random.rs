@@ -307,7 +307,7 @@ fn config(cases_default: u32) -> ProptestConfig {
 fn scripts_reach_what_they_are_meant_to_reach() {
     let mut runner = TestRunner::deterministic();
     let mut reached = BTreeMap::<String, usize>::new();
-    for _ in 0..72 {
+    for _ in 0..120 {
         let script = steps(160)
             .new_tree(&mut runner)
             .expect("no filters")
