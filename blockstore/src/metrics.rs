@@ -11,6 +11,8 @@ pub struct Metrics {
     pub put_bytes: IntCounter,
     /// Ranges read from the bucket.
     pub gets: IntCounter,
+    /// Reads that were slow and asked for a second time.
+    pub hedged_gets: IntCounter,
     /// Bytes read from the bucket.
     pub get_bytes: IntCounter,
     /// Objects deleted.
@@ -66,6 +68,7 @@ impl Metrics {
             puts: counter("puts_total", "objects stored"),
             put_bytes: counter("put_bytes_total", "bytes of objects stored"),
             gets: counter("gets_total", "ranges read from the bucket"),
+            hedged_gets: counter("hedged_gets_total", "slow reads asked for twice"),
             get_bytes: counter("get_bytes_total", "bytes read from the bucket"),
             deletes: counter("deletes_total", "objects deleted"),
             retries: counter("retries_total", "attempts that failed and were tried again"),

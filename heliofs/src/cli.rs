@@ -61,6 +61,12 @@ pub(crate) enum Command {
     Destroy(commands::destroy::Options),
     /// Removes whole trees in one step.
     Rmr(commands::rmr::Options),
+    /// Copies a file or a tree by sharing its data.
+    Clone(commands::clone::Options),
+    /// Reads files through a mount, so that they lie in its caches.
+    Warmup(commands::warmup::Options),
+    /// Measures an object store.
+    Objbench(commands::objbench::Options),
     /// Shows what is in the trash, and puts it back.
     Restore(commands::restore::Options),
     /// Prints a volume's history.

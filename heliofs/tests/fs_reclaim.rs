@@ -166,7 +166,10 @@ fn fsck_finds_what_is_missing_or_damaged_names_the_files_and_saves_what_it_can()
     fs::create_dir(mount.join("dir")).unwrap();
     let names = ["gone", "flipped", "short", "dir/sound"];
     for (seed, name) in (1..).zip(names) {
-        fs::write(mount.join(name), content(300_000, seed)).unwrap();
+        // Synced one by one: each in a segment of its own.
+        let file = fs::File::create(mount.join(name)).unwrap();
+        file.write_all_at(&content(300_000, seed), 0).unwrap();
+        file.sync_all().unwrap();
     }
     mount.unmount();
     for level in ["meta", "exists", "data"] {
@@ -309,6 +312,16 @@ fn sparse_segments_are_compacted_under_readers_and_writers() {
             copy.sync_all().unwrap();
             fs::remove_file(mount.join("scratch")).unwrap();
         }
+        // Small files share segments; of each segment's a few stay.
+        let small = mount.join("small");
+        fs::create_dir(&small).unwrap();
+        for n in 0..800usize {
+            let name = small.join(format!("{n}"));
+            fs::write(&name, content(5000 + n * 40, n as u32)).unwrap();
+            if n % 4 != 0 && n > 100 {
+                fs::remove_file(small.join(format!("{}", n - 100))).ok();
+            }
+        }
         let live = || cluster.volume("churned")["used_bytes"].as_u64().unwrap();
         wait_for("compaction", Duration::from_secs(120), || {
             (stored_bytes(&bucket) * 2 <= live() * 3).then_some(())
@@ -324,6 +337,17 @@ fn sparse_segments_are_compacted_under_readers_and_writers() {
                 "f{n}"
             );
         }
+        let mut left = 0;
+        for entry in fs::read_dir(place.join("small")).unwrap() {
+            let path = entry.unwrap().path();
+            let n: usize = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+            assert!(
+                fs::read(&path).unwrap() == content(5000 + n * 40, n as u32),
+                "{n}"
+            );
+            left += 1;
+        }
+        assert!(left > 200 && left < 400, "{left} small files");
     }
     mount.unmount();
     reader.unmount();

@@ -64,6 +64,8 @@ struct Index {
     /// File lengths, least recently used first.
     files: LruCache<RunKey, u64>,
     bytes: u64,
+    /// What the gauge, which tiers on several disks share, counts of them.
+    shown_bytes: u64,
 }
 
 enum Job {
@@ -101,6 +103,7 @@ impl DiskTier {
                 runs: HashMap::new(),
                 files: LruCache::unbounded(),
                 bytes: 0,
+                shown_bytes: 0,
             }),
             pending_bytes: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
@@ -227,6 +230,12 @@ impl Drop for DiskTier {
 }
 
 impl Index {
+    fn show(&mut self, metrics: &Metrics) {
+        let by = self.bytes as i64 - self.shown_bytes as i64;
+        self.shown_bytes = self.bytes;
+        metrics.disk_bytes.add(by);
+    }
+
     fn peek(&self, segment: SegmentId, frame: FrameNumber, page: u32) -> Option<RunKey> {
         let (&(found, first), &count) = self
             .runs
@@ -355,7 +364,7 @@ impl Inner {
 
     fn evict(&self) {
         while self.index.lock().bytes > self.options.bytes_max && self.evict_one() {}
-        self.metrics.disk_bytes.set(self.index.lock().bytes as i64);
+        self.index.lock().show(&self.metrics);
     }
 
     fn evict_one(&self) -> bool {
@@ -371,7 +380,7 @@ impl Inner {
     fn drop_run(&self, key: &RunKey) {
         let mut index = self.index.lock();
         index.remove(key);
-        self.metrics.disk_bytes.set(index.bytes as i64);
+        index.show(&self.metrics);
     }
 
     fn remove_file(&self, key: &RunKey) {

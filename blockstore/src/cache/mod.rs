@@ -2,10 +2,12 @@
 //!
 //! - [`memory`]: pages, by bytes, least recently used first; one scan does not drive out what is used often
 //! - [`disk`]: runs of pages as they lie in the object, verified whenever they are read, kept over a restart
+//! - [`disks`]: several of them as one
 //! - `disk_file`: one file of the disk tier
 
 pub mod disk;
 mod disk_file;
+pub mod disks;
 pub mod memory;
 
 use heliofs_proto::ids::SegmentId;

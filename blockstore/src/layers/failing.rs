@@ -31,6 +31,8 @@ pub struct Rates {
     pub cut_body: f64,
     /// One bit of a body is flipped.
     pub flipped_bit: f64,
+    /// A get has no answer, ever.
+    pub stuck: f64,
 }
 
 /// The decorator.
@@ -152,6 +154,9 @@ impl ObjectStore for FailingStore {
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         self.enter()?;
+        if self.chance(|rates| rates.stuck) {
+            return std::future::pending().await;
+        }
         let head = options.head;
         let found = self.inner.get_opts(location, options).await?;
         if head {

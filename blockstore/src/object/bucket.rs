@@ -23,11 +23,17 @@ use tokio::time::Instant;
 
 use super::backend::{self, Backend};
 use super::fault::{Fault, classify};
+use super::rate::RateLimit;
 use crate::metrics::Metrics;
 use crate::{Kind, StoreError, StoreOptions};
 
 /// A request may take this much longer per byte: a link of 1 MiB/s is slow, not dead.
 const ALLOWANCE_BYTES_PER_SECOND: u64 = 1 << 20;
+
+/// A request that is slow may be hedged this much later for its length.
+const HEDGE_BYTES_PER_SECOND: u64 = 4 << 20;
+/// One request of so many may be hedged.
+const HEDGE_EVERY: u64 = 10;
 
 /// First pause between attempts; doubled each time, with jitter.
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
@@ -46,6 +52,9 @@ pub struct Bucket {
     attempt_timeout: Duration,
     uploads: Semaphore,
     downloads: Semaphore,
+    upload_limit: Option<RateLimit>,
+    download_limit: Option<RateLimit>,
+    hedge_after: Option<Duration>,
     /// `file` only: directories whose own names are durable up to the bucket's.
     durable_directories: Mutex<HashSet<PathBuf>>,
     /// The server has said that it does not know conditional puts.
@@ -112,6 +121,9 @@ impl Bucket {
             attempt_timeout: options.attempt_timeout,
             uploads: Semaphore::new(options.uploads_max.max(1)),
             downloads: Semaphore::new(options.downloads_max.max(1)),
+            upload_limit: RateLimit::new(options.upload_bytes_per_second),
+            download_limit: RateLimit::new(options.download_bytes_per_second),
+            hedge_after: options.hedge_after,
             durable_directories: Mutex::default(),
             unconditional: AtomicBool::new(false),
             metrics,
@@ -151,6 +163,9 @@ impl Bucket {
         let path = self.path(name);
         let length = payload.content_length() as u64;
         let _turn = self.turn("put", path.as_ref(), &self.uploads).await?;
+        if let Some(limit) = &self.upload_limit {
+            limit.admit(length).await;
+        }
         let stored = self
             .attempts("put", path.as_ref(), length, || {
                 let payload = payload.clone();
@@ -325,49 +340,97 @@ impl Bucket {
     ) -> Result<Bytes, StoreError> {
         let path = self.path(name);
         let _turn = self.turn("get", path.as_ref(), &self.downloads).await?;
+        if let Some(limit) = &self.download_limit {
+            // How much it is, the answer tells: what came before is waited for.
+            limit.admit(0).await;
+        }
         let bytes = self
             .attempts("get", path.as_ref(), length, || {
-                let options = GetOptions {
-                    range: range.clone(),
-                    ..Default::default()
-                };
-                let path = &path;
-                async move {
-                    let bytes = match self.backend.store.get_opts(path, options).await {
-                        Ok(found) => {
-                            let promised = found.range.end - found.range.start;
-                            let bytes = found.bytes().await;
-                            // A body cut short by the connection is not always an error of the client's.
-                            match bytes {
-                                Ok(bytes) if (bytes.len() as u64) < promised => {
-                                    return Err(StoreError::Retry {
-                                        operation: "get",
-                                        key: path.to_string(),
-                                        detail: format!(
-                                            "the body ended after {} of {promised} bytes",
-                                            bytes.len()
-                                        ),
-                                    });
-                                }
-                                other => other,
-                            }
-                        }
-                        Err(error) => Err(error),
-                    };
-                    match bytes.map_err(|error| classify("get", path.as_ref(), error)) {
-                        Ok(bytes) => Ok(bytes),
-                        Err(Fault::OutOfRange) => Ok(Bytes::new()),
-                        Err(Fault::Error(error)) => Err(error),
-                        Err(Fault::NoConditions) => {
-                            Err(StoreError::Invalid("get is not implemented".to_owned()))
-                        }
-                    }
-                }
+                self.hedged(length, || {
+                    self.get_once(
+                        &path,
+                        GetOptions {
+                            range: range.clone(),
+                            ..Default::default()
+                        },
+                    )
+                })
             })
             .await?;
         self.metrics.gets.inc();
         self.metrics.get_bytes.inc_by(bytes.len() as u64);
+        if let Some(limit) = &self.download_limit {
+            limit.charge(bytes.len() as u64);
+        }
         Ok(bytes)
+    }
+
+    /// Asks a second time when the first request takes long, and takes what comes first. At most one in
+    /// [`HEDGE_EVERY`] requests: a store that is slow for all must not get twice the load.
+    async fn hedged<F>(&self, length: u64, request: impl Fn() -> F) -> Result<Bytes, StoreError>
+    where
+        F: Future<Output = Result<Bytes, StoreError>>,
+    {
+        let Some(after) = self.hedge_after else {
+            return request().await;
+        };
+        let after = after + Duration::from_secs(length / HEDGE_BYTES_PER_SECOND);
+        let first = request();
+        tokio::pin!(first);
+        tokio::select! {
+            answer = &mut first => return answer,
+            () = tokio::time::sleep(after) => {}
+        }
+        let metrics = &self.metrics;
+        if metrics.hedged_gets.get() * HEDGE_EVERY > metrics.gets.get() + HEDGE_EVERY {
+            return first.await;
+        }
+        metrics.hedged_gets.inc();
+        let second = request();
+        tokio::pin!(second);
+        // An error of one leaves the other to be waited for.
+        tokio::select! {
+            answer = &mut first => match answer {
+                Ok(bytes) => Ok(bytes),
+                Err(_) => second.await,
+            },
+            answer = &mut second => match answer {
+                Ok(bytes) => Ok(bytes),
+                Err(_) => first.await,
+            },
+        }
+    }
+
+    async fn get_once(&self, path: &Path, options: GetOptions) -> Result<Bytes, StoreError> {
+        let bytes = match self.backend.store.get_opts(path, options).await {
+            Ok(found) => {
+                let promised = found.range.end - found.range.start;
+                let bytes = found.bytes().await;
+                // A body cut short by the connection is not always an error of the client's.
+                match bytes {
+                    Ok(bytes) if (bytes.len() as u64) < promised => {
+                        return Err(StoreError::Retry {
+                            operation: "get",
+                            key: path.to_string(),
+                            detail: format!(
+                                "the body ended after {} of {promised} bytes",
+                                bytes.len()
+                            ),
+                        });
+                    }
+                    other => other,
+                }
+            }
+            Err(error) => Err(error),
+        };
+        match bytes.map_err(|error| classify("get", path.as_ref(), error)) {
+            Ok(bytes) => Ok(bytes),
+            Err(Fault::OutOfRange) => Ok(Bytes::new()),
+            Err(Fault::Error(error)) => Err(error),
+            Err(Fault::NoConditions) => {
+                Err(StoreError::Invalid("get is not implemented".to_owned()))
+            }
+        }
     }
 
     /// Deletes an object; one that does not exist is deleted already.

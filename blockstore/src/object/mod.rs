@@ -10,6 +10,7 @@ pub mod backend;
 pub mod bucket;
 pub mod fault;
 pub mod marker;
+mod rate;
 pub mod s3;
 
 pub use backend::create_bucket;

@@ -15,7 +15,7 @@ use super::flights::{Flight, Flights, Landing, Run};
 use super::scans::Scans;
 use super::stored::{Missed, Stored};
 use crate::cache::PageKey;
-use crate::cache::disk::DiskTier;
+use crate::cache::disks::Disks;
 use crate::cache::memory::MemoryTier;
 use crate::object::Bucket;
 use crate::segment::codec::{FrameEncoder, FrameFault, FrameHead};
@@ -53,7 +53,7 @@ pub(super) struct Shared {
     pub(super) bucket: Bucket,
     pub(super) volume: VolumeId,
     pub(super) memory: Option<MemoryTier>,
-    pub(super) disk: Option<Arc<DiskTier>>,
+    pub(super) disk: Option<Arc<Disks>>,
     flights: Arc<Flights>,
     pub(super) scans: Scans,
     pub(super) tables: Mutex<LruCache<SegmentId, Arc<Vec<FrameEntry>>>>,
@@ -80,8 +80,8 @@ impl Shared {
             .then(|| MemoryTier::new(options.memory_cache_bytes, metrics.memory_bytes.clone()));
         let disk = options
             .disk_cache
-            .clone()
-            .map(|disk| DiskTier::open(disk, bucket.volume_name(), volume, Arc::clone(metrics)))
+            .as_ref()
+            .map(|disk| Disks::open(disk, bucket.volume_name(), volume, metrics))
             .transpose()?;
         Ok(Self {
             memory,

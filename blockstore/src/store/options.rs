@@ -24,6 +24,12 @@ pub struct StoreOptions {
     pub cache_uploads: bool,
     /// Bytes that prefetches may have in flight; what exceeds it is not fetched ahead.
     pub prefetch_bytes_max: u64,
+    /// Bytes per second to the bucket; 0: no limit.
+    pub upload_bytes_per_second: u64,
+    /// Bytes per second from the bucket; 0: no limit.
+    pub download_bytes_per_second: u64,
+    /// A read that has no answer after this time (and a second per 4 MiB) is asked for once more, and the first answer taken.
+    pub hedge_after: Option<Duration>,
     /// Opens the volume's key when the volume is encrypted.
     pub passphrase: Option<Passphrase>,
     /// Where metrics are registered.
@@ -41,6 +47,9 @@ impl Default for StoreOptions {
             disk_cache: None,
             cache_uploads: true,
             prefetch_bytes_max: 64 << 20,
+            upload_bytes_per_second: 0,
+            download_bytes_per_second: 0,
+            hedge_after: None,
             passphrase: None,
             registry: None,
         }
@@ -52,7 +61,9 @@ impl Default for StoreOptions {
 pub struct DiskCacheOptions {
     /// Created if missing. Several mounts may name the same directory: each takes a slot of its own below it.
     pub directory: PathBuf,
-    /// Budget, bytes.
+    /// On other disks, in the same manner; segments are spread over all.
+    pub more_directories: Vec<PathBuf>,
+    /// Budget of all together, bytes.
     pub bytes_max: u64,
     /// The cache shrinks when less than this part of the file system is free, 0.0..=1.0.
     pub free_space_ratio: f64,
@@ -63,8 +74,18 @@ impl DiskCacheOptions {
     pub fn new(directory: impl Into<PathBuf>, bytes_max: u64) -> Self {
         Self {
             directory: directory.into(),
+            more_directories: Vec::new(),
             bytes_max,
             free_space_ratio: 0.1,
+        }
+    }
+
+    /// As it is, with more directories.
+    #[must_use]
+    pub fn and(self, more_directories: Vec<PathBuf>) -> Self {
+        Self {
+            more_directories,
+            ..self
         }
     }
 }

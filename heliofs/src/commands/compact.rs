@@ -7,6 +7,7 @@ use blockstore::{SegmentStore, StoreOptions};
 use clap::Args;
 use fuse_client::compact::{self, Compacted, Compactor};
 use fuse_client::write::segment_ids::SegmentIds;
+use heliofs_proto::v1::SegmentState;
 use serde_json::json;
 
 use super::{config, segments};
@@ -114,5 +115,14 @@ async fn all(compactor: &Compactor<'_>, live_percent: u32, json: bool) -> Outcom
         bar.inc(batch.len() as u64);
     }
     bar.finish_and_clear();
+    // Deleted between listing and reading, since nothing refers to them any more: no damage.
+    let mut unreadable = Vec::new();
+    for found in std::mem::take(&mut total.unreadable) {
+        let state = segments::states(compactor.session, &[found.1.segment]).await?;
+        if state == [SegmentState::Live] {
+            unreadable.push(found);
+        }
+    }
+    total.unreadable = unreadable;
     Ok(total)
 }

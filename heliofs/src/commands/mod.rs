@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod changelog;
+pub(crate) mod clone;
 pub(crate) mod compact;
 pub(crate) mod config;
 pub(crate) mod destroy;
@@ -10,6 +11,7 @@ pub(crate) mod gc;
 pub(crate) mod info;
 pub(crate) mod meta;
 pub(crate) mod mount;
+pub(crate) mod objbench;
 pub(crate) mod raft;
 pub(crate) mod restore;
 pub(crate) mod rmr;
@@ -18,6 +20,7 @@ pub(crate) mod status;
 pub(crate) mod umount;
 pub(crate) mod up;
 pub(crate) mod version;
+pub(crate) mod warmup;
 
 use std::future::Future;
 
@@ -50,6 +53,9 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Gc(options) => wait(gc::run(options, json)),
         Command::Compact(options) => wait(compact::run(options, json)),
         Command::Destroy(options) => wait(destroy::run(options, json)),
+        Command::Clone(options) => wait(clone::run(options, json)),
+        Command::Warmup(options) => warmup::run(&options, json),
+        Command::Objbench(options) => wait(objbench::run(options, json)),
         Command::Restore(options) => wait(restore::run(options, json)),
         Command::Rmr(options) => wait(rmr::run(options, json)),
         Command::Changelog(options) => wait(changelog::run(options, json)),

@@ -117,7 +117,9 @@ async fn serve(options: &Options, data_dir: &Path, log_file: PathBuf, json: bool
         };
         let mut serving = options.serving.clone();
         serving.take_options(&mut Access { token_file: None })?;
-        serving.cache_dir.get_or_insert_with(|| data_dir.join("cache"));
+        if serving.cache_dir.is_empty() {
+            serving.cache_dir.push(data_dir.join("cache"));
+        }
         let mounted = serving.mount(cluster, VOLUME, &note).await?;
         let _noted = note.leave()?;
         if json {

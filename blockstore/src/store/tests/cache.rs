@@ -196,6 +196,54 @@ async fn it_keeps_to_its_budget_and_keeps_what_was_used_last() {
 }
 
 #[tokio::test]
+async fn several_directories_share_the_segments_and_the_budget() {
+    let directories = [
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    ];
+    let rig = Rig::new(1, Rates::default());
+    let several = |budget: u64| {
+        let mut options = options(directories[0].path(), budget);
+        let more = directories[1..].iter().map(|it| it.path().to_owned());
+        options.disk_cache.as_mut().unwrap().more_directories = more.collect();
+        options
+    };
+    let store = rig.store(several(1 << 30));
+    for id in 1..=60 {
+        let (built, _) = segment(id, &[noise(5000, id)]);
+        store.put(built).await.unwrap();
+        store
+            .read(range(id, FrameNumber(4), 0, 5000))
+            .await
+            .unwrap();
+    }
+    store.flush_cache().await;
+    let counts = directories.each_ref().map(|it| files(it.path()).len());
+    assert_eq!(
+        counts.iter().sum::<usize>(),
+        60,
+        "each on one disk: {counts:?}"
+    );
+    assert!(counts.iter().all(|count| *count > 8), "{counts:?}");
+    let bytes = store.metrics().disk_bytes.get();
+    assert!(bytes >= 60 * 5000, "all disks count: {bytes}");
+    drop(store);
+    rig.failing.set_down(true);
+    let store = rig.store(several(1 << 30));
+    store.flush_cache().await;
+    for id in 1..=60 {
+        let read = store.read(range(id, FrameNumber(4), 0, 5000)).await;
+        assert_eq!(read.unwrap(), noise(5000, id));
+    }
+    drop(store);
+    // A third of the budget each.
+    let store = rig.store(several(3 * 5 * 5100));
+    store.flush_cache().await;
+    assert!(directories.iter().all(|it| files(it.path()).len() <= 5));
+}
+
+#[tokio::test]
 async fn a_full_disk_turns_the_cache_off_and_nothing_else() {
     let directory = tempfile::tempdir().unwrap();
     let rig = Rig::new(1, Rates::default());

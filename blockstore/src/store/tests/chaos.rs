@@ -22,6 +22,7 @@ async fn reads_are_never_wrong_and_puts_end_stored_or_in_error() {
             short_body: 0.1,
             cut_body: 0.1,
             flipped_bit: 0.2,
+            stuck: 0.0,
         };
         let rig = Rig::new(seed, rates);
         // Few attempts fit, so that some operations fail for good.
@@ -78,6 +79,50 @@ async fn reads_are_never_wrong_and_puts_end_stored_or_in_error() {
     }
     println!("{faults} faults, {right} reads right, {refused} refused");
     assert!(faults > 500 && right > 300 && refused > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_read_without_an_answer_is_asked_for_twice_but_not_every_one() {
+    let rig = Rig::new(3, Rates::default());
+    let (built, numbers) = segment(1, &[noise(5000, 1)]);
+    rig.store(bare()).put(built).await.unwrap();
+    let options = StoreOptions {
+        hedge_after: Some(Duration::from_secs(1)),
+        attempt_timeout: Duration::from_secs(10),
+        ..bare()
+    };
+    let store = rig.store(options);
+    let read = || store.read(range(1, numbers[0], 0, 5000));
+    for _ in 0..100 {
+        assert_eq!(read().await.unwrap(), noise(5000, 1));
+    }
+    assert_eq!(store.metrics().hedged_gets.get(), 0);
+    rig.failing.set_rates(Rates {
+        stuck: 0.1,
+        ..Rates::default()
+    });
+    let begin = tokio::time::Instant::now();
+    for _ in 0..200 {
+        assert_eq!(read().await.unwrap(), noise(5000, 1));
+    }
+    let hedged = store.metrics().hedged_gets.get();
+    assert!((8..=32).contains(&hedged), "{hedged}");
+    // A second each instead of the time-out of ten, but where both requests are stuck.
+    assert!(
+        begin.elapsed() < Duration::from_secs(hedged + 22),
+        "{:?}",
+        begin.elapsed()
+    );
+    // Where nothing answers, a tenth of the reads and no more asks twice.
+    rig.failing.set_rates(Rates {
+        stuck: 1.0,
+        ..Rates::default()
+    });
+    for _ in 0..20 {
+        assert_eq!(read().await.unwrap_err().kind(), Kind::Unavailable);
+    }
+    let more = store.metrics().hedged_gets.get();
+    assert!(more <= 32, "{more}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -41,9 +41,10 @@ pub(crate) struct Serving {
     /// No change through this mount.
     #[arg(short, long)]
     pub(crate) read_only: bool,
-    /// Keeps what was read and written on local disk [default: /var/cache/heliofs, or ~/.cache/heliofs/blocks for users].
-    #[arg(long, value_name = "DIR")]
-    pub(crate) cache_dir: Option<PathBuf>,
+    /// Keeps what was read and written on local disk [default: /var/cache/heliofs, or ~/.cache/heliofs/blocks for users]. Several,
+    /// separated by colons or given again, share it: one for each disk.
+    #[arg(long, value_name = "DIR", value_delimiter = ':')]
+    pub(crate) cache_dir: Vec<PathBuf>,
     /// Most that the disk cache may take. 0: no disk cache.
     #[arg(long, value_parser = units::parse_size, default_value = "20G", value_name = "SIZE")]
     pub(crate) cache_size: u64,
@@ -70,6 +71,15 @@ pub(crate) struct Serving {
     /// Others than the user who mounts may use it; root's mounts allow that anyway.
     #[arg(long)]
     pub(crate) allow_other: bool,
+    /// Bytes per second to the bucket at most. 0: no limit.
+    #[arg(long, value_parser = units::parse_size, default_value = "0", value_name = "SIZE")]
+    pub(crate) upload_limit: u64,
+    /// Bytes per second from the bucket at most. 0: no limit.
+    #[arg(long, value_parser = units::parse_size, default_value = "0", value_name = "SIZE")]
+    pub(crate) download_limit: u64,
+    /// Part of the cache's file system that stays free, 0.0 to 1.0.
+    #[arg(long, default_value_t = 0.1, value_name = "RATIO", value_parser = parse_ratio)]
+    pub(crate) free_space_ratio: f64,
     /// Leaves deleting dead objects, compaction and expiry of the trash to other mounts.
     #[arg(long)]
     pub(crate) no_bgjob: bool,
@@ -126,7 +136,7 @@ impl Serving {
                 "relatime" => self.atime = Atime::Relatime,
                 "strictatime" | "atime" => self.atime = Atime::Strictatime,
                 "allow_other" => self.allow_other = true,
-                "cache-dir" => self.cache_dir = Some(needed()?.into()),
+                "cache-dir" => self.cache_dir = needed()?.split(':').map(Into::into).collect(),
                 "cache-size" => self.cache_size = units::parse_size(needed()?).map_err(wrong)?,
                 "buffer-size" => self.buffer_size = units::parse_size(needed()?).map_err(wrong)?,
                 "io-timeout" => self.io_timeout = parse_io_timeout(needed()?).map_err(wrong)?,
@@ -147,13 +157,22 @@ impl Serving {
                     );
                 }
                 "no-bgjob" => self.no_bgjob = true,
+                "upload-limit" => {
+                    self.upload_limit = units::parse_size(needed()?).map_err(wrong)?
+                }
+                "download-limit" => {
+                    self.download_limit = units::parse_size(needed()?).map_err(wrong)?;
+                }
+                "free-space-ratio" => {
+                    self.free_space_ratio = parse_ratio(needed()?).map_err(wrong)?;
+                }
                 "passphrase-file" => self.passphrase.passphrase_file = Some(needed()?.into()),
                 "token-file" => access.token_file = Some(needed()?.into()),
                 name if IGNORED.contains(&name) || name.starts_with("x-") => {}
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, metrics=, passphrase-file=, token-file=",
+                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, token-file=",
                     ));
                 }
             }
@@ -170,10 +189,9 @@ impl Serving {
             }
         };
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        flag(
-            "--cache-dir",
-            self.cache_dir.as_ref().map(|path| absolute(path).into()),
-        );
+        for path in &self.cache_dir {
+            flag("--cache-dir", Some(absolute(path).into()));
+        }
         flag("--cache-size", Some(self.cache_size.to_string().into()));
         flag("--buffer-size", Some(self.buffer_size.to_string().into()));
         let io_timeout = format!("{}ms", self.io_timeout.as_millis());
@@ -194,6 +212,13 @@ impl Serving {
             self.metrics.map(|address| address.to_string().into()),
         );
         arguments.extend(self.passphrase.to_arguments());
+        for (name, value) in [
+            ("--upload-limit", self.upload_limit.to_string()),
+            ("--download-limit", self.download_limit.to_string()),
+            ("--free-space-ratio", self.free_space_ratio.to_string()),
+        ] {
+            arguments.extend([name.into(), value.into()]);
+        }
         let compact_interval = format!("{}ms", self.compact_interval.as_millis());
         arguments.extend(["--compact-interval".into(), compact_interval.into()]);
         if self.no_bgjob {
@@ -211,14 +236,15 @@ impl Serving {
         arguments
     }
 
-    /// Where the disk cache is.
-    pub(crate) fn cache_directory(&self) -> PathBuf {
-        self.cache_dir
-            .clone()
-            .unwrap_or_else(|| match nix::unistd::geteuid().is_root() {
-                true => PathBuf::from("/var/cache/heliofs"),
-                false => home("XDG_CACHE_HOME", ".cache").join("heliofs/blocks"),
-            })
+    /// Where the disk cache is; at least one directory.
+    pub(crate) fn cache_directories(&self) -> Vec<PathBuf> {
+        if !self.cache_dir.is_empty() {
+            return self.cache_dir.clone();
+        }
+        vec![match nix::unistd::geteuid().is_root() {
+            true => PathBuf::from("/var/cache/heliofs"),
+            false => home("XDG_CACHE_HOME", ".cache").join("heliofs/blocks"),
+        }]
     }
 }
 
@@ -245,6 +271,17 @@ fn parse_flush_age(text: &str) -> Result<Duration, String> {
     }
     Ok(age)
 }
+
+/// A part of a whole.
+fn parse_ratio(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(ratio) if (0.0..=1.0).contains(&ratio) => Ok(ratio),
+        _ => Err("a number from 0.0 to 1.0".to_owned()),
+    }
+}
+
+/// A read that takes longer is asked for once more: stores that answer in milliseconds have moments like this.
+const HEDGE_AFTER: Duration = Duration::from_secs(1);
 
 /// Inodes and names that a mount remembers; about 300 bytes each.
 const META_CACHE_ENTRIES: usize = 300_000;
@@ -309,8 +346,17 @@ impl Serving {
                 .min(self.io_timeout / 3),
             memory_cache_bytes: self.buffer_size,
             disk_cache: (self.cache_size > 0).then(|| {
-                DiskCacheOptions::new(self.cache_directory().join(&storage.uuid), self.cache_size)
+                let directories = self.cache_directories();
+                let mut own = directories.iter().map(|it| it.join(&storage.uuid));
+                DiskCacheOptions {
+                    free_space_ratio: self.free_space_ratio,
+                    ..DiskCacheOptions::new(own.next().unwrap_or_default(), self.cache_size)
+                }
+                .and(own.collect())
             }),
+            upload_bytes_per_second: self.upload_limit,
+            download_bytes_per_second: self.download_limit,
+            hedge_after: Some(HEDGE_AFTER),
             passphrase: match storage.encryption {
                 Some(_) => Some(self.passphrase.required()?),
                 None => None,
@@ -450,7 +496,7 @@ mod tests {
         Serving {
             options: vec![options.to_owned()],
             read_only: false,
-            cache_dir: None,
+            cache_dir: Vec::new(),
             cache_size: 1,
             buffer_size: 1,
             io_timeout: Duration::from_secs(30),
@@ -459,6 +505,9 @@ mod tests {
             atime: Atime::Noatime,
             threads: None,
             allow_other: false,
+            upload_limit: 0,
+            download_limit: 0,
+            free_space_ratio: 0.1,
             no_bgjob: false,
             compact_interval: Duration::from_secs(60),
             passphrase: PassphraseSource::default(),

@@ -307,7 +307,7 @@ fn config(cases_default: u32) -> ProptestConfig {
 fn scripts_reach_what_they_are_meant_to_reach() {
     let mut runner = TestRunner::deterministic();
     let mut reached = BTreeMap::<String, usize>::new();
-    for _ in 0..72 {
+    for _ in 0..120 {
         let script = steps(160)
             .new_tree(&mut runner)
             .expect("no filters")
@@ -349,7 +349,7 @@ fn scripts_reach_what_they_are_meant_to_reach() {
         ("Create FS_ERROR_EXISTS", 20),
         ("Create FS_ERROR_ALREADY_ACKNOWLEDGED", 1),
         ("Relocate FS_ERROR_NONE", 100),
-        ("Relocate FS_ERROR_NONE while erasing", 30),
+        ("Relocate FS_ERROR_NONE while erasing", 15),
         ("Relocate FS_ERROR_SEGMENT_FENCED", 5),
         ("Unlink FS_ERROR_NONE", 20),
         ("Unlink FS_ERROR_NOT_EMPTY", 2),

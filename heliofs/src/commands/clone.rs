@@ -1,0 +1,336 @@
+//! `heliofs clone`: copies a file or a tree within a volume by sharing its data: no object is read or written.
+//!
+//! The copy is put together below a hidden name and gets its own at the end: it appears whole or not at all. It is no snapshot: what is
+//! changed in the source meanwhile may be copied in its old or its new form, file by file.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use clap::Args;
+use futures::{StreamExt, TryStreamExt};
+use heliofs_proto::ids::Ino;
+use heliofs_proto::v1::{self, Attr, FileKind, FsError, command::Op, set_time};
+use indicatif::ProgressBar;
+use meta_client::{ClientError, Session};
+use parking_lot::Mutex;
+use serde_json::json;
+
+use super::info::{self, places};
+use crate::cli::Access;
+use crate::failure::{Failure, Outcome};
+use crate::units::{self, show_size};
+use crate::{output, progress};
+
+/// Entries of a directory per question.
+const ENTRIES: u32 = 1024;
+
+/// Entries copied at once.
+const AT_ONCE: usize = 32;
+
+/// What to copy where.
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    access: Access,
+    /// SOURCE TARGET, both in one mount; or META-URL with the volume's name, then SOURCE TARGET inside the volume. TARGET must not exist.
+    #[arg(required = true, num_args = 2..=3, value_name = "PATH")]
+    paths: Vec<String>,
+}
+
+pub(crate) async fn run(options: Options, json: bool) -> Outcome {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(
+            Failure::new("clone is root's: it keeps owners and checks no permissions")
+                .hint("cp --reflink=auto shares the data of single files, too"),
+        );
+    }
+    let mut found = places(&options.access, &options.paths)?;
+    let (Some((target, places)), true) = (found.pop(), found.is_empty()) else {
+        return Err(Failure::usage("source and target lie in different volumes"));
+    };
+    let [from, to] = &places[..] else {
+        return Err(Failure::usage("a source and a target must be named"));
+    };
+    let session = target.session(false).await?;
+    let cloner = Cloner {
+        session: &session,
+        linked: Mutex::default(),
+        bar: progress::bar("clone", 0, false, json),
+        copied: AtomicU64::new(0),
+        bytes: AtomicU64::new(0),
+    };
+    let outcome = cloner.run(&from.inside, &to.inside).await;
+    cloner.bar.finish_and_clear();
+    let (copied, bytes) = (cloner.copied.into_inner(), cloner.bytes.into_inner());
+    session.detach().await;
+    outcome?;
+    if json {
+        return output::print_json(&json!({ "entries": copied, "bytes": bytes }));
+    }
+    output::line(format_args!(
+        "cloned {copied} entries with {}, sharing their data",
+        show_size(bytes)
+    ))
+}
+
+struct Cloner<'a> {
+    session: &'a Session,
+    /// Copies of files with several names.
+    linked: Mutex<HashMap<u64, u64>>,
+    bar: ProgressBar,
+    copied: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// A directory that is being filled.
+#[derive(Clone, Copy)]
+struct Pair {
+    source: Attr,
+    target: u64,
+}
+
+fn caller(attr: &Attr) -> v1::Caller {
+    v1::Caller {
+        uid: attr.uid,
+        gid: attr.gid,
+        pid: std::process::id(),
+    }
+}
+
+impl Cloner<'_> {
+    async fn run(&self, from: &Path, to: &Path) -> Outcome {
+        let missing =
+            |path: &Path| Failure::new(format!("/{}: no such file or directory", path.display()));
+        let source = info::walk(self.session, from)
+            .await?
+            .ok_or_else(|| missing(from))?;
+        let (Some(parent), Some(name)) = (to.parent(), to.file_name()) else {
+            return Err(Failure::usage("the root of the volume can't be a target"));
+        };
+        let parent = info::walk(self.session, parent)
+            .await?
+            .ok_or_else(|| missing(parent))?;
+        let name = Bytes::copy_from_slice(name.as_encoded_bytes());
+        let exists = || Failure::new(format!("/{} exists already", to.display()));
+        if info::walk(self.session, to).await?.is_some() {
+            return Err(exists());
+        }
+        let hidden = Bytes::from(format!(".heliofs-clone-{}", units::random_hex()));
+        let outcome = async {
+            self.one(&source, parent.ino, &hidden).await?;
+            let rename = Op::Rename(v1::Rename {
+                parent: parent.ino,
+                name: hidden.clone(),
+                new_parent: parent.ino,
+                new_name: name,
+                no_replace: true,
+                exchange: false,
+            });
+            match self.change(v1::Caller::default(), rename).await {
+                Err(ClientError::Verdict(FsError::Exists)) => Err(exists()),
+                other => Ok(other.map(drop)?),
+            }
+        }
+        .await;
+        if outcome.is_err() {
+            let op = Op::RemoveTree(v1::RemoveTree {
+                parent: parent.ino,
+                name: hidden.clone(),
+            });
+            match self.change(v1::Caller::default(), op).await {
+                Ok(_) | Err(ClientError::Verdict(FsError::NotFound)) => {}
+                Err(error) => {
+                    let hidden = String::from_utf8_lossy(&hidden);
+                    tracing::warn!(%error, %hidden, "what was cloned so far is left");
+                }
+            }
+        }
+        outcome
+    }
+
+    async fn change(&self, caller: v1::Caller, op: Op) -> Result<v1::Reply, ClientError> {
+        self.session.mutate(caller, op).await
+    }
+
+    /// Copies one inode, and all below it, as `name` of `parent`.
+    async fn one(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome {
+        let Some(top) = self.entry(source, parent, name).await? else {
+            return Ok(());
+        };
+        // Directories get their own times when nothing is added to them any more.
+        let mut directories = vec![top];
+        let mut next = 0;
+        while let Some(pair) = directories.get(next).copied() {
+            next += 1;
+            let mut after = 0;
+            loop {
+                let (page, _) = self
+                    .session
+                    .read_dir(Ino(pair.source.ino), after, ENTRIES, true)
+                    .await?;
+                self.bar.inc_length(page.entries.len() as u64);
+                let last = page.entries.last().map(|entry| entry.cookie);
+                let made: Vec<Option<Pair>> = futures::stream::iter(page.entries)
+                    // The hidden copy itself, if it lies in what is copied.
+                    .filter(|entry| {
+                        let own = pair.source.ino == parent && entry.name == *name;
+                        std::future::ready(!own)
+                    })
+                    .map(|entry| async move {
+                        let attr = match entry.attr {
+                            Some(attr) => attr,
+                            // A mount holds data of it back: asked for by itself, it is told to store them first.
+                            None => match self.session.get_attr(Ino(entry.ino)).await {
+                                Ok((attr, _)) => attr,
+                                // Gone between listing and look.
+                                Err(ClientError::Verdict(FsError::Stale)) => return Ok(None),
+                                Err(error) => return Err(Failure::from(error)),
+                            },
+                        };
+                        self.entry(&attr, pair.target, &entry.name).await
+                    })
+                    .buffered(AT_ONCE)
+                    .try_collect()
+                    .await?;
+                directories.extend(made.into_iter().flatten());
+                match last {
+                    Some(last) if !page.end => after = last,
+                    _ => break,
+                }
+            }
+        }
+        for pair in directories.iter().rev() {
+            self.dress(&pair.source, pair.target).await?;
+        }
+        Ok(())
+    }
+
+    /// Copies one inode but not what is below it; a directory is returned to be filled. What is gone meanwhile is passed over.
+    async fn entry(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Option<Pair>> {
+        let known = self.linked.lock().get(&source.ino).copied();
+        if let Some(ino) = known {
+            let link = Op::Link(v1::Link {
+                ino,
+                parent,
+                name: name.clone(),
+            });
+            self.change(caller(source), link).await?;
+            self.count(0);
+            return Ok(None);
+        }
+        let kind = source.kind();
+        let symlink_target = match kind {
+            FileKind::Symlink => match self.session.read_link(Ino(source.ino)).await {
+                Ok(target) => target,
+                Err(ClientError::Verdict(FsError::Stale)) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            },
+            _ => Bytes::new(),
+        };
+        let create = Op::Create(v1::Create {
+            parent,
+            name: name.clone(),
+            kind: kind as i32,
+            // Closed to others until it is whole; its own mode comes at the end.
+            mode: 0o700,
+            umask: 0,
+            rdev: source.rdev,
+            symlink_target,
+            exclusive: true,
+        });
+        let made = self.change(caller(source), create).await?.attr;
+        let target = made.map(|attr| attr.ino).unwrap_or_default();
+        if kind == FileKind::Directory {
+            self.count(0);
+            return Ok(Some(Pair {
+                source: *source,
+                target,
+            }));
+        }
+        let mut size = 0;
+        if kind == FileKind::File {
+            size = self.share(source.ino, target).await?;
+        }
+        self.dress(source, target).await?;
+        if source.nlink > 1 {
+            self.linked.lock().insert(source.ino, target);
+        }
+        self.count(size);
+        Ok(None)
+    }
+
+    fn count(&self, bytes: u64) {
+        self.copied.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.bar.inc(1);
+    }
+
+    /// Lets the target's content be the source's; its length.
+    async fn share(&self, source: u64, target: u64) -> Outcome<u64> {
+        // Opened, so that a mount that holds data of it back stores them first.
+        match self.session.open(Ino(source), 0, false).await {
+            Ok(_) => {}
+            Err(ClientError::Verdict(FsError::Stale)) => return Ok(0),
+            Err(error) => return Err(error.into()),
+        }
+        let outcome = self.share_open(source, target).await;
+        self.session.release(Ino(source));
+        Ok(outcome?)
+    }
+
+    async fn share_open(&self, source: u64, target: u64) -> Result<u64, ClientError> {
+        let mut at = 0;
+        loop {
+            let copy = Op::CopyRange(v1::CopyRange {
+                source,
+                source_offset: at,
+                target,
+                target_offset: at,
+                length: u64::MAX >> 2,
+                kill_suidgid: false,
+            });
+            let copied = self.change(v1::Caller::default(), copy).await?.value;
+            if copied == 0 {
+                return Ok(at);
+            }
+            at += copied;
+        }
+    }
+
+    /// Extended attributes, ACLs, mode and times. The owner is whom it was created for: to set it again would clear setuid.
+    async fn dress(&self, source: &Attr, target: u64) -> Outcome {
+        if source.flags != 0 {
+            let (names, _) = self.session.list_xattr(Ino(source.ino)).await?;
+            for name in names {
+                let value = match self.session.get_xattr(Ino(source.ino), name.clone()).await {
+                    Ok((value, _)) => value,
+                    Err(ClientError::Verdict(FsError::NoAttribute)) => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                let set = Op::SetXattr(v1::SetXattr {
+                    ino: target,
+                    name,
+                    value,
+                    ..v1::SetXattr::default()
+                });
+                self.change(v1::Caller::default(), set).await?;
+            }
+        }
+        let at = |nanos| {
+            Some(v1::SetTime {
+                to: Some(set_time::To::Nanos(nanos)),
+            })
+        };
+        let set = Op::SetAttr(v1::SetAttr {
+            ino: target,
+            mode: (source.kind() != FileKind::Symlink).then_some(source.mode),
+            atime: at(source.atime),
+            mtime: at(source.mtime),
+            ..v1::SetAttr::default()
+        });
+        self.change(v1::Caller::default(), set).await?;
+        Ok(())
+    }
+}
