@@ -6,6 +6,7 @@ pub(crate) mod destroy;
 pub(crate) mod format;
 pub(crate) mod info;
 pub(crate) mod meta;
+pub(crate) mod mirror;
 pub(crate) mod mount;
 pub(crate) mod raft;
 pub(crate) mod rmr;
@@ -44,6 +45,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Destroy(options) => wait(destroy::run(options, json)),
         Command::Rmr(options) => wait(rmr::run(options, json)),
         Command::Changelog(options) => wait(changelog::run(options, json)),
+        Command::Mirror(command) => wait(mirror::run(command, json)),
         Command::Version => version::run(json),
         Command::Up(_) | Command::Meta(_) | Command::Mount(_) => unreachable!("handled above"),
     }
