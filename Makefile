@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites bench-quick bench-scale bench-failover lint install
+.PHONY: help build demo test suites fuzz bench-quick bench-pack bench-scale bench-failover lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -33,8 +33,14 @@ install: build ## Copies the command to $(PREFIX)/bin (default /usr/local), with
 suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes
 	@.ci/suites $(if $(REDUCED),--reduced)
 
+fuzz: ## A million rounds of decoding damaged segments and records
+	FUZZ_ITERATIONS=1000000 cargo test --release --workspace --lib --test fuzz_records of_any_bytes
+
 bench-quick: ## heliofs beside JuiceFS, minutes
 	@benches/quick
+
+bench-pack: ## Requests to the bucket for 20,000 small files, heliofs beside JuiceFS
+	@benches/pack
 
 bench-scale: ## Memory and disk of 5 million inodes; others' latencies beside huge removals
 	@benches/scale

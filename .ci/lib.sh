@@ -102,7 +102,7 @@ now_ms() { echo $(($(date +%s%N) / 1000000)); }
 S3_ACCESS=demo-access
 S3_SECRET=demo-secret-key
 
-# A real S3 server with signatures (SeaweedFS). Sets S3_URL.
+# start_s3 [FLAG…]: a real S3 server with signatures (SeaweedFS). Sets S3_URL.
 start_s3() {
     local ports
     mapfile -t ports < <(free_ports 8)
@@ -116,7 +116,7 @@ JSON
         -volume.port="${ports[2]}" -volume.port.grpc="${ports[3]}" -volume.max=100 \
         -filer -filer.port="${ports[4]}" -filer.port.grpc="${ports[5]}" \
         -s3 -s3.port="${ports[6]}" -s3.port.grpc="${ports[7]}" -s3.config="$WORK/s3.json" \
-        -s3.port.iceberg=0 -s3.port.lance=0
+        -s3.port.iceberg=0 -s3.port.lance=0 "$@"
     S3_URL=http://127.0.0.1:${ports[6]}
     wait_for 60 "the S3 server's start" s3_answers
 }
@@ -191,6 +191,35 @@ unmount_volume() {
     done
     wait "$2" || fail "the mount process $2 ended with status $?"
     forget "$2"
+}
+
+# start_redis_juicefs PORT: a Redis that syncs every write, and a JuiceFS volume `bench` in it. Sets REDIS_URL, JUICEFS.
+start_redis_juicefs() {
+    mkdir "$WORK/redis"
+    start redis redis-server --bind 127.0.0.1 --port "$1" --dir "$WORK/redis" --appendonly yes --appendfsync always --save ""
+    REDIS_URL=redis://127.0.0.1:$1/1
+    JUICEFS=$TOOLS/juicefs/bin/juicefs
+    wait_for 20 "Redis' start" redis-cli -p "$1" ping
+    "$JUICEFS" format --storage s3 --bucket "$S3_URL/juicefs" --access-key "$S3_ACCESS" --secret-key "$S3_SECRET" --trash-days 0 \
+        "$REDIS_URL" bench >"$WORK/juicefs-format.log" 2>&1 || { tail -5 "$WORK/juicefs-format.log" >&2; fail "juicefs format failed"; }
+}
+
+# mount_juicefs DIRECTORY CACHE [FLAG…]. Sets JUICEFS_PID.
+mount_juicefs() {
+    local directory=$1 cache=$2
+    shift 2
+    mkdir -p "$directory"
+    MOUNTS+=("$directory")
+    start "mount-$(basename "$directory")" "$JUICEFS" mount --no-usage-report --cache-dir "$cache" --log "$WORK/juicefs-mount.log" "$@" \
+        "$REDIS_URL" "$directory"
+    JUICEFS_PID=$STARTED
+    wait_for 30 "JuiceFS' mount" mountpoint -q "$directory"
+}
+
+umount_juicefs() {
+    umount "$1"
+    wait "$JUICEFS_PID" || true
+    forget "$JUICEFS_PID"
 }
 
 build() {

@@ -1,6 +1,7 @@
 //! Segments, object stores and cache tiers: how a file's bytes get into a bucket and back, verified.
 //!
 //! - [`segment`]: the immutable object format (docs/FORMAT.md holds the byte maps); pure
+//! - [`keys`]: the key of an encrypted volume
 //! - [`object`]: buckets behind one interface, with retries, time-outs and errors that say what to do
 //! - [`store`]: [`SegmentStore`], which puts, reads and deletes segments through the cache tiers
 //! - [`cache`]: the memory tier and the disk tier that survives a restart
@@ -15,6 +16,7 @@
 
 pub mod cache;
 pub mod error;
+pub mod keys;
 #[cfg(any(test, feature = "failing"))]
 pub mod layers;
 pub mod metrics;
@@ -24,6 +26,7 @@ pub mod segment;
 pub mod store;
 
 pub use error::{Kind, StoreError};
+pub use keys::{Passphrase, VolumeKey};
 pub use object::Bucket;
 pub use read::window::{ReadAhead, ReadAheadOptions};
 pub use segment::{EncodedSegment, FrameNumber, FrameRange, SegmentBuilder};

@@ -7,12 +7,17 @@
 //! **The gate.** An answer that was checked against the cache and is being written to the kernel must not overtake the
 //! kernel's invalidation. Answers are checked and written under the gate's read lock; a notifier passes the gate's write lock
 //! before it tells the kernel, so that every answer that was checked too early has been written by then.
+//!
+//! **The kernel's share.** The kernel goes by what it was told for at most [`KERNEL_LIFETIME_MAX`], asking nobody. When the
+//! session's stream breaks, pushes are missed, so it is told to forget what it was told within that time; what changes after the
+//! session is back is pushed to it, told on the new stream or not.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use bytes::Bytes;
 use fuser::{INodeNo, Notifier};
@@ -20,8 +25,9 @@ use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use meta_client::Watcher;
 use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
+use crate::fs::KERNEL_LIFETIME_MAX;
 use crate::fs::dir::DirHandle;
 use crate::inode::InodeTable;
 use crate::meta_cache::MetaCache;
@@ -73,6 +79,47 @@ impl Default for Lane {
     }
 }
 
+/// Notices kept of what the kernel was told, per span of [`KERNEL_LIFETIME_MAX`]; what is told beyond runs out by itself.
+const TOLD_MAX: usize = 1 << 17;
+
+/// What the kernel was told and may still go by.
+struct Told {
+    /// Told since `turned`.
+    now: Vec<Notice>,
+    /// Told in the span before.
+    before: Vec<Notice>,
+    turned: Instant,
+}
+
+impl Told {
+    fn new(now: Instant) -> Self {
+        Self {
+            now: Vec::new(),
+            before: Vec::new(),
+            turned: now,
+        }
+    }
+
+    fn push(&mut self, notice: Notice, now: Instant) {
+        let age = now.saturating_duration_since(self.turned);
+        if age >= KERNEL_LIFETIME_MAX {
+            self.before = std::mem::take(&mut self.now);
+            if age >= KERNEL_LIFETIME_MAX * 2 {
+                self.before.clear();
+            }
+            self.turned = now;
+        }
+        if self.now.len() < TOLD_MAX {
+            self.now.push(notice);
+        }
+    }
+
+    fn take(&mut self) -> impl Iterator<Item = Notice> + use<> {
+        let before = std::mem::take(&mut self.before);
+        before.into_iter().chain(std::mem::take(&mut self.now))
+    }
+}
+
 /// See the module. Made before the session, which it watches.
 pub struct Coherence {
     /// Attributes and names.
@@ -84,6 +131,9 @@ pub struct Coherence {
     open_dirs: Mutex<HashMap<u64, Vec<Weak<DirHandle>>>>,
     lanes: Vec<Lane>,
     gate: RwLock<()>,
+    told: Mutex<Told>,
+    recalled: mpsc::UnboundedSender<u64>,
+    recalls: Mutex<Option<mpsc::UnboundedReceiver<u64>>>,
 }
 
 impl std::fmt::Debug for Coherence {
@@ -97,6 +147,7 @@ impl Coherence {
     /// data.
     pub fn new(inodes_max: usize, names_max: usize, buffer_bytes_max: u64) -> Arc<Self> {
         let budget = Arc::new(Budget::new(buffer_bytes_max));
+        let (recalled, recalls) = mpsc::unbounded_channel();
         Arc::new(Self {
             cache: MetaCache::new(inodes_max, names_max),
             inodes: InodeTable::new(budget.clone()),
@@ -104,12 +155,32 @@ impl Coherence {
             open_dirs: Mutex::default(),
             lanes: (0..NOTIFIERS).map(|_| Lane::default()).collect(),
             gate: RwLock::new(()),
+            told: Mutex::new(Told::new(Instant::now())),
+            recalled,
+            recalls: Mutex::new(Some(recalls)),
         })
     }
 
     /// Held while an answer is checked and written to the kernel.
     pub fn gate(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read()
+    }
+
+    /// Inodes whose write leases are wanted back. Taken once; a second call returns `None`.
+    pub(crate) fn recalls(&self) -> Option<mpsc::UnboundedReceiver<u64>> {
+        self.recalls.lock().take()
+    }
+
+    /// The kernel is about to be told `ino`'s attributes (0: none), and that `name` in a parent names it. Under the gate.
+    pub fn kernel_told(&self, ino: u64, name: Option<(u64, &[u8])>) {
+        let now = Instant::now();
+        let mut told = self.told.lock();
+        if ino != 0 {
+            told.push(Notice::Attr(ino), now);
+        }
+        if let Some((parent, name)) = name {
+            told.push(Notice::Entry(parent, Bytes::copy_from_slice(name)), now);
+        }
     }
 
     /// A directory was opened here: its buffered entries must follow changes.
@@ -268,6 +339,11 @@ impl Watcher for Coherence {
         }
     }
 
+    fn recalled(&self, ino: u64) {
+        // Without a receiver the mount is going, and the lease goes with the session.
+        let _: Result<(), _> = self.recalled.send(ino);
+    }
+
     fn forget_all(&self) {
         self.cache.forget_all();
         for inode in self.inodes.all() {
@@ -284,5 +360,52 @@ impl Watcher for Coherence {
         for dir in dirs {
             dir.forget();
         }
+        // The lease is gone by now, so that nothing is added behind this that would last.
+        let told = self.told.lock().take();
+        for notice in told {
+            self.tell(notice);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn waiting(coherence: &Coherence) -> HashSet<Notice> {
+        let lanes = coherence.lanes.iter();
+        lanes
+            .flat_map(|lane| lane.queue.lock().known.clone())
+            .collect()
+    }
+
+    #[test]
+    fn a_broken_stream_makes_the_kernel_forget_what_it_was_told() {
+        let coherence = Coherence::new(10, 10, 1 << 20);
+        coherence.kernel_told(7, Some((1, b"a")));
+        coherence.kernel_told(0, Some((1, b"missing")));
+        coherence.forget_all();
+        let expected = HashSet::from([
+            Notice::Attr(7),
+            Notice::Entry(1, Bytes::from_static(b"a")),
+            Notice::Entry(1, Bytes::from_static(b"missing")),
+        ]);
+        assert_eq!(waiting(&coherence), expected);
+    }
+
+    #[test]
+    fn what_ran_out_in_the_kernel_is_not_kept() {
+        let base = Instant::now();
+        let at = |ms| base + Duration::from_millis(ms);
+        let mut told = Told::new(base);
+        told.push(Notice::Attr(1), at(100));
+        told.push(Notice::Attr(2), at(1100));
+        assert_eq!(told.before, [Notice::Attr(1)], "it may last until 1100");
+        told.push(Notice::Attr(3), at(2200));
+        assert_eq!(told.before, [Notice::Attr(2)]);
+        told.push(Notice::Attr(4), at(9000));
+        let left: Vec<_> = told.take().collect();
+        assert_eq!(left, [Notice::Attr(4)]);
     }
 }

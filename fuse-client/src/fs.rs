@@ -19,13 +19,14 @@ pub mod xattr;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use blockstore::SegmentStore;
 use heliofs_proto::ids::{Position, VolumeId};
 use heliofs_proto::v1;
-use meta_client::{ClientError, Session};
+use meta_client::{ClientError, Session, Watcher};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +38,7 @@ use crate::inode::Inode;
 use crate::meta_cache::Generation;
 use crate::metrics::Metrics;
 use crate::options::FsOptions;
+use crate::write::pack::Packer;
 use crate::write::segment_ids::SegmentIds;
 use dir::DirHandle;
 use file::FileHandle;
@@ -86,6 +88,9 @@ pub struct Fs {
     metrics: Metrics,
     clock: Clock,
     segment_ids: SegmentIds,
+    packer: Packer,
+    /// Bytes that the volume's limit leaves, when last asked; 0 before.
+    room: AtomicU64,
     files: Handles<FileHandle>,
     dirs: Handles<DirHandle>,
     /// Inodes with uncommitted data.
@@ -93,6 +98,8 @@ pub struct Fs {
     runtime: tokio::runtime::Handle,
     /// Ends the background.
     stop: CancellationToken,
+    /// The path of a file that could not be read is being asked for.
+    pub(crate) naming: AtomicBool,
 }
 
 impl std::fmt::Debug for Fs {
@@ -122,11 +129,14 @@ impl Fs {
             metrics,
             clock: Clock::default(),
             segment_ids: SegmentIds::default(),
+            packer: Packer::default(),
+            room: AtomicU64::new(0),
             files: Handles::default(),
             dirs: Handles::default(),
             dirty: Mutex::default(),
             runtime: runtime.clone(),
             stop: CancellationToken::new(),
+            naming: AtomicBool::new(false),
         });
         fs.start_background();
         fs
@@ -168,7 +178,13 @@ impl Fs {
     ) -> Duration {
         let cache = &self.coherence.cache;
         if generation == cache.generation() && cache.is_fresh(ino, at, name) {
-            self.session.load().lease_left().min(KERNEL_LIFETIME_MAX)
+            let session = self.session.load();
+            if session.lease_left().is_zero() {
+                return Duration::ZERO;
+            }
+            // Before the lease is read: whoever takes it back makes the kernel forget what is noted by then.
+            self.coherence.kernel_told(ino, name);
+            session.lease_left().min(KERNEL_LIFETIME_MAX)
         } else {
             Duration::ZERO
         }
@@ -200,25 +216,32 @@ impl Fs {
 
     /// Proposes a change and keeps every attribute that the reply tells.
     async fn mutate(&self, caller: Caller, op: v1::command::Op) -> FsResult<Changed> {
-        self.writable()?;
-        Ok(self.try_mutate(caller, op).await?)
-    }
-
-    /// As [`Fs::mutate`], with the session's error.
-    pub(crate) async fn try_mutate(
-        &self,
-        caller: Caller,
-        op: v1::command::Op,
-    ) -> Result<Changed, ClientError> {
         use v1::command::Op;
+        self.writable()?;
         let generation = self.coherence.cache.generation();
         let own_content = match &op {
-            Op::Commit(_) | Op::Fallocate(_) | Op::CopyRange(_) => true,
+            Op::Fallocate(_) | Op::CopyRange(_) => true,
             Op::SetAttr(change) => change.size.is_some(),
             _ => false,
         };
         let reply = self.session().mutate(caller.into(), op).await?;
         Ok(self.absorb(generation, reply, own_content))
+    }
+
+    /// Proposes a commit. What it says about each file is in the reply, unless it is refused as a whole.
+    pub(crate) async fn commit(
+        &self,
+        op: v1::command::Op,
+    ) -> Result<(v1::Reply, Position), ClientError> {
+        let generation = self.coherence.cache.generation();
+        let caller = Caller::default().into();
+        let reply = self.session().mutate_raw(caller, op).await?;
+        let at = reply.position.map(Position::from).unwrap_or_default();
+        for attr in reply.files.iter().filter_map(|file| file.attr.as_ref()) {
+            self.saw_as(generation, attr, at, true);
+            self.clock.saw(attr.ctime);
+        }
+        Ok((reply, at))
     }
 
     /// Keeps every attribute that a reply tells.
@@ -237,6 +260,16 @@ impl Fs {
         }
         if let Some(attr) = &reply.attr {
             self.clock.saw(attr.ctime);
+        }
+        for ino in &reply.forget {
+            // As if somebody else had changed it: what the command did there is not in the reply.
+            self.coherence.invalidated(&v1::Invalidation {
+                position: reply.position,
+                ino: *ino,
+                attr: true,
+                all_names: true,
+                ..v1::Invalidation::default()
+            });
         }
         Changed {
             reply,

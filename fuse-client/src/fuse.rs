@@ -131,6 +131,11 @@ impl Adapter {
     }
 }
 
+/// Whether open's flags ask for writing.
+fn writes(flags: i32) -> bool {
+    flags & libc::O_ACCMODE != libc::O_RDONLY
+}
+
 /// Kind of the inode that mknod asks for.
 fn kind_of_mode(mode: u32) -> FsResult<FileKind> {
     Ok(match mode & libc::S_IFMT {
@@ -382,6 +387,7 @@ impl Filesystem for Adapter {
         let how = OpenHow {
             truncate: flags.0 & libc::O_TRUNC != 0,
             kill_suidgid: Raw::of(request).open_kills_suidgid(),
+            write: writes(flags.0),
         };
         self.answer(
             Op::Open,
@@ -408,6 +414,7 @@ impl Filesystem for Adapter {
         let how = OpenHow {
             truncate: flags & libc::O_TRUNC != 0,
             kill_suidgid: Raw::of(request).open_kills_suidgid(),
+            write: writes(flags),
         };
         let exclusive = flags & libc::O_EXCL != 0;
         let modes = (mode & 0o7777, umask);
@@ -502,10 +509,10 @@ impl Filesystem for Adapter {
             Op::Flush,
             |fs| async move {
                 let file = fs.file(handle.0)?;
-                let synced = fs.sync(&file).await;
+                let closed = fs.close(&file).await;
                 // After the data: who gets the lock next must see it.
                 fs.release_locks(ino.0, lock_owner.0, false).await?;
-                synced
+                closed
             },
             |_, done| reply::empty(reply, done),
         );

@@ -73,6 +73,8 @@ pub struct InodeState {
     pub next_batch: u64,
     /// `None`: must be fetched.
     pub content: Option<Content>,
+    /// What identified the content when it was last known, unless somebody else changed it since.
+    pub base_seq: Option<u64>,
     /// Answers about the content that are older than this are stale.
     pub content_floor: Position,
     /// The newest size that the server told, for files whose content isn't known; a hint.
@@ -106,6 +108,7 @@ impl Inode {
                 batches: BTreeMap::new(),
                 next_batch: 1,
                 content: None,
+                base_seq: None,
                 content_floor: Position::START,
                 size_hint: 0,
                 mtime: None,
@@ -208,6 +211,7 @@ impl InodeState {
             .is_some_and(|content| content.data_seq < attr.data_seq)
         {
             self.content = None;
+            self.base_seq = None;
             self.content_floor = at;
         }
     }
@@ -254,6 +258,9 @@ impl InodeState {
         }
         self.content_floor = at;
         self.size_hint = attr.size;
+        if self.base_seq.is_some() {
+            self.base_seq = Some(attr.data_seq);
+        }
         let content = self.content.as_mut()?;
         let before = content.data_seq;
         edit(content);
@@ -267,11 +274,14 @@ impl InodeState {
         self.content_floor = self.content_floor.max(at);
         // Even if it is newer: the server no longer remembers that we know.
         self.content = None;
+        self.base_seq = None;
     }
 
     /// Everything that the server told may be outdated.
     pub fn forget(&mut self) {
-        self.content = None;
+        if let Some(content) = self.content.take() {
+            self.base_seq = Some(content.data_seq);
+        }
     }
 }
 

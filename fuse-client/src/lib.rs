@@ -5,7 +5,7 @@
 //! - `fuse`: the adapter between the kernel and [`fs`]
 //! - [`coherence`]: keeps caches in step with other mounts; the session's watcher
 //! - [`meta_cache`]: attributes and names; [`inode`]: open and dirty files; [`handles`]: numbers of open files
-//! - [`write`] and [`read`]: the data path
+//! - [`write`] and [`read`]: the data path; [`compact`]: sparse segments become full ones
 //! - [`clock`], [`errno`], [`metrics`], [`options`]
 //!
 //! ```no_run
@@ -25,6 +25,7 @@
 
 pub mod clock;
 pub mod coherence;
+pub mod compact;
 pub mod errno;
 pub mod fs;
 mod fuse;
@@ -41,4 +42,4 @@ pub use coherence::Coherence;
 pub use errno::{Errno, FsResult};
 pub use fs::Fs;
 pub use mount::{MountError, Mounted, mount};
-pub use options::{AtimePolicy, FsOptions, MountOptions};
+pub use options::{AtimePolicy, CompactionOptions, FsOptions, MountOptions};

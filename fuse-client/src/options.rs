@@ -25,10 +25,37 @@ pub struct FsOptions {
     pub segment_bytes: u64,
     /// Uncommitted data is committed after this time, whether or not anybody asks.
     pub flush_age: Duration,
+    /// close returns at once while the session holds the file's write lease; otherwise it waits until the data is committed.
+    pub defer_close: bool,
     /// Largest read-ahead window of an open file, bytes; 0 turns read-ahead off.
     pub read_ahead_bytes_max: u64,
     /// Whether this mount deletes dead segments from the bucket.
     pub delete_segments: bool,
+    /// How this mount takes its turn at compacting sparse segments; `None`: it does not.
+    pub compaction: Option<CompactionOptions>,
+}
+
+/// Compaction in the background.
+#[derive(Clone, Debug)]
+pub struct CompactionOptions {
+    /// Between two looks for sparse segments. A segment is compacted only if it was sparse at two looks of this mount: one that
+    /// is still being filled is left alone.
+    pub pause: Duration,
+    /// A segment is sparse when at most this part of its data lives. All others being fuller, what is stored stays below
+    /// 100 / 70 of what lives.
+    pub live_percent_max: u32,
+    /// Bytes written per second at most.
+    pub bytes_per_second: u64,
+}
+
+impl Default for CompactionOptions {
+    fn default() -> Self {
+        Self {
+            pause: Duration::from_secs(60),
+            live_percent_max: 70,
+            bytes_per_second: 32 << 20,
+        }
+    }
 }
 
 impl Default for FsOptions {
@@ -37,9 +64,11 @@ impl Default for FsOptions {
             read_only: false,
             atime: AtimePolicy::Off,
             segment_bytes: 4 << 20,
-            flush_age: Duration::from_secs(3),
+            flush_age: Duration::from_secs(1),
+            defer_close: true,
             read_ahead_bytes_max: 8 << 20,
             delete_segments: true,
+            compaction: Some(CompactionOptions::default()),
         }
     }
 }

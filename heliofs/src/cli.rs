@@ -51,10 +51,18 @@ pub(crate) enum Command {
     Info(commands::info::Options),
     /// Shows or changes a volume's settings.
     Config(commands::config::Options),
+    /// Checks metadata, objects and data against each other.
+    Fsck(commands::fsck::Options),
+    /// Finds objects that nothing refers to.
+    Gc(commands::gc::Options),
+    /// Copies what lives in sparse objects together.
+    Compact(commands::compact::Options),
     /// Destroys a volume and its objects.
     Destroy(commands::destroy::Options),
     /// Removes whole trees in one step.
     Rmr(commands::rmr::Options),
+    /// Shows what is in the trash, and puts it back.
+    Restore(commands::restore::Options),
     /// Prints a volume's history.
     Changelog(commands::changelog::Options),
     /// Mirrors of volumes in other regions: slots at the source, status at the mirror.

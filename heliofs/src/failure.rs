@@ -13,6 +13,9 @@ const USAGE: u8 = 2;
 /// Two things that should be equal are not.
 const DIFFERS: u8 = 2;
 
+/// A check has found damage that is left; fsck(8) of other file systems uses the same number.
+const DAMAGED: u8 = 4;
+
 /// Why a command ends without success.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -46,6 +49,14 @@ impl Failure {
     pub(crate) fn differs(message: impl fmt::Display) -> Self {
         Self {
             code: DIFFERS,
+            ..Self::new(message)
+        }
+    }
+
+    /// Damage was found.
+    pub(crate) fn damaged(message: impl fmt::Display) -> Self {
+        Self {
+            code: DAMAGED,
             ..Self::new(message)
         }
     }
@@ -87,7 +98,7 @@ impl Failure {
         self.exit_code()
     }
 
-    /// 1 or 2.
+    /// 1, 2 or 4.
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.code)
     }
@@ -169,6 +180,9 @@ impl From<ClientError> for Failure {
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let hint = match &error {
+            StoreError::Denied { operation, .. } if operation.contains("key") => Some(
+                "give the passphrase of this volume: --passphrase-file FILE or HELIOFS_PASSPHRASE",
+            ),
             StoreError::Denied { .. } => Some(
                 "check the access key, the secret key and the bucket's policy; keys come from --access-key and \
                  SECRET_KEY or --secret-key-file",

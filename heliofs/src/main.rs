@@ -2,10 +2,10 @@
 //!
 //! - [`cli`]: flags that all commands share, and the list of commands; [`commands`]: one file per command
 //! - [`failure`]: errors with a hint and an exit code
-//! - [`connect`]: META-URL and token to a cluster; [`mounts`]: which mounts run on this machine
+//! - [`passphrase`]: of encrypted volumes; [`connect`]: META-URL and token to a cluster; [`mounts`]: which mounts run on this machine
 //! - [`mirror_target`]: a metadata node as a mirror
 //! - [`background`]: `-d`; [`fstab`]: `mount.heliofs`; [`signals`]; [`serve_metrics`]; [`log`]
-//! - [`units`], [`output`]: sizes, times and tables as people write and read them
+//! - [`units`], [`output`], [`progress`]: sizes, times and tables as people write and read them
 
 mod background;
 mod cli;
@@ -17,6 +17,8 @@ mod log;
 mod mirror_target;
 mod mounts;
 mod output;
+mod passphrase;
+mod progress;
 mod serve_metrics;
 mod signals;
 mod units;

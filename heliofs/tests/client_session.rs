@@ -450,6 +450,8 @@ impl Watcher for Heard {
     }
 
     fn forget_all(&self) {}
+
+    fn recalled(&self, _: u64) {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

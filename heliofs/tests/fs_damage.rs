@@ -113,7 +113,8 @@ fn a_corrupt_cache_file_is_replaced_from_the_bucket() {
 fn a_damaged_object_is_an_error_that_is_logged_and_never_other_bytes() {
     let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
     cluster.format_file("objects", &[]);
-    let mount = cluster.mount("objects");
+    // An object for each: files that are stored together share one.
+    let mount = Mount::of(&cluster, "objects", &["--close-sync"]);
     for (name, seed) in [("truncated", 1), ("flipped", 2), ("gone", 3), ("sound", 4)] {
         fs::write(mount.join(name), content(seed)).unwrap();
     }
@@ -145,6 +146,21 @@ fn a_damaged_object_is_an_error_that_is_logged_and_never_other_bytes() {
     }
     let log = mount.process.log();
     assert!(log.contains("corrupt data"), "{log}");
+    // One more time alone, since paths are asked for one at a time: the line names volume, segment, page and path.
+    support::wait_for("the path", std::time::Duration::from_secs(30), || {
+        assert!(fs::read(mount.join("flipped")).is_err());
+        let log = mount.process.log();
+        let named = |line: &str| {
+            let words = [
+                "read failed",
+                "path=\"/flipped\"",
+                "volume 1 segment",
+                "page",
+            ];
+            words.iter().all(|word| line.contains(word))
+        };
+        log.lines().any(named).then_some(())
+    });
     mount.unmount();
 }
 

@@ -150,7 +150,11 @@ fn every_kind_of_write_is_refused_by_the_kernel_and_by_the_server() {
     let mount = source.mount("quiet");
     fs::write(mount.join("file"), "text").unwrap();
     fs::create_dir(mount.join("dir")).unwrap();
-    fs::write(mount.join("dir/inner"), "more").unwrap();
+    fs::write(mount.join("dir/inner"), vec![b'x'; 50_000]).unwrap();
+    File::open(mount.join("dir/inner"))
+        .unwrap()
+        .sync_all()
+        .unwrap();
     File::open(mount.join("file")).unwrap().sync_all().unwrap();
     let mirror = mirror_of(
         &source,
@@ -187,6 +191,13 @@ fn every_kind_of_write_is_refused_by_the_kernel_and_by_the_server() {
     let url = mirror.volume_url("far-away");
     let config = mirror.run(&["config", &url, "--capacity", "1G"]);
     config.failure(1, "is a mirror");
+    // What would delete objects by what the mirror knows.
+    for command in ["gc", "compact"] {
+        mirror.run(&[command, &url]).failure(1, "is a mirror");
+    }
+    let repair = mirror.run(&["fsck", &url, "--repair"]);
+    repair.failure(1, "is a mirror");
+    mirror.run(&["fsck", &url]).success();
 
     // Past the kernel.
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -228,6 +239,15 @@ fn every_kind_of_write_is_refused_by_the_kernel_and_by_the_server() {
     ]);
     assert_eq!(verify.success().json()["differ"], 0);
     seen.unmount();
+    // Destroying a mirror leaves the source and its objects alone. It is mirrored again, since the nodes are told to.
+    mirror.run(&["destroy", &url, "--yes"]).success();
+    wait_for_status(&mirror, "far-away", "another mirror", |status| {
+        status["applied"] == token.as_str() && status["doing"] == "following"
+    });
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    let fresh = source.mount("quiet");
+    assert_eq!(fs::read(fresh.join("dir/inner")).unwrap(), [b'x'; 50_000]);
+    fresh.unmount();
     mount.unmount();
 }
 

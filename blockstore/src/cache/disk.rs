@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 
 use super::disk_file::{self, Found, RunKey};
 use crate::metrics::Metrics;
-use crate::segment::page::PageIdentity;
+use crate::segment::page::{Page, PageIdentity};
 use crate::store::options::DiskCacheOptions;
 use crate::{FrameNumber, StoreError};
 
@@ -128,7 +128,7 @@ impl DiskTier {
         segment: SegmentId,
         frame: FrameNumber,
         pages: Range<u32>,
-    ) -> Vec<Option<Bytes>> {
+    ) -> Vec<Option<Page>> {
         let mut found = vec![None; pages.len()];
         let mut page = pages.start;
         while page < pages.end {

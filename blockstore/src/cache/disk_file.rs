@@ -12,7 +12,7 @@ use heliofs_proto::ids::SegmentId;
 
 use crate::FrameNumber;
 use crate::segment::layout::PAGE_STRIDE;
-use crate::segment::page::{PageIdentity, take_page};
+use crate::segment::page::{Page, PageIdentity, take_page};
 
 /// The file's first bytes.
 const MAGIC: [u8; 8] = *b"HELIOPG1";
@@ -112,7 +112,7 @@ pub(super) fn write(
 #[derive(Debug)]
 pub(super) enum Found {
     /// Every page that was asked for, verified.
-    Pages(Vec<Bytes>),
+    Pages(Vec<Page>),
     /// The file is gone: evicted meanwhile, or removed by a person.
     Gone,
     /// The file is not what it should be.
@@ -153,7 +153,7 @@ pub(super) fn read(
         let mut found = Vec::with_capacity((pages.end - pages.start) as usize);
         for page in pages.clone() {
             match take_page(&mut raw, &origin, page) {
-                Ok(page) => found.push(page.data),
+                Ok(page) => found.push(page),
                 Err(fault) => return Ok(Found::Corrupt(format!("page {page}: {fault}"))),
             }
         }

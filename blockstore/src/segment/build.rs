@@ -5,6 +5,7 @@ use heliofs_proto::ids::{SegmentId, VolumeId};
 use heliofs_proto::limits::FRAME_BYTES_MAX;
 use heliofs_proto::v1;
 
+use super::codec::FrameEncoder;
 use super::layout::{FRAME_ALIGN, FrameNumber, PAGE_BYTES, PAGE_HEADER_BYTES, frame_extent_bytes};
 use super::object::{self, FrameEntry};
 use super::page::{Codec, PageIdentity};
@@ -27,6 +28,8 @@ pub struct EncodedSegment {
     pub data_bytes: u64,
     /// Its frames, in order of place.
     pub frames: Vec<FrameEntry>,
+    /// The data of those frames that are compressed or encrypted, for the caches.
+    pub plain: Vec<(FrameNumber, Vec<Bytes>)>,
 }
 
 impl EncodedSegment {
@@ -61,12 +64,21 @@ pub struct SegmentBuilder {
     checksum: crc32fast::Hasher,
     data_bytes: u64,
     frames: Vec<FrameEntry>,
+    plain: Vec<(FrameNumber, Vec<Bytes>)>,
+    encoder: FrameEncoder,
 }
 
 impl SegmentBuilder {
-    /// An empty segment `id` of `volume`.
+    /// An empty segment `id` of `volume`, whose frames are stored as they are.
     pub fn new(volume: VolumeId, id: SegmentId) -> Self {
+        Self::encoding(volume, id, FrameEncoder::default())
+    }
+
+    /// An empty segment `id` of `volume`, whose frames `encoder` encodes.
+    pub fn encoding(volume: VolumeId, id: SegmentId, encoder: FrameEncoder) -> Self {
         let mut builder = Self {
+            encoder,
+            plain: Vec::new(),
             volume,
             id,
             chunks: Vec::new(),
@@ -99,13 +111,40 @@ impl SegmentBuilder {
     ///
     /// Errors: `Invalid` when the frame is empty or longer than [`FRAME_BYTES_MAX`], or the segment exceeds 64 GiB.
     pub fn add_frame(&mut self, pieces: Vec<Bytes>) -> Result<FrameNumber, StoreError> {
-        let stored: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
-        if stored == 0 || stored > FRAME_BYTES_MAX {
+        let decoded: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
+        if decoded == 0 || decoded > FRAME_BYTES_MAX {
             return Err(StoreError::Invalid(format!(
-                "a frame of {stored} bytes; 1..={FRAME_BYTES_MAX} are allowed"
+                "a frame of {decoded} bytes; 1..={FRAME_BYTES_MAX} are allowed"
             )));
         }
-        let frame = self.begin_frame(stored)?;
+        let frame = self.begin_frame(decoded)?;
+        let identity = PageIdentity {
+            volume: self.volume,
+            segment: self.id,
+            frame,
+        };
+        match self.encoder.encode(&identity, &pieces)? {
+            Some((codec, stored)) => {
+                // Again, with the length that it really has.
+                self.begin_frame(stored.len() as u64)?;
+                self.append_pages(codec, identity, decoded, stored.len() as u64, vec![stored]);
+                self.plain.push((frame, pieces));
+            }
+            None => {
+                self.append_pages(Codec::PLAIN, identity, decoded, decoded, pieces);
+            }
+        }
+        Ok(frame)
+    }
+
+    fn append_pages(
+        &mut self,
+        codec: Codec,
+        identity: PageIdentity,
+        decoded: u64,
+        stored: u64,
+        pieces: Vec<Bytes>,
+    ) {
         let mut pieces = Pieces::new(pieces);
         for page in 0..stored.div_ceil(PAGE_BYTES as u64) as u32 {
             let mut left = PAGE_BYTES.min((stored - u64::from(page) * PAGE_BYTES as u64) as usize);
@@ -118,28 +157,22 @@ impl SegmentBuilder {
                 self.length += piece.len() as u64;
                 self.chunks.push(piece);
             }
-            let header = PageIdentity {
-                volume: self.volume,
-                segment: self.id,
-                frame,
-            }
-            .encode(Codec::None, page, stored as u32, data.clone());
+            let header = identity.encode(codec, page, stored as u32, data.clone());
             // One pass over the data serves both sums: the object's is combined from those of its parts.
             self.checksum.update(&header);
             self.checksum.combine(&data);
             self.length += PAGE_HEADER_BYTES as u64;
             self.chunks[header_at] = Bytes::copy_from_slice(&header);
         }
-        self.data_bytes += stored;
+        self.data_bytes += decoded;
         self.frames.push(FrameEntry {
-            frame,
+            frame: identity.frame,
             stored_bytes: stored as u32,
-            decoded_bytes: stored as u32,
-            codec: Codec::None,
-            origin_segment: self.id,
-            origin_frame: frame,
+            decoded_bytes: decoded as u32,
+            codec,
+            origin_segment: identity.segment,
+            origin_frame: identity.frame,
         });
-        Ok(frame)
     }
 
     /// Appends a frame copied verbatim from another segment of the same volume (compaction): `entry` is its entry there,
@@ -184,6 +217,7 @@ impl SegmentBuilder {
             checksum: self.checksum.finalize(),
             data_bytes: self.data_bytes,
             frames: self.frames,
+            plain: self.plain,
         }
     }
 

@@ -19,6 +19,9 @@ pub const PAGE_STRIDE: usize = PAGE_HEADER_BYTES + PAGE_BYTES;
 /// Frames start at multiples of this, so that 32 bits name a place within 64 GiB.
 pub const FRAME_ALIGN: u64 = 16;
 
+/// Stored bytes of a frame at most: encryption and the table of blocks make a frame that does not compress 21 KiB longer.
+pub const STORED_BYTES_MAX: u64 = FRAME_BYTES_MAX + (64 << 10);
+
 /// The object's header; the first frame follows it.
 pub const HEADER_BYTES: usize = 64;
 

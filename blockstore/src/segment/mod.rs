@@ -2,10 +2,12 @@
 //!
 //! - [`layout`]: sizes, magics, and the names of places ([`FrameNumber`], [`FrameRange`])
 //! - [`page`]: the header in front of each page, and its verification
+//! - [`codec`]: compression and encryption of frames
 //! - [`build`]: [`SegmentBuilder`] and [`EncodedSegment`]
 //! - [`object`]: header and footer of the object, and the check of a whole one
 
 pub mod build;
+pub mod codec;
 pub mod layout;
 pub mod object;
 pub mod page;
@@ -13,5 +15,7 @@ pub mod page;
 pub use build::{EncodedSegment, SegmentBuilder};
 pub use layout::{FrameNumber, FrameRange};
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

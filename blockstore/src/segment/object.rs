@@ -145,7 +145,7 @@ pub fn encode_footer(
         footer.put_u32_le(entry.frame.0);
         footer.put_u32_le(entry.stored_bytes);
         footer.put_u32_le(entry.decoded_bytes);
-        footer.put_u8(entry.codec as u8);
+        footer.put_u8(entry.codec.byte());
         footer.put_bytes(0, 3);
         footer.put_u64_le(entry.origin_segment.0);
         footer.put_u32_le(entry.origin_frame.0);
@@ -266,11 +266,11 @@ pub fn check_object(
             })?;
         if pages
             .iter()
-            .any(|page| page.frame_bytes != entry.stored_bytes)
+            .any(|page| page.frame_bytes != entry.stored_bytes || page.codec != entry.codec)
             || !rest.is_empty()
         {
             return Err(ObjectFault::Impossible(
-                "a frame has another length than its entry",
+                "a frame has another length or codec than its entry",
             ));
         }
         at = end;

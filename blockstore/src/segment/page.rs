@@ -5,29 +5,81 @@
 
 use bytes::{Buf, Bytes};
 use heliofs_proto::ids::{SegmentId, VolumeId};
-use heliofs_proto::limits::FRAME_BYTES_MAX;
 
-use super::layout::{FrameNumber, PAGE_BYTES, PAGE_HEADER_BYTES};
+use super::layout::{FrameNumber, PAGE_BYTES, PAGE_HEADER_BYTES, STORED_BYTES_MAX};
 
 /// "hP": what every page header begins with.
 const PAGE_MAGIC: [u8; 2] = *b"hP";
 
-/// How a frame's data is encoded. One byte on disk; numbers are never reused.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+/// How a frame's data is compressed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
 #[repr(u8)]
-pub enum Codec {
-    /// Stored bytes are the data.
+pub enum Compression {
+    /// Not at all.
+    #[default]
     None = 0,
+    /// Fast, a third off text.
+    Lz4 = 1,
+    /// A half off text, at a third of the speed.
+    Zstd = 2,
+}
+
+impl Compression {
+    /// By its name in a volume's settings; an empty one means none.
+    pub fn parse(name: &str) -> Option<Self> {
+        match name {
+            "" | "none" => Some(Self::None),
+            "lz4" => Some(Self::Lz4),
+            "zstd" => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+}
+
+/// How a frame's data is encoded: one byte of each of its page headers; numbers are never reused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
+pub struct Codec {
+    /// First compressed,
+    pub compression: Compression,
+    /// then encrypted with AES-256-GCM.
+    pub encrypted: bool,
+}
+
+impl Codec {
+    /// Stored bytes are the data.
+    pub const PLAIN: Self = Self {
+        compression: Compression::None,
+        encrypted: false,
+    };
+
+    /// The bit that says encrypted.
+    const ENCRYPTED: u8 = 0x80;
+
+    /// Whether stored bytes are the data.
+    pub fn is_plain(self) -> bool {
+        self == Self::PLAIN
+    }
+
+    /// As it is stored.
+    pub fn byte(self) -> u8 {
+        self.compression as u8 | if self.encrypted { Self::ENCRYPTED } else { 0 }
+    }
 }
 
 impl TryFrom<u8> for Codec {
     type Error = u8;
 
     fn try_from(byte: u8) -> Result<Self, u8> {
-        match byte {
-            0 => Ok(Self::None),
-            other => Err(other),
-        }
+        let compression = match byte & !Self::ENCRYPTED {
+            0 => Compression::None,
+            1 => Compression::Lz4,
+            2 => Compression::Zstd,
+            _ => return Err(byte),
+        };
+        Ok(Self {
+            compression,
+            encrypted: byte & Self::ENCRYPTED != 0,
+        })
     }
 }
 
@@ -91,6 +143,10 @@ pub enum PageFault {
 /// One verified page.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Page {
+    /// The name that it carries, which is the one that was asked for.
+    pub identity: PageIdentity,
+    /// How the frame is encoded.
+    pub codec: Codec,
     /// Stored bytes of the whole frame, page headers not counted.
     pub frame_bytes: u32,
     /// Its stored bytes: 64 KiB, fewer only if it is the frame's last.
@@ -108,7 +164,7 @@ impl PageIdentity {
     ) -> [u8; PAGE_HEADER_BYTES] {
         let mut header = [0; PAGE_HEADER_BYTES];
         header[0..2].copy_from_slice(&PAGE_MAGIC);
-        header[2] = codec as u8;
+        header[2] = codec.byte();
         header[4..8].copy_from_slice(&self.volume.0.to_le_bytes());
         header[8..16].copy_from_slice(&self.segment.0.to_le_bytes());
         header[16..20].copy_from_slice(&self.frame.0.to_le_bytes());
@@ -136,7 +192,7 @@ pub fn take_page(bytes: &mut Bytes, identity: &PageIdentity, page: u32) -> Resul
     // The length is not trusted before the checksum, but the checksum needs it: bounded, so that a flipped bit costs at most
     // one page of reading, and no frame is longer than this.
     let begin = u64::from(found_page) * PAGE_BYTES as u64;
-    if begin >= u64::from(stored_bytes) || u64::from(stored_bytes) > FRAME_BYTES_MAX {
+    if begin >= u64::from(stored_bytes) || u64::from(stored_bytes) > STORED_BYTES_MAX {
         return Err(PageFault::Impossible {
             stored_bytes,
             page: found_page,
@@ -169,12 +225,12 @@ pub fn take_page(bytes: &mut Bytes, identity: &PageIdentity, page: u32) -> Resul
         });
     }
     // The fourth byte is reserved: a later release that gives it a meaning also gives it a codec number of its own.
-    if let Err(codec) = Codec::try_from(header[2]) {
-        return Err(PageFault::UnknownCodec(codec));
-    }
+    let codec = Codec::try_from(header[2]).map_err(PageFault::UnknownCodec)?;
     let data = bytes.slice(PAGE_HEADER_BYTES..want);
     bytes.advance(want);
     Ok(Page {
+        identity: found,
+        codec,
         frame_bytes: stored_bytes,
         data,
     })

@@ -1,8 +1,9 @@
-//! Pages from memory, from a fetch under way, from disk, from the bucket: in this order, verified at every door.
+//! Pages of data from memory, from a fetch under way, or decoded from what is stored: in this order.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use heliofs_proto::ids::{SegmentId, VolumeId};
@@ -11,13 +12,16 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::flights::{Flight, Flights, Landing, Run};
+use super::scans::Scans;
+use super::stored::{Missed, Stored};
 use crate::cache::PageKey;
 use crate::cache::disk::DiskTier;
 use crate::cache::memory::MemoryTier;
 use crate::object::Bucket;
-use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES};
-use crate::segment::object::{FrameEntry, decode_footer, decode_trailer};
-use crate::segment::page::{Page, PageFault, PageIdentity, take_page};
+use crate::segment::codec::{FrameEncoder, FrameFault, FrameHead};
+use crate::segment::layout::PAGE_BYTES;
+use crate::segment::object::FrameEntry;
+use crate::segment::page::Page;
 use crate::{FrameNumber, FrameRange, StoreError, StoreOptions};
 
 /// Pages per request and per cache file: 4 MiB. More is fetched in parallel.
@@ -26,10 +30,22 @@ pub(super) const RUN_PAGES_MAX: u32 = 64;
 /// Frame tables of compacted segments kept in memory.
 const TABLES_MAX: usize = 256;
 
-/// First guess at a footer's length: 250 frames.
-const FOOTER_GUESS_BYTES: u64 = 8192;
+/// Heads of encoded frames kept in memory; 64 of their blocks take 320 bytes.
+const HEADS_MAX: usize = 8192;
 
-const _: () = assert!(FOOTER_GUESS_BYTES > TRAILER_BYTES as u64);
+/// Locks that readers of an encoded frame whose head is not known take turns at.
+const HEAD_TURNS: usize = 64;
+
+/// Blocks decoded on the runtime's own threads; more take long enough for a thread of their own.
+const DECODE_INLINE_MAX: usize = 4;
+
+/// How a frame is encoded.
+#[derive(Clone, Debug)]
+enum Head {
+    /// Stored as it is.
+    Plain,
+    Encoded(Arc<FrameHead>),
+}
 
 /// What the tasks of one store share.
 #[derive(Debug)]
@@ -39,14 +55,23 @@ pub(super) struct Shared {
     pub(super) memory: Option<MemoryTier>,
     pub(super) disk: Option<Arc<DiskTier>>,
     flights: Arc<Flights>,
+    pub(super) scans: Scans,
     pub(super) tables: Mutex<LruCache<SegmentId, Arc<Vec<FrameEntry>>>>,
-    runtime: Handle,
+    /// Of frames with more than one stored page, in volumes with a codec.
+    heads: Mutex<LruCache<(SegmentId, FrameNumber), Head>>,
+    head_turns: [tokio::sync::Mutex<()>; HEAD_TURNS],
+    pub(super) encoder: FrameEncoder,
+    /// Frames may be encoded: the volume has a codec, had one, or has shown one.
+    mixed: AtomicBool,
+    pub(super) runtime: Handle,
 }
 
 impl Shared {
     pub(super) fn new(
         bucket: Bucket,
         volume: VolumeId,
+        encoder: FrameEncoder,
+        mixed: bool,
         options: &StoreOptions,
         runtime: Handle,
     ) -> Result<Self, StoreError> {
@@ -62,9 +87,16 @@ impl Shared {
             memory,
             disk: disk.map(Arc::new),
             flights: Arc::default(),
+            scans: Scans::new(),
             tables: Mutex::new(LruCache::new(
                 NonZeroUsize::new(TABLES_MAX).expect("a constant above 0"),
             )),
+            heads: Mutex::new(LruCache::new(
+                NonZeroUsize::new(HEADS_MAX).expect("a constant above 0"),
+            )),
+            head_turns: std::array::from_fn(|_| tokio::sync::Mutex::new(())),
+            mixed: AtomicBool::new(mixed || !encoder.is_plain()),
+            encoder,
             bucket,
             volume,
             runtime,
@@ -196,158 +228,86 @@ impl Shared {
         }
     }
 
-    /// Fetches pages that are neither in memory nor under way.
+    /// Fetches pages of data that are neither in memory nor under way.
     async fn fetch(
         self: &Arc<Self>,
         segment: SegmentId,
         frame: FrameNumber,
         wanted: Range<u32>,
     ) -> Run {
-        let mut pages: Vec<Option<Result<Bytes, StoreError>>> = vec![None; wanted.len()];
-        if let Some(disk) = &self.disk
-            && disk.may_have(segment, frame, wanted.clone())
-        {
-            let disk = Arc::clone(disk);
-            let range = wanted.clone();
-            let read = self
-                .runtime
-                .spawn_blocking(move || disk.read(segment, frame, range))
-                .await;
-            for (slot, page) in pages.iter_mut().zip(read.unwrap_or_default()) {
-                *slot = page.map(Ok);
+        // Pages that were decoded have buffers of their own; others may share one.
+        let (pages, shared) = match self.find_head(segment, frame, &wanted).await {
+            Ok((Head::Plain, stored)) => {
+                let pages = self.plain(segment, frame, &wanted, stored).await;
+                (pages, wanted.len() > 1)
             }
-            let hits = pages.iter().flatten().count() as u64;
-            self.bucket.metrics().disk_hits.inc_by(hits);
-            for (page, data) in wanted.clone().zip(&pages) {
-                if let Some(Ok(data)) = data {
-                    self.remember(segment, frame, page, data.clone(), wanted.len() > 1);
-                }
+            Ok((Head::Encoded(head), stored)) => {
+                let pages = self.encoded(segment, frame, &wanted, head, stored).await;
+                (pages, false)
             }
-        }
-        let mut runs: Vec<Range<u32>> = Vec::new();
-        for (page, _) in wanted
-            .clone()
-            .zip(&pages)
-            .filter(|(_, found)| found.is_none())
-        {
-            match runs.last_mut() {
-                Some(run) if run.end == page => run.end += 1,
-                _ => runs.push(page..page + 1),
-            }
-        }
-        let fetches = runs
-            .iter()
-            .map(|run| self.download(segment, frame, run.clone()));
-        for (run, fetched) in runs.iter().zip(futures::future::join_all(fetches).await) {
-            let at = (run.start - wanted.start) as usize;
-            for (slot, page) in pages[at..].iter_mut().zip(fetched) {
-                *slot = Some(page);
-            }
-        }
-        let lost = || {
-            Err(StoreError::Invalid(
-                "a page was neither found nor refused".to_owned(),
-            ))
+            Err(error) => (vec![Err(error); wanted.len()], false),
         };
+        for (page, data) in wanted.clone().zip(&pages) {
+            if let Ok(data) = data {
+                self.remember(segment, frame, page, data.clone(), shared);
+            }
+        }
         Run {
             first: wanted.start,
-            pages: pages
-                .into_iter()
-                .map(|page| page.unwrap_or_else(lost))
-                .collect(),
+            pages,
         }
     }
 
-    /// Fetches pages from the bucket. Bytes that fail verification are fetched once more: a flip on the way heals, one in the
-    /// bucket does not.
-    async fn download(
-        &self,
+    /// How a frame is encoded, and the stored pages that had to be fetched to learn it.
+    async fn find_head(
+        self: &Arc<Self>,
         segment: SegmentId,
         frame: FrameNumber,
-        wanted: Range<u32>,
-    ) -> Vec<Result<Bytes, StoreError>> {
-        let name = segment.object_name();
-        let metrics = self.bucket.metrics();
-        metrics.misses.inc_by(wanted.len() as u64);
-        let mut good: Vec<Option<Bytes>> = vec![None; wanted.len()];
-        let mut faults: Vec<Option<PageFault>> = vec![None; wanted.len()];
-        for _ in 0..2 {
-            let bytes = match self
-                .bucket
-                .get_range(&name, frame.byte_range(wanted.clone()))
-                .await
-            {
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    return good
-                        .into_iter()
-                        .map(|page| page.ok_or_else(|| error.clone()))
-                        .collect();
-                }
-            };
-            let mut origin = PageIdentity {
-                volume: self.volume,
-                segment,
-                frame,
-            };
-            let mut decoded = decode(&bytes, &origin, wanted.clone());
-            if let Some(moved) = moved_from(&decoded)
-                && moved != origin
-            {
-                match self.origin_of(segment, frame).await {
-                    Ok(Some(entry)) if entry == moved => {
-                        origin = moved;
-                        decoded = decode(&bytes, &origin, wanted.clone());
-                    }
-                    Ok(_) => {}
-                    Err(error) => {
-                        return good
-                            .into_iter()
-                            .map(|page| page.ok_or_else(|| error.clone()))
-                            .collect();
-                    }
-                }
+        wanted: &Range<u32>,
+    ) -> Result<(Head, Vec<(u32, Stored)>), StoreError> {
+        let known = || self.heads.lock().get(&(segment, frame)).cloned();
+        if let Some(head) = known() {
+            return Ok((head, Vec::new()));
+        }
+        // A frame that is read in the middle: its first page is needed first, by all who read it now.
+        let mixed = self.mixed.load(Ordering::Relaxed);
+        let _turn = match !mixed || wanted.start == 0 {
+            true => None,
+            false => Some(self.head_turns[frame.0 as usize % HEAD_TURNS].lock().await),
+        };
+        if let Some(head) = known() {
+            return Ok((head, Vec::new()));
+        }
+        let first = match mixed {
+            // Most likely it is stored as it is.
+            false => wanted.clone(),
+            // No longer than its data, but for the prelude: what is asked for, if it begins at the front, is there too.
+            true if wanted.start == 0 => 0..wanted.end,
+            true => 0..1,
+        };
+        let fetched = self.stored_pages(segment, frame, first.clone()).await;
+        let mut stored: Vec<(u32, Stored)> = first.clone().zip(fetched).collect();
+        let codec = |stored: &[(u32, Stored)]| {
+            stored
+                .iter()
+                .find_map(|(_, page)| page.as_ref().ok().map(|page| page.codec))
+        };
+        if codec(&stored).is_none() && first.start > 0 {
+            // Nothing of it is there: perhaps it is encoded and ends before. Another mount may write with a codec by now.
+            let front = self.stored_pages(segment, frame, 0..1).await;
+            stored.extend((0..).zip(front));
+        }
+        if codec(&stored).is_none_or(|codec| codec.is_plain()) {
+            let several = |page: &Page| page.frame_bytes as usize > PAGE_BYTES;
+            if mixed && stored.iter().flat_map(|(_, page)| page).any(several) {
+                self.heads.lock().put((segment, frame), Head::Plain);
             }
-            let whole = decoded.iter().all(Result::is_ok);
-            let frame_bytes = decoded.iter().flatten().map(|page| page.frame_bytes).next();
-            for (at, page) in decoded.into_iter().enumerate() {
-                let number = wanted.start + at as u32;
-                match page {
-                    Ok(page) => {
-                        self.remember(segment, frame, number, page.data.clone(), wanted.len() > 1);
-                        good[at] = Some(page.data);
-                        faults[at] = None;
-                    }
-                    Err(fault) if good[at].is_none() => {
-                        tracing::warn!(
-                            volume = self.volume.0, segment = segment.0, frame = frame.0, page = number,
-                            %fault, "a page from the bucket fails verification"
-                        );
-                        metrics.corrupt_pages.inc();
-                        faults[at] = Some(fault);
-                    }
-                    Err(_) => {}
-                }
-            }
-            if whole {
-                self.keep_on_disk(segment, frame, wanted.clone(), origin, &bytes, frame_bytes);
-                self.harvest(
-                    segment,
-                    frame,
-                    wanted.end,
-                    &bytes,
-                    wanted.start,
-                    frame_bytes,
-                );
-            }
-            // A page behind the end of its frame will not come into being.
-            let beyond = |at: usize| {
-                let begin = u64::from(wanted.start + at as u32) * PAGE_BYTES as u64;
-                frame_bytes.is_some_and(|length| begin >= u64::from(length))
-            };
-            if (0..good.len()).all(|at| good[at].is_some() || beyond(at)) {
-                break;
-            }
+            return Ok((Head::Plain, stored));
+        }
+        self.mixed.store(true, Ordering::Relaxed);
+        if !stored.iter().any(|(page, _)| *page == 0) {
+            let front = self.stored_pages(segment, frame, 0..1).await;
+            stored.extend((0..).zip(front));
         }
         let at = FrameRange {
             segment,
@@ -355,67 +315,178 @@ impl Shared {
             offset: 0,
             length: 0,
         };
-        good.into_iter()
-            .zip(faults)
-            .enumerate()
-            .map(|(n, (page, fault))| match (page, fault) {
-                (Some(page), _) => Ok(page),
-                (None, fault) => {
-                    let detail = fault.map_or_else(|| "missing".to_owned(), |f| f.to_string());
-                    Err(self.corrupt(&at, wanted.start + n as u32, detail))
-                }
+        let front = match stored.iter().find(|(page, _)| *page == 0) {
+            Some((_, Ok(page))) => page,
+            Some((_, Err(Missed::Failed(error)))) => return Err(error.clone()),
+            Some((_, Err(Missed::Beyond))) | None => {
+                return Err(self.corrupt(&at, 0, "the frame has no first page".to_owned()));
+            }
+        };
+        let head = Head::Encoded(Arc::new(self.parse_head(segment, frame, front)?));
+        if front.frame_bytes as usize > PAGE_BYTES {
+            self.heads.lock().put((segment, frame), head.clone());
+        }
+        Ok((head, stored))
+    }
+
+    /// What the first page of an encoded frame says.
+    pub(super) fn parse_head(
+        &self,
+        segment: SegmentId,
+        frame: FrameNumber,
+        page: &Page,
+    ) -> Result<FrameHead, StoreError> {
+        let key = self.encoder.key.as_deref();
+        FrameHead::parse(&page.data, page.identity, page.codec, page.frame_bytes, key)
+            .map_err(|fault| self.undecodable(segment, frame, 0, &fault))
+    }
+
+    fn undecodable(
+        &self,
+        segment: SegmentId,
+        frame: FrameNumber,
+        page: u32,
+        fault: &FrameFault,
+    ) -> StoreError {
+        match fault {
+            FrameFault::NoKey(_) | FrameFault::OtherKey { .. } => StoreError::Denied {
+                operation: "decrypt",
+                key: self.bucket.key(&segment.object_name()),
+                detail: fault.to_string(),
+            },
+            FrameFault::Prelude(_) | FrameFault::Decrypt(_) | FrameFault::Decompress(_) => {
+                let at = FrameRange {
+                    segment,
+                    frame,
+                    offset: 0,
+                    length: 0,
+                };
+                self.corrupt(&at, page, fault.to_string())
+            }
+        }
+    }
+
+    /// Stored pages of a frame: those that are here, and the others.
+    async fn complete(
+        self: &Arc<Self>,
+        segment: SegmentId,
+        frame: FrameNumber,
+        wanted: Range<u32>,
+        stored: Vec<(u32, Stored)>,
+    ) -> Vec<Stored> {
+        let mut pages: Vec<Option<Stored>> = vec![None; wanted.len()];
+        for (page, found) in stored {
+            if wanted.contains(&page) {
+                pages[(page - wanted.start) as usize] = Some(found);
+            }
+        }
+        let absent = |slot: &Option<Stored>| slot.is_none();
+        if let Some(first) = pages.iter().position(absent) {
+            // In one piece: what is here lies at the front.
+            let rest = wanted.start + first as u32..wanted.end;
+            let fetched = self.stored_pages(segment, frame, rest).await;
+            for (slot, page) in pages[first..].iter_mut().zip(fetched) {
+                *slot = Some(page);
+            }
+        }
+        pages.into_iter().flatten().collect()
+    }
+
+    async fn plain(
+        self: &Arc<Self>,
+        segment: SegmentId,
+        frame: FrameNumber,
+        wanted: &Range<u32>,
+        stored: Vec<(u32, Stored)>,
+    ) -> Vec<Result<Bytes, StoreError>> {
+        let pages = self.complete(segment, frame, wanted.clone(), stored).await;
+        pages
+            .into_iter()
+            .zip(wanted.clone())
+            .map(|(page, number)| match page {
+                Ok(page) if page.codec.is_plain() => Ok(page.data),
+                Ok(_) => Err(self.missing(segment, frame, number)),
+                Err(Missed::Beyond) => Err(self.missing(segment, frame, number)),
+                Err(Missed::Failed(error)) => Err(error),
             })
             .collect()
     }
 
-    /// The name that the pages of a frame carry according to its segment's footer; `None` when the footer lists no such frame.
-    async fn origin_of(
-        &self,
-        segment: SegmentId,
-        frame: FrameNumber,
-    ) -> Result<Option<PageIdentity>, StoreError> {
-        let known = self.tables.lock().get(&segment).cloned();
-        let table = match known {
-            Some(table) => table,
-            None => {
-                let table = Arc::new(self.frame_table(segment).await?);
-                self.tables.lock().put(segment, Arc::clone(&table));
-                table
-            }
-        };
-        let entry = table
-            .binary_search_by_key(&frame, |entry| entry.frame)
-            .map(|at| table[at]);
-        Ok(entry.ok().map(|entry| entry.identity(self.volume)))
-    }
-
-    async fn frame_table(&self, segment: SegmentId) -> Result<Vec<FrameEntry>, StoreError> {
-        let name = segment.object_name();
-        let mut fault = None;
-        for _ in 0..2 {
-            let mut tail = self.bucket.get_tail(&name, FOOTER_GUESS_BYTES).await?;
-            let table = match decode_trailer(&tail) {
-                Ok(trailer) => {
-                    if trailer.footer_bytes > tail.len() as u64 {
-                        tail = self.bucket.get_tail(&name, trailer.footer_bytes).await?;
-                    }
-                    decode_footer(&tail, self.volume, segment)
-                }
-                Err(fault) => Err(fault),
-            };
-            match table {
-                Ok(table) => return Ok(table),
-                Err(found) => fault = Some(found),
-            }
-        }
+    fn missing(&self, segment: SegmentId, frame: FrameNumber, page: u32) -> StoreError {
         let at = FrameRange {
             segment,
-            frame: FrameNumber(0),
+            frame,
             offset: 0,
             length: 0,
         };
-        let detail = fault.map_or_else(String::new, |fault| fault.to_string());
-        Err(self.corrupt(&at, 0, detail))
+        self.corrupt(&at, page, "missing".to_owned())
+    }
+
+    async fn encoded(
+        self: &Arc<Self>,
+        segment: SegmentId,
+        frame: FrameNumber,
+        wanted: &Range<u32>,
+        head: Arc<FrameHead>,
+        stored: Vec<(u32, Stored)>,
+    ) -> Vec<Result<Bytes, StoreError>> {
+        let blocks = wanted.start.min(head.blocks())..wanted.end.min(head.blocks());
+        let mut found: Vec<Result<Bytes, StoreError>> = Vec::with_capacity(wanted.len());
+        if !blocks.is_empty() {
+            let bytes = head.stored_range(blocks.clone());
+            let page_bytes = PAGE_BYTES as u32;
+            let pages = bytes.start / page_bytes..bytes.end.div_ceil(page_bytes);
+            let stored = self.complete(segment, frame, pages.clone(), stored).await;
+            // Blocks lie across the borders of pages: one bad page spoils those that touch it.
+            let mut contiguous = Vec::with_capacity(stored.len() * PAGE_BYTES);
+            let mut faults = Vec::new();
+            for (page, stored) in pages.clone().zip(stored) {
+                let full = PAGE_BYTES.min((head.stored_bytes() - page * page_bytes) as usize);
+                match stored {
+                    Ok(stored) if stored.data.len() == full => {
+                        contiguous.extend_from_slice(&stored.data);
+                    }
+                    Ok(_) | Err(Missed::Beyond) => {
+                        faults.push((page, self.missing(segment, frame, page)));
+                        contiguous.resize(contiguous.len() + full, 0);
+                    }
+                    Err(Missed::Failed(error)) => {
+                        faults.push((page, error));
+                        contiguous.resize(contiguous.len() + full, 0);
+                    }
+                }
+            }
+            let base = pages.start * page_bytes;
+            let decode = {
+                let (head, blocks) = (Arc::clone(&head), blocks.clone());
+                move || {
+                    let from = (bytes.start - base) as usize;
+                    let to = (bytes.end - base) as usize;
+                    head.decode(blocks, &contiguous[from..to])
+                }
+            };
+            let decoded = match blocks.len() > DECODE_INLINE_MAX {
+                true => self.runtime.spawn_blocking(decode).await,
+                false => Ok(decode()),
+            };
+            let Ok(decoded) = decoded else {
+                return vec![Err(self.broken_off(segment)); wanted.len()];
+            };
+            for (block, data) in blocks.clone().zip(decoded) {
+                let range = head.stored_range(block..block + 1);
+                let touched = range.start / page_bytes..range.end.div_ceil(page_bytes);
+                let fault = faults.iter().find(|(page, _)| touched.contains(page));
+                found.push(match (fault, data) {
+                    (Some((_, error)), _) => Err(error.clone()),
+                    (None, Ok(data)) => Ok(data),
+                    (None, Err(fault)) => Err(self.undecodable(segment, frame, block, &fault)),
+                });
+            }
+        }
+        for page in wanted.clone().skip(found.len()) {
+            found.push(Err(self.missing(segment, frame, page)));
+        }
+        found
     }
 
     /// The error for a page that is wrong for good; logged, since a person must look.
@@ -436,23 +507,4 @@ impl Shared {
             detail,
         }
     }
-}
-
-/// Verifies each of `pages` by itself; `bytes` begins with the first.
-fn decode(bytes: &Bytes, origin: &PageIdentity, pages: Range<u32>) -> Vec<Result<Page, PageFault>> {
-    pages
-        .enumerate()
-        .map(|(n, page)| {
-            let mut rest = bytes.slice((n * PAGE_STRIDE).min(bytes.len())..);
-            take_page(&mut rest, origin, page)
-        })
-        .collect()
-}
-
-/// The name that sound pages carry when it is not the one expected: a frame that compaction has moved, or misdirected bytes.
-fn moved_from(pages: &[Result<Page, PageFault>]) -> Option<PageIdentity> {
-    pages.iter().find_map(|page| match page {
-        Err(PageFault::Foreign { identity, .. }) => Some(*identity),
-        _ => None,
-    })
 }

@@ -2,15 +2,16 @@
 
 use std::ops::Range;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use heliofs_proto::ids::SegmentId;
 
 use super::fetch::{RUN_PAGES_MAX, Shared};
 use crate::cache::PageKey;
+use crate::cache::memory::MemoryTier;
 use crate::segment::layout::{
     FRAME_ALIGN, PAGE_BYTES, PAGE_HEADER_BYTES, PAGE_STRIDE, frame_extent_bytes,
 };
-use crate::segment::page::{PageIdentity, take_page};
+use crate::segment::page::{Page, PageIdentity, take_page};
 use crate::{EncodedSegment, FrameNumber};
 
 impl Shared {
@@ -52,13 +53,44 @@ impl Shared {
                 frame,
                 page: 0,
             };
-            if !memory.contains(&key) {
+            if memory.contains(&key) {
+                // Its neighbours came with it.
+            } else if page.codec.is_plain() {
                 memory.insert(key, Bytes::copy_from_slice(&page.data));
+            } else if page.frame_bytes as usize <= PAGE_BYTES {
+                self.harvest_encoded(memory, segment, frame, &page);
             }
             if page.frame_bytes as usize > PAGE_BYTES {
                 return;
             }
             next += frame_extent_bytes(u64::from(page.frame_bytes));
+        }
+    }
+
+    /// The data of an encoded frame that is all in its first page.
+    fn harvest_encoded(
+        &self,
+        memory: &MemoryTier,
+        segment: SegmentId,
+        frame: FrameNumber,
+        page: &Page,
+    ) {
+        // Whoever asks for a frame that can't be decoded is told why.
+        let Ok(head) = self.parse_head(segment, frame, page) else {
+            return;
+        };
+        let blocks = 0..head.blocks();
+        let range = head.stored_range(blocks.clone());
+        let stored = &page.data[range.start as usize..range.end as usize];
+        for (page, data) in blocks.clone().zip(head.decode(blocks, stored)) {
+            if let Ok(data) = data {
+                let key = PageKey {
+                    segment,
+                    frame,
+                    page,
+                };
+                memory.insert(key, data);
+            }
         }
     }
 
@@ -122,6 +154,23 @@ impl Shared {
 
     /// Puts the pages of a segment that has just been stored into the caches.
     pub(super) fn cache_segment(&self, segment: &EncodedSegment) {
+        for (frame, pieces) in segment.plain.iter().filter(|_| self.memory.is_some()) {
+            let mut data = BytesMut::new();
+            let full = |page: u32, data: &mut BytesMut, all: bool| match data.len() {
+                0 => None,
+                length if length >= PAGE_BYTES => Some((page, data.split_to(PAGE_BYTES))),
+                length if all => Some((page, data.split_to(length))),
+                _ => None,
+            };
+            let mut page = 0;
+            for (n, piece) in pieces.iter().enumerate() {
+                data.extend_from_slice(piece);
+                while let Some((at, whole)) = full(page, &mut data, n + 1 == pieces.len()) {
+                    self.remember(segment.id, *frame, at, whole.freeze(), true);
+                    page += 1;
+                }
+            }
+        }
         let object = segment.to_bytes();
         for entry in &segment.frames {
             let origin = entry.identity(self.volume);
@@ -129,7 +178,7 @@ impl Shared {
             let to = from + frame_extent_bytes(u64::from(entry.stored_bytes));
             let raw = object.slice(from as usize..to as usize);
             let pages = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
-            for page in 0..pages {
+            for page in (0..pages).filter(|_| entry.codec.is_plain()) {
                 let at = page as usize * PAGE_STRIDE;
                 let data = raw.slice(at + PAGE_HEADER_BYTES..raw.len().min(at + PAGE_STRIDE));
                 self.remember(segment.id, entry.frame, page, data, true);

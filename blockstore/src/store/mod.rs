@@ -1,14 +1,18 @@
 //! [`SegmentStore`]: puts, reads and deletes the segments of one volume through the cache tiers.
 //!
 //! - [`options`]: how it behaves; values only
-//! - `fetch`: pages from disk tier or bucket, verified
+//! - `fetch`: pages of data, decoded
+//! - `stored`: pages as they are stored, from disk tier or bucket, verified
 //! - `keep`: what goes into the caches
+//! - `scans`: how far a fetch reaches
 //! - `flights`: what is being fetched, so that nobody fetches it twice
 
 mod fetch;
 mod flights;
 mod keep;
 pub mod options;
+mod scans;
+mod stored;
 
 use std::sync::Arc;
 
@@ -23,8 +27,13 @@ use tokio::sync::Semaphore;
 
 use crate::metrics::Metrics;
 use crate::object::Bucket;
+use crate::segment::codec::FrameEncoder;
 use crate::segment::layout::PAGE_BYTES;
-use crate::{EncodedSegment, FrameRange, StoreError, StoreOptions};
+use crate::segment::object::FrameEntry;
+use crate::segment::page::Compression;
+use crate::{
+    EncodedSegment, FrameNumber, FrameRange, SegmentBuilder, StoreError, StoreOptions, VolumeKey,
+};
 use fetch::Shared;
 
 /// Deletions of one [`SegmentStore::delete`] in flight.
@@ -49,21 +58,50 @@ impl SegmentStore {
     ///
     /// `volume` is the id that the segments were built under; on a mirror that is the source's.
     ///
-    /// Errors: `Invalid`.
+    /// Errors: `Invalid`, when the volume is encrypted and no passphrase is given too; `Denied` when the passphrase is wrong.
+    /// Time: some 100 ms of this thread to open an encrypted volume's key.
     pub fn open(
         config: &StorageConfig,
         volume_name: &str,
         volume: VolumeId,
         options: StoreOptions,
     ) -> Result<Arc<Self>, StoreError> {
+        let encoder = encoder(config, &options)?;
         let bucket = Bucket::open(config, volume_name, &options)?;
-        Self::over(bucket, volume, options)
+        // "none" is what a volume says that had a codec once.
+        Self::build_over(
+            bucket,
+            volume,
+            encoder,
+            !config.compress.is_empty(),
+            options,
+        )
     }
 
-    /// As [`SegmentStore::open`], over a bucket that is open already.
+    /// As [`SegmentStore::open`], over a bucket that is open already, and without a codec for what it writes.
     pub fn over(
         bucket: Bucket,
         volume: VolumeId,
+        options: StoreOptions,
+    ) -> Result<Arc<Self>, StoreError> {
+        Self::encoding(bucket, volume, FrameEncoder::default(), options)
+    }
+
+    /// As [`SegmentStore::over`]; `encoder` encodes what is written, and its key decrypts what is read.
+    pub fn encoding(
+        bucket: Bucket,
+        volume: VolumeId,
+        encoder: FrameEncoder,
+        options: StoreOptions,
+    ) -> Result<Arc<Self>, StoreError> {
+        Self::build_over(bucket, volume, encoder, false, options)
+    }
+
+    fn build_over(
+        bucket: Bucket,
+        volume: VolumeId,
+        encoder: FrameEncoder,
+        mixed: bool,
         options: StoreOptions,
     ) -> Result<Arc<Self>, StoreError> {
         let runtime = Handle::try_current()
@@ -74,9 +112,46 @@ impl SegmentStore {
                 (budget as usize).min(Semaphore::MAX_PERMITS),
             )),
             cache_uploads: options.cache_uploads,
-            shared: Arc::new(Shared::new(bucket, volume, &options, runtime.clone())?),
+            shared: Arc::new(Shared::new(
+                bucket,
+                volume,
+                encoder,
+                mixed,
+                &options,
+                runtime.clone(),
+            )?),
             runtime,
         }))
+    }
+
+    /// An empty segment of this volume, whose frames are encoded as the volume asks for.
+    pub fn builder(&self, id: SegmentId) -> SegmentBuilder {
+        SegmentBuilder::encoding(self.shared.volume, id, self.shared.encoder.clone())
+    }
+
+    /// Builds a segment of `frames`, each given in pieces; compression and encryption run on a thread of their own.
+    ///
+    /// Errors: as [`SegmentBuilder::add_frame`].
+    pub async fn build(
+        &self,
+        id: SegmentId,
+        frames: Vec<Vec<Bytes>>,
+    ) -> Result<(EncodedSegment, Vec<FrameNumber>), StoreError> {
+        let mut builder = self.builder(id);
+        let build = move || {
+            let numbers = frames
+                .into_iter()
+                .map(|pieces| builder.add_frame(pieces))
+                .collect::<Result<Vec<_>, _>>()?;
+            Ok((builder.finish(), numbers))
+        };
+        if self.shared.encoder.is_plain() {
+            return build();
+        }
+        self.runtime
+            .spawn_blocking(build)
+            .await
+            .map_err(|error| StoreError::Invalid(format!("encoding was broken off: {error}")))?
     }
 
     /// The bucket below.
@@ -157,6 +232,24 @@ impl SegmentStore {
         Ok(bytes.freeze())
     }
 
+    /// The frames of a segment, in order of place, from its footer in the bucket.
+    ///
+    /// Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
+    pub async fn frame_table(&self, segment: SegmentId) -> Result<Vec<FrameEntry>, StoreError> {
+        self.shared.frame_table(segment).await
+    }
+
+    /// A whole frame as it is stored, page headers and all, from the bucket; every page verified. For compaction.
+    ///
+    /// Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
+    pub async fn read_encoded(
+        &self,
+        segment: SegmentId,
+        entry: &FrameEntry,
+    ) -> Result<Bytes, StoreError> {
+        self.shared.read_encoded(segment, entry).await
+    }
+
     /// Fetches ranges into the caches in the background. What exceeds the budget, or fails, is left to the read that needs it.
     pub fn prefetch(&self, ranges: Vec<FrameRange>) {
         for range in ranges {
@@ -197,6 +290,28 @@ impl SegmentStore {
     pub async fn flush_cache(&self) {
         self.shared.flush_disk().await;
     }
+}
+
+/// How a volume's frames are encoded.
+fn encoder(config: &StorageConfig, options: &StoreOptions) -> Result<FrameEncoder, StoreError> {
+    let compression = Compression::parse(&config.compress).ok_or_else(|| {
+        StoreError::Invalid(format!(
+            "the volume is compressed with `{}`, which this release does not know; upgrade",
+            config.compress
+        ))
+    })?;
+    let key = match (&config.encryption, &options.passphrase) {
+        (None, _) => None,
+        (Some(encryption), Some(passphrase)) => {
+            Some(Arc::new(VolumeKey::open(encryption, passphrase)?))
+        }
+        (Some(_), None) => {
+            return Err(StoreError::Invalid(
+                "the volume is encrypted, and no passphrase was given".to_owned(),
+            ));
+        }
+    };
+    Ok(FrameEncoder { compression, key })
 }
 
 #[cfg(test)]

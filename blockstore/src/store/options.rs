@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::Passphrase;
+
 /// How a [`crate::SegmentStore`] behaves. `Default` suits a mount.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
@@ -22,6 +24,8 @@ pub struct StoreOptions {
     pub cache_uploads: bool,
     /// Bytes that prefetches may have in flight; what exceeds it is not fetched ahead.
     pub prefetch_bytes_max: u64,
+    /// Opens the volume's key when the volume is encrypted.
+    pub passphrase: Option<Passphrase>,
     /// Where metrics are registered.
     pub registry: Option<prometheus::Registry>,
 }
@@ -37,6 +41,7 @@ impl Default for StoreOptions {
             disk_cache: None,
             cache_uploads: true,
             prefetch_bytes_max: 64 << 20,
+            passphrase: None,
             registry: None,
         }
     }

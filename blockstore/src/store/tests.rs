@@ -2,6 +2,7 @@
 
 mod cache;
 mod chaos;
+mod codec;
 mod path;
 
 use std::sync::Arc;

@@ -1,17 +1,22 @@
-//! What runs beside the operations: session events, the flusher, deletion of dead segments.
+//! What runs beside the operations: session events, the flusher, deletion of dead segments, compaction of sparse ones.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use blockstore::SegmentStore;
-use heliofs_proto::ids::{Ino, SegmentId, VolumeId};
+use heliofs_proto::ids::{Ino, SegmentId};
+use heliofs_proto::v1::{self, maintain::Ask, maintained::Answer};
 use meta_client::{Event, Session};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::Fs;
+use crate::compact::{CompactError, Compacted, Compactor};
 use crate::errno::Errno;
 use crate::inode::Inode;
+use crate::options::CompactionOptions;
+use crate::write::pack::Packer;
 use crate::write::segment_ids::SegmentIds;
 
 /// Dead segments leased at once.
@@ -21,6 +26,13 @@ const DELETIONS: u32 = 512;
 const DELETION_PAUSE_MIN: Duration = Duration::from_millis(500);
 const DELETION_PAUSE_MAX: Duration = Duration::from_secs(10);
 
+/// Sparse segments asked for at once, and how many are remembered until they are met again.
+const SPARSE: u32 = 256;
+const SEEN_MAX: usize = 4096;
+
+/// How often the volume's room is asked for.
+const ROOM_EVERY: Duration = Duration::from_secs(1);
+
 /// Pause between two attempts to begin a session anew.
 const RENEW_PAUSE: Duration = Duration::from_millis(500);
 
@@ -29,12 +41,12 @@ impl Fs {
         &self.store
     }
 
-    pub(crate) fn volume(&self) -> VolumeId {
-        self.volume
-    }
-
     pub(crate) fn segment_ids(&self) -> &SegmentIds {
         &self.segment_ids
+    }
+
+    pub(crate) fn packer(&self) -> &Packer {
+        &self.packer
     }
 
     pub(crate) fn segment_bytes(&self) -> u64 {
@@ -57,9 +69,32 @@ impl Fs {
         self.runtime.spawn(self.clone().run_events());
         if !self.options.read_only {
             self.runtime.spawn(self.clone().run_flusher());
+            self.runtime.spawn(self.clone().run_recalls());
+            self.runtime.spawn(self.clone().run_room());
         }
         if self.options.delete_segments && !self.options.read_only {
             self.runtime.spawn(self.clone().run_deletions());
+        }
+        if let Some(options) = self.options.compaction.clone()
+            && !self.options.read_only
+        {
+            self.runtime.spawn(self.clone().run_compaction(options));
+        }
+    }
+
+    /// Keeps in mind how full the volume is, while something is held back.
+    async fn run_room(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(ROOM_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut known = false;
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+            if !known || !self.dirty.lock().is_empty() {
+                known = self.look_for_room().await;
+            }
         }
     }
 
@@ -102,33 +137,10 @@ impl Fs {
                 return;
             }
             tracing::error!(%why, "the session is gone; beginning another one");
-            self.lose_dirty_data();
             let Some(session) = self.renew(&session).await else {
                 return;
             };
             self.adopt(session).await;
-        }
-    }
-
-    /// Locks and leases ended with the session, and others may have written since: what wasn't committed is lost, and whoever
-    /// syncs or closes learns it.
-    fn lose_dirty_data(&self) {
-        let dirty: Vec<Arc<Inode>> = self.dirty.lock().drain().map(|(_, inode)| inode).collect();
-        for inode in dirty {
-            let mut state = inode.lock();
-            if state.pieces.is_empty() {
-                continue;
-            }
-            tracing::error!(
-                ino = inode.ino,
-                bytes = state.pieces.bytes(),
-                "uncommitted data is lost"
-            );
-            state.pieces.clear();
-            state.batches.clear();
-            state.lost = Some(Errno::STALE);
-            drop(state);
-            self.coherence.inodes.settled(&inode);
         }
     }
 
@@ -149,23 +161,68 @@ impl Fs {
         }
     }
 
-    /// Goes on with a new session: what is open here is opened there.
+    /// Goes on with a new session: what is open or dirty here is opened there. Uncommitted data of files that nobody changed
+    /// since is uploaded and committed again, under new segment ids. Locks and leases ended with the old session, so what others
+    /// have written since stays, and ours is lost: whoever syncs or opens such a file learns it.
     async fn adopt(&self, session: Session) {
         self.segment_ids.discard().await;
         for inode in self.coherence.inodes.all() {
-            let handles = {
+            // Not while a flush is under way under the old session.
+            let _changing = inode.changing.lock().await;
+            let (opens, base) = {
                 let mut state = inode.lock();
+                let base = state.base_seq;
                 state.forget();
-                state.handles
+                (state.handles + state.owed_releases, base)
             };
-            for _ in 0..handles {
-                if let Err(error) = session.open(Ino(inode.ino), 0).await {
-                    tracing::warn!(ino = inode.ino, %error, "an open file could not be opened again");
-                    inode.lock().lost = Some(Errno::STALE);
+            let mut outcome = Ok(());
+            for _ in 0..opens {
+                match session.open(Ino(inode.ino), 0, false).await {
+                    Ok((opened, _)) => {
+                        let data_seq = opened.attr.map(|attr| attr.data_seq);
+                        if base.is_none() || data_seq != base {
+                            outcome = Err("others have written to it since");
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(ino = inode.ino, %error, "an open file could not be opened again");
+                        outcome = Err("it is gone");
+                        inode.lock().lost = Some(Errno::STALE);
+                    }
+                }
+            }
+            let mut state = inode.lock();
+            if state.pieces.is_empty() {
+                continue;
+            }
+            state.batches.clear();
+            match outcome {
+                Ok(()) => {
+                    tracing::info!(
+                        ino = inode.ino,
+                        bytes = state.pieces.bytes(),
+                        "uncommitted data is uploaded again"
+                    );
+                    state.pieces.unsend_all();
+                    state.retry = None;
+                    state.failure = None;
+                }
+                Err(why) => {
+                    tracing::error!(
+                        ino = inode.ino,
+                        bytes = state.pieces.bytes(),
+                        why,
+                        "uncommitted data is lost"
+                    );
+                    state.pieces.clear();
+                    state.lost = Some(Errno::STALE);
                 }
             }
         }
         self.session.store(Arc::new(session));
+        for inode in self.coherence.inodes.all() {
+            self.settle(&inode);
+        }
         tracing::info!("a new session goes on");
     }
 
@@ -205,5 +262,67 @@ impl Fs {
                 }
             }
         }
+    }
+
+    /// Copies what lives in sparse segments together, when it is this mount's turn.
+    async fn run_compaction(self: Arc<Self>, options: CompactionOptions) {
+        let mut before = BTreeSet::new();
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(options.pause) => {}
+            }
+            let turn = self.compact_some(&options, &mut before);
+            let compacted = tokio::select! {
+                () = self.stop.cancelled() => return,
+                compacted = turn => compacted,
+            };
+            match compacted {
+                Ok(done) if done.written_segments > 0 => tracing::info!(
+                    segments = done.segments,
+                    moved_bytes = done.moved_bytes,
+                    written_bytes = done.written_bytes,
+                    "compacted sparse segments"
+                ),
+                Ok(_) => {}
+                // Left for the next turn, perhaps another mount's.
+                Err(error) => tracing::debug!(%error, "compaction ended early"),
+            }
+        }
+    }
+
+    async fn compact_some(
+        &self,
+        options: &CompactionOptions,
+        before: &mut BTreeSet<u64>,
+    ) -> Result<Compacted, CompactError> {
+        let session = self.session();
+        let ask = Ask::TakeSparse(v1::TakeSparse {
+            segments_max: SPARSE,
+            live_percent_max: options.live_percent_max,
+        });
+        let Answer::Sparse(sparse) = session.maintain(ask).await? else {
+            return Err(CompactError::Answer);
+        };
+        let now: BTreeSet<u64> = sparse.segments.iter().map(|segment| segment.id).collect();
+        let chosen: Vec<u64> = now.intersection(before).copied().collect();
+        before.retain(|id| !chosen.contains(id));
+        before.extend(now.iter().filter(|id| !chosen.contains(id)));
+        // What was seen long ago and never again is gone.
+        while before.len() > SEEN_MAX {
+            before.pop_first();
+        }
+        if chosen.is_empty() {
+            return Ok(Compacted::default());
+        }
+        let compactor = Compactor {
+            session: &session,
+            store: &self.store,
+            ids: &self.segment_ids,
+            segment_bytes: self.options.segment_bytes,
+            bytes_per_second: options.bytes_per_second,
+            leased: true,
+        };
+        compactor.compact(&chosen).await
     }
 }

@@ -168,16 +168,9 @@ impl Fs {
         }
     }
 
-    /// close(2) by one of the file's descriptors, or fsync: once this is `Ok`, everything that was written before is stored
-    /// and committed.
+    /// fsync: once this is `Ok`, everything that was written before is stored and committed.
     pub async fn sync(self: &Arc<Self>, file: &FileHandle) -> FsResult<()> {
         self.flush(&file.inode).await
-    }
-
-    /// Whether [`Fs::sync`] has nothing to do.
-    pub fn is_synced(&self, file: &FileHandle) -> bool {
-        let state = file.inode.lock();
-        state.pieces.is_empty() && state.lost.is_none()
     }
 
     /// fallocate.

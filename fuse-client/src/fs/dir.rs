@@ -8,8 +8,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::StreamExt;
+use heliofs_proto::error::FsError;
 use heliofs_proto::ids::{Ino, Position};
 use heliofs_proto::v1;
+use meta_client::ClientError;
 use parking_lot::Mutex;
 
 use super::{Entry, Fs};
@@ -22,6 +25,9 @@ const PAGE_MAX: u32 = 2048;
 
 /// Attempts to get a page that nothing has changed since it was read.
 const FETCHES_MAX: usize = 8;
+
+/// Files whose attributes are asked for one by one, at the same time.
+const ASKED_AT_ONCE: usize = 64;
 
 /// An open directory.
 #[derive(Debug)]
@@ -212,10 +218,13 @@ impl Fs {
         let cache = &self.coherence.cache;
         let generation = cache.generation();
         handle.changes.lock().forgotten = false;
-        let (page, at) = self
+        let (mut page, at) = self
             .session()
             .read_dir(Ino(handle.ino), from, listing.page_entries, plus)
             .await?;
+        if plus {
+            self.ask_writers(&mut page).await?;
+        }
         self.keep_page(generation, handle.ino, &page, at);
         handle
             .changes
@@ -234,6 +243,37 @@ impl Fs {
         {
             cache.listed(generation, handle.ino, began);
         }
+        Ok(())
+    }
+
+    /// A page has no attributes of files that another mount holds back data of: asking for one makes it come forth. Files that
+    /// are gone by then leave the page.
+    async fn ask_writers(&self, page: &mut v1::DirPage) -> FsResult<()> {
+        let session = self.session();
+        let missing: Vec<u64> = page
+            .entries
+            .iter()
+            .filter(|entry| entry.attr.is_none())
+            .map(|entry| entry.ino)
+            .collect();
+        let mut asked = futures::stream::iter(missing)
+            .map(|ino| {
+                let session = session.clone();
+                async move { (ino, session.get_attr(Ino(ino)).await) }
+            })
+            .buffer_unordered(ASKED_AT_ONCE);
+        let mut answers = HashMap::new();
+        while let Some((ino, answer)) = asked.next().await {
+            match answer {
+                Ok((attr, _)) => answers.insert(ino, attr),
+                Err(ClientError::Verdict(FsError::Stale | FsError::NotFound)) => None,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        page.entries.retain_mut(|entry| {
+            entry.attr = entry.attr.or_else(|| answers.get(&entry.ino).copied());
+            entry.attr.is_some()
+        });
         Ok(())
     }
 

@@ -50,6 +50,8 @@ pub struct OpenHow {
     pub truncate: bool,
     /// Truncation clears setuid and setgid, since the caller is not privileged.
     pub kill_suidgid: bool,
+    /// O_WRONLY or O_RDWR
+    pub write: bool,
 }
 
 impl Fs {
@@ -115,7 +117,7 @@ impl Fs {
         let cache = &self.coherence.cache;
         let generation = cache.generation();
         let session = self.session();
-        let (opened, at) = session.open(Ino(ino), OPEN_EXTENTS).await?;
+        let (opened, at) = session.open(Ino(ino), OPEN_EXTENTS, how.write).await?;
         let opened = Paid {
             fs: self,
             ino,
@@ -201,12 +203,61 @@ impl Fs {
         Ok((entry, opened))
     }
 
+    /// close(2) of one of the file's descriptors. Returns at once under the file's write lease: the data is stored within the
+    /// flush age, or when another mount asks for the file. Without the lease, once it is stored and committed.
+    pub async fn close(self: &Arc<Self>, file: &FileHandle) -> FsResult<()> {
+        if self.may_defer(&file.inode) {
+            return Ok(());
+        }
+        self.flush(&file.inode).await
+    }
+
+    /// Whether the file's data may be kept back after close: nobody else can look at it without asking us, storing it has not
+    /// failed, and the volume is not about to be full.
+    fn may_defer(&self, inode: &Inode) -> bool {
+        let fails = {
+            let state = inode.lock();
+            state.failure.is_some() || state.lost.is_some()
+        };
+        !fails
+            && self.options.defer_close
+            && self.has_ample_room()
+            && self.session.load().holds_write_lease(Ino(inode.ino))
+    }
+
+    /// Whether all that this mount holds back would fit into the volume twice. Near its limit closes wait, so that they can say
+    /// ENOSPC.
+    fn has_ample_room(&self) -> bool {
+        self.coherence.budget.used() <= self.room.load(Ordering::Relaxed) / 2
+    }
+
+    /// Asks how much the volume's limit leaves; false when there is no answer.
+    pub(super) async fn look_for_room(&self) -> bool {
+        match self.stat_fs().await {
+            Ok(stat) => {
+                let room = match stat.capacity_bytes_max {
+                    0 => u64::MAX,
+                    limit => limit.saturating_sub(stat.used_bytes),
+                };
+                self.room.store(room, Ordering::Relaxed);
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the volume's room is not known");
+                false
+            }
+        }
+    }
+
     /// The last reference to an open file is gone. `flock_owner`: whose flock locks end with it.
     pub async fn release(self: &Arc<Self>, handle: u64, flock_owner: Option<u64>) -> FsResult<()> {
         let file = self.files.remove(handle)?;
         let inode = &file.inode;
         let unsafe_data = !inode.lock().pieces.is_empty();
-        if unsafe_data && let Err(error) = self.flush(inode).await {
+        if unsafe_data
+            && !self.may_defer(inode)
+            && let Err(error) = self.flush(inode).await
+        {
             // It stays buffered, the flusher tries again, and the open at the server stays with it.
             tracing::warn!(ino = inode.ino, %error, "a closed file's data is not stored yet");
         }

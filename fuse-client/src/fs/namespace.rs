@@ -245,7 +245,7 @@ impl Fs {
 
     /// rename, with RENAME_NOREPLACE and RENAME_EXCHANGE.
     pub async fn rename(
-        &self,
+        self: &Arc<Self>,
         (parent, name): (u64, &[u8]),
         (new_parent, new_name): (u64, &[u8]),
         no_replace: bool,
@@ -258,6 +258,10 @@ impl Fs {
             Bytes::copy_from_slice(name),
             Bytes::copy_from_slice(new_name),
         );
+        if !no_replace {
+            self.store_before_replacing((parent, &name), (new_parent, &new_name))
+                .await?;
+        }
         let op = Op::Rename(v1::Rename {
             parent,
             name: name.clone(),
@@ -287,6 +291,36 @@ impl Fs {
             self.orphaned(replaced.ino);
         }
         Ok(())
+    }
+
+    /// Whoever writes a file anew and renames it over the old one wants one of the two after a crash: the new one's data is
+    /// stored before it takes the place of something.
+    async fn store_before_replacing(
+        self: &Arc<Self>,
+        (parent, name): (u64, &[u8]),
+        (new_parent, new_name): (u64, &[u8]),
+    ) -> FsResult<()> {
+        if self.dirty.lock().is_empty() {
+            return Ok(());
+        }
+        let cache = &self.coherence.cache;
+        if self.trusted() && matches!(cache.lookup(new_parent, new_name), Found::Absent(_)) {
+            return Ok(());
+        }
+        let ino = match cache.lookup(parent, name) {
+            Found::Attr(attr, _) => attr.ino,
+            Found::Absent(_) | Found::Unknown { .. } => {
+                let name = Bytes::copy_from_slice(name);
+                match self.session().try_lookup(Ino(parent), name).await? {
+                    (Some(attr), _) => attr.ino,
+                    (None, _) => return Ok(()),
+                }
+            }
+        };
+        match self.coherence.inodes.get(ino) {
+            Some(inode) => self.flush(&inode).await,
+            None => Ok(()),
+        }
     }
 
     /// Gives an inode another name.

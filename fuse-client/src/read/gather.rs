@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use blockstore::{Kind, StoreError};
 use bytes::{Bytes, BytesMut};
@@ -71,6 +72,22 @@ fn plan(state: &InodeState, offset: u64, length: u64) -> Plan {
 }
 
 impl Fs {
+    /// Logs a read that failed, with the file's path if the metadata can tell it. At most one path is asked for at a time: a
+    /// bucket that is down fails many reads.
+    fn report_unreadable(self: &Arc<Self>, ino: u64, offset: u64, error: &StoreError) {
+        if self.naming.swap(true, Ordering::AcqRel) {
+            tracing::error!(ino, offset, %error, "read failed");
+            return;
+        }
+        let (fs, error) = (Arc::clone(self), error.clone());
+        self.runtime().spawn(async move {
+            let path = fs.session().path_of(Ino(ino)).await.ok().flatten();
+            let path = path.as_deref().unwrap_or("unknown");
+            tracing::error!(ino, path, offset, %error, "read failed");
+            fs.naming.store(false, Ordering::Release);
+        });
+    }
+
     /// Reads up to `length` bytes from `offset`; holes read as zeros, the end of the file shortens the result.
     ///
     /// Errors: `IO` when the bytes can't be had or are not what was written; `STALE` when the inode is gone.
@@ -92,7 +109,7 @@ impl Fs {
                     file.inode.lock().forget();
                 }
                 Err(error) => {
-                    tracing::error!(ino = file.inode.ino, offset, %error, "read failed");
+                    self.report_unreadable(file.inode.ino, offset, &error);
                     return Err(error.into());
                 }
                 Ok(bytes) => {

@@ -1,23 +1,27 @@
-//! Flush: uploads what is left of a file's buffered data and commits everything, in order.
+//! Flush: uploads what is left of files' buffered data and commits everything, in order.
 //!
 //! Upload first, commit after. Data leaves the buffer only when its commit was answered; when anything fails it stays, the
-//! caller gets an error, and so does everybody who asks later, until a flush succeeds.
+//! caller gets an error, and so does everybody who asks later, until a flush succeeds. Files that are flushed together share
+//! segments ([`super::pack`]) and commits.
 
 use std::sync::Arc;
 
 use heliofs_proto::error::FsError;
-use heliofs_proto::limits::COMMIT_EXTENTS_MAX;
+use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, COMMIT_FILES_MAX};
 use heliofs_proto::v1;
 use heliofs_proto::v1::command::Op;
 use meta_client::ClientError;
 
 use super::pieces::{Frame, SentPiece};
 use crate::errno::{Errno, FsResult};
-use crate::fs::{Caller, Fs};
+use crate::fs::Fs;
 use crate::inode::{Batch, Inode};
 
 /// Times that a flush uploads again because its segment ids were closed.
 const FENCED_MAX: usize = 3;
+
+/// Inline data in one commit, bytes: as much as others gladly wait behind.
+const COMMIT_INLINE_BYTES_MAX: usize = 256 << 10;
 
 /// Why a commit has no success.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,12 +32,57 @@ pub(crate) enum Refused {
     Failed(Errno),
 }
 
-/// What one commit publishes.
-#[derive(Default)]
-struct Group {
-    segments: Vec<v1::Segment>,
+/// One file's share of a commit.
+struct FilePart<'a> {
+    inode: &'a Arc<Inode>,
     extents: Vec<v1::Extent>,
     pieces: Vec<(u64, Vec<SentPiece>)>,
+}
+
+/// What one commit publishes.
+#[derive(Default)]
+struct Group<'a> {
+    segments: Vec<v1::Segment>,
+    files: Vec<FilePart<'a>>,
+    extents: usize,
+    inline_bytes: usize,
+}
+
+impl<'a> Group<'a> {
+    fn has_room(&self, inode: &Inode, extents: usize, inline_bytes: usize) -> bool {
+        let joins = self
+            .files
+            .last()
+            .is_some_and(|file| file.inode.ino == inode.ino);
+        self.extents + extents <= COMMIT_EXTENTS_MAX
+            && self.inline_bytes + inline_bytes <= COMMIT_INLINE_BYTES_MAX
+            && (joins || self.files.len() < COMMIT_FILES_MAX)
+    }
+
+    fn add(&mut self, inode: &'a Arc<Inode>, number: u64, placed: &Placed, part: &[SentPiece]) {
+        if let Placed::Segment(segment, _) = placed
+            && !self.segments.iter().any(|known| known.id == segment.id)
+        {
+            self.segments.push(*segment);
+        }
+        let extents: Vec<_> = part.iter().map(|piece| placed.extent(piece)).collect();
+        self.extents += extents.len();
+        self.inline_bytes += extents
+            .iter()
+            .map(|extent| extent.inline_bytes.len())
+            .sum::<usize>();
+        match self.files.last_mut() {
+            Some(file) if file.inode.ino == inode.ino => {
+                file.extents.extend(extents);
+                file.pieces.push((number, part.to_vec()));
+            }
+            _ => self.files.push(FilePart {
+                inode,
+                extents,
+                pieces: vec![(number, part.to_vec())],
+            }),
+        }
+    }
 }
 
 /// Where a batch's frames ended up.
@@ -64,6 +113,21 @@ impl Placed {
         }
         extent
     }
+
+    fn inline_bytes(&self, part: &[SentPiece]) -> usize {
+        match self {
+            Self::Segment(..) => 0,
+            Self::Inline(_) => part.iter().map(|piece| piece.length as usize).sum(),
+        }
+    }
+}
+
+/// A file that is committed together with others, and what became of it.
+struct Flushed<'a> {
+    inode: &'a Arc<Inode>,
+    /// The last batch to be committed.
+    last: u64,
+    outcome: Result<(), Refused>,
 }
 
 impl Fs {
@@ -82,123 +146,232 @@ impl Fs {
         flushed
     }
 
+    /// As [`Fs::flush`] for several files, which share segments and commits. Outcomes in the order of `inodes`, in which
+    /// nobody comes twice.
+    pub(crate) async fn flush_many(self: &Arc<Self>, inodes: &[Arc<Inode>]) -> Vec<FsResult<()>> {
+        // In the order of their numbers, as everybody takes several.
+        let mut order: Vec<&Arc<Inode>> = inodes.iter().collect();
+        order.sort_unstable_by_key(|inode| inode.ino);
+        let mut changing = Vec::with_capacity(order.len());
+        for inode in order {
+            changing.push(inode.changing.lock().await);
+        }
+        let flushed = self.flush_all_locked(inodes).await;
+        drop(changing);
+        for inode in inodes {
+            self.settle(inode);
+        }
+        flushed
+    }
+
     /// As [`Fs::flush`], for a caller that holds `changing`, and that calls [`Fs::settle`] when it has let go.
     pub(crate) async fn flush_locked(self: &Arc<Self>, inode: &Arc<Inode>) -> FsResult<()> {
+        let flushed = self.flush_all_locked(std::slice::from_ref(inode)).await;
+        flushed.into_iter().next().unwrap_or(Ok(()))
+    }
+
+    async fn flush_all_locked(self: &Arc<Self>, inodes: &[Arc<Inode>]) -> Vec<FsResult<()>> {
+        let mut outcomes: Vec<Option<FsResult<()>>> = vec![None; inodes.len()];
         for _ in 0..FENCED_MAX {
-            let last = {
+            let mut under_way = Vec::new();
+            let mut places = Vec::new();
+            for (place, inode) in inodes.iter().enumerate() {
+                if outcomes[place].is_some() {
+                    continue;
+                }
                 let mut state = inode.lock();
                 if let Some(lost) = state.lost {
-                    return Err(lost);
+                    outcomes[place] = Some(Err(lost));
+                    continue;
                 }
                 self.seal(inode, &mut state, false);
-                state.next_batch - 1
-            };
-            match self.commit_sealed(inode, last).await {
-                Err(Refused::Fenced) => self.segment_ids().discard().await,
-                Err(Refused::Failed(error)) => {
-                    self.metrics().flush_failures.inc();
-                    return Err(error);
-                }
-                Ok(()) => {
-                    inode.lock().failure = None;
-                    return Ok(());
+                places.push(place);
+                under_way.push(Flushed {
+                    inode,
+                    last: state.next_batch - 1,
+                    outcome: Ok(()),
+                });
+            }
+            if under_way.is_empty() {
+                break;
+            }
+            self.pack();
+            self.commit_sealed(&mut under_way).await;
+            let mut fenced = false;
+            for (place, flushed) in places.into_iter().zip(under_way) {
+                match flushed.outcome {
+                    Ok(()) => {
+                        flushed.inode.lock().failure = None;
+                        outcomes[place] = Some(Ok(()));
+                    }
+                    Err(Refused::Failed(error)) => {
+                        self.metrics().flush_failures.inc();
+                        outcomes[place] = Some(Err(error));
+                    }
+                    Err(Refused::Fenced) => fenced = true,
                 }
             }
+            if !fenced {
+                break;
+            }
+            self.segment_ids().discard().await;
         }
-        tracing::error!(ino = inode.ino, "segment ids were refused again and again");
-        inode.lock().failure = Some(Errno::IO);
-        Err(Errno::IO)
+        let outcomes = inodes.iter().zip(outcomes).map(|(inode, outcome)| {
+            outcome.unwrap_or_else(|| {
+                tracing::error!(ino = inode.ino, "segment ids were refused again and again");
+                inode.lock().failure = Some(Errno::IO);
+                Err(Errno::IO)
+            })
+        });
+        outcomes.collect()
     }
 
-    /// Commits the batches up to `last`, waiting for their uploads. The caller holds `changing`.
-    pub(crate) async fn commit_sealed(&self, inode: &Inode, last: u64) -> Result<(), Refused> {
-        let batches: Vec<(u64, Batch)> = {
-            let state = inode.lock();
-            state
-                .batches
-                .range(..=last)
-                .map(|(&number, batch)| (number, batch.clone()))
-                .collect()
-        };
+    /// Commits one file's batches up to `last`. The caller holds `changing`.
+    pub(crate) async fn commit_up_to(&self, inode: &Arc<Inode>, last: u64) -> Result<(), Refused> {
+        let mut one = [Flushed {
+            inode,
+            last,
+            outcome: Ok(()),
+        }];
+        self.commit_sealed(&mut one).await;
+        one[0].outcome
+    }
+
+    /// Commits sealed batches, waiting for their uploads. The caller holds `changing` of every file.
+    async fn commit_sealed(&self, files: &mut [Flushed<'_>]) {
         let mut group = Group::default();
-        for (number, batch) in batches {
-            let placed = match placed(batch).await {
-                Ok(placed) => placed,
-                Err(error) => {
-                    // What was uploaded before it is published all the same.
-                    let published = self.publish(inode, &mut group).await;
+        // Files of `files` from here on have parts in `group`.
+        let mut first = 0;
+        for at in 0..files.len() {
+            let inode = files[at].inode;
+            let batches: Vec<(u64, Batch)> = {
+                let state = inode.lock();
+                let sealed = state.batches.range(..=files[at].last);
+                sealed
+                    .map(|(&number, batch)| (number, batch.clone()))
+                    .collect()
+            };
+            for (number, batch) in batches {
+                let placed = match placed(batch).await {
+                    Ok(placed) => placed,
+                    Err(error) => {
+                        // What was uploaded before it is published all the same.
+                        let mut state = inode.lock();
+                        state.pieces.unsend(number);
+                        state.batches.remove(&number);
+                        state.failure = Some(error);
+                        files[at].outcome = Err(Refused::Failed(error));
+                        break;
+                    }
+                };
+                let pieces = {
                     let mut state = inode.lock();
-                    state.pieces.unsend(number);
-                    state.batches.remove(&number);
-                    state.failure = Some(error);
-                    drop(state);
-                    published?;
-                    return Err(Refused::Failed(error));
+                    let pieces = state.pieces.of_batch(number);
+                    if pieces.is_empty() {
+                        // All of it was overwritten or cut off since; nothing ever named its segment.
+                        state.batches.remove(&number);
+                    }
+                    pieces
+                };
+                for part in pieces.chunks(COMMIT_EXTENTS_MAX) {
+                    let inline_bytes = placed.inline_bytes(part);
+                    if !group.has_room(inode, part.len(), inline_bytes) {
+                        self.publish(&mut group, &mut files[first..=at]).await;
+                        first = at;
+                    }
+                    if files[at].outcome.is_err() {
+                        break;
+                    }
+                    group.add(inode, number, &placed, part);
                 }
-            };
-            let pieces = {
-                let mut state = inode.lock();
-                let pieces = state.pieces.of_batch(number);
-                if pieces.is_empty() {
-                    // All of it was overwritten or cut off since; nothing ever named its segment.
-                    state.batches.remove(&number);
+                if files[at].outcome.is_err() {
+                    break;
                 }
-                pieces
-            };
-            for part in pieces.chunks(COMMIT_EXTENTS_MAX) {
-                if group.extents.len() + part.len() > COMMIT_EXTENTS_MAX {
-                    self.publish(inode, &mut group).await?;
-                }
-                if let Placed::Segment(segment, _) = &placed {
-                    group.segments.push(*segment);
-                }
-                group
-                    .extents
-                    .extend(part.iter().map(|piece| placed.extent(piece)));
-                group.pieces.push((number, part.to_vec()));
             }
         }
-        self.publish(inode, &mut group).await
+        self.publish(&mut group, &mut files[first..]).await;
     }
 
-    /// Proposes one commit and takes what it published out of the buffer.
-    async fn publish(&self, inode: &Inode, group: &mut Group) -> Result<(), Refused> {
+    /// Proposes one commit and takes what it published out of the buffers. Files that were refused say so in `files`.
+    async fn publish(&self, group: &mut Group<'_>, files: &mut [Flushed<'_>]) {
         let mut group = std::mem::take(group);
-        if group.extents.is_empty() {
-            return Ok(());
+        if group.files.is_empty() {
+            return;
         }
-        group.extents.sort_unstable_by_key(|extent| extent.offset);
-        let size_min = group
-            .extents
-            .iter()
-            .map(|extent| extent.offset + extent.length)
-            .max();
-        let mtime = inode.lock().mtime;
-        let op = Op::Commit(v1::Commit {
-            segments: group.segments,
-            files: vec![v1::FileCommit {
-                ino: inode.ino,
-                extents: group.extents.clone(),
-                size_min: size_min.unwrap_or(0),
-                mtime: mtime.unwrap_or(0),
+        let commits = group.files.iter_mut().map(|file| {
+            file.extents.sort_unstable_by_key(|extent| extent.offset);
+            let ends = file
+                .extents
+                .iter()
+                .map(|extent| extent.offset + extent.length);
+            v1::FileCommit {
+                ino: file.inode.ino,
+                extents: file.extents.clone(),
+                size_min: ends.max().unwrap_or(0),
+                mtime: file.inode.lock().mtime.unwrap_or(0),
                 // Cleared at once when the write was made.
                 kill_suidgid: false,
-            }],
+            }
         });
-        let changed = match self.try_mutate(Caller::default(), op).await {
-            Ok(changed) => changed,
-            Err(error) => return Err(self.refused(inode, &group.pieces, &error)),
-        };
-        let Some(attr) = changed.reply.attr else {
-            return Err(Refused::Failed(Errno::IO));
-        };
+        let op = Op::Commit(v1::Commit {
+            files: commits.collect(),
+            segments: group.segments.clone(),
+        });
+        let committed = self.commit(op).await;
+        if let Ok((reply, _)) = &committed
+            && reply.files.is_empty()
+            && group.files.len() > 1
+        {
+            // Refused as a whole, say for lack of room: one by one, what can be committed is.
+            for file in group.files {
+                let mut alone = Group {
+                    segments: group.segments.clone(),
+                    files: vec![file],
+                    ..Group::default()
+                };
+                Box::pin(self.publish(&mut alone, files)).await;
+            }
+            return;
+        }
+        for (at, part) in group.files.iter().enumerate() {
+            let verdict = match &committed {
+                Err(error) => Err(error.clone()),
+                Ok((reply, position)) => match reply.files.get(at) {
+                    Some(file) if file.error() == FsError::None => {
+                        file.attr.map(|attr| (attr, *position)).ok_or_else(|| {
+                            ClientError::Invalid("a committed file without attributes".to_owned())
+                        })
+                    }
+                    Some(file) => Err(ClientError::Verdict(file.error())),
+                    None => Err(ClientError::Verdict(reply.error())),
+                },
+            };
+            let outcome = match verdict {
+                Ok((attr, position)) => {
+                    self.committed(part, &attr, position);
+                    continue;
+                }
+                Err(error) => Err(self.refused(part.inode, &part.pieces, &error)),
+            };
+            let file = files
+                .iter_mut()
+                .find(|file| file.inode.ino == part.inode.ino);
+            if let Some(file) = file {
+                file.outcome = outcome;
+            }
+        }
+    }
+
+    /// A file's part of a commit took effect.
+    fn committed(&self, part: &FilePart<'_>, attr: &v1::Attr, at: heliofs_proto::ids::Position) {
+        let inode = part.inode;
         let mut state = inode.lock();
-        let before = state.moved(&attr, changed.at, |content| {
-            for extent in &group.extents {
+        let before = state.moved(attr, at, |content| {
+            for extent in &part.extents {
                 content.extents.overlay(extent);
             }
         });
-        for (batch, pieces) in &group.pieces {
+        for (batch, pieces) in &part.pieces {
             state.pieces.commit(*batch, pieces);
             if state.pieces.of_batch(*batch).is_empty() {
                 state.batches.remove(batch);
@@ -210,17 +383,9 @@ impl Fs {
             state.retry = None;
         }
         drop(state);
-        match before {
-            Some(before) => self
-                .coherence()
-                .cache
-                .pages_moved(inode.ino, before, attr.data_seq),
-            None => self
-                .coherence()
-                .cache
-                .pages_moved(inode.ino, u64::MAX, attr.data_seq),
-        }
-        Ok(())
+        self.coherence()
+            .cache
+            .pages_moved(inode.ino, before.unwrap_or(u64::MAX), attr.data_seq);
     }
 
     fn refused(
@@ -249,16 +414,10 @@ impl Fs {
                 state.lost = Some(Errno::STALE);
                 Refused::Failed(Errno::STALE)
             }
-            ClientError::SessionGone(why) => {
-                // Locks and leases ended with the session: others may have written since.
-                tracing::warn!(ino = inode.ino, %why, "the session is over; uncommitted data is lost");
-                state.pieces.clear();
-                state.batches.clear();
-                state.lost = Some(Errno::IO);
-                Refused::Failed(Errno::IO)
-            }
-            // What was uploaded stays: the same commit is proposed again by the next flush.
-            ClientError::Verdict(_)
+            // What was uploaded stays: the same commit is proposed again by the next flush. When the session is over, the next
+            // one decides (`Fs::adopt`).
+            ClientError::SessionGone(_)
+            | ClientError::Verdict(_)
             | ClientError::Unavailable { .. }
             | ClientError::Unknown { .. }
             | ClientError::Invalid(_) => {

@@ -1,10 +1,11 @@
-//! What flushes without being asked: old data, data of closed files whose flush failed, and the oldest when memory runs short.
+//! What flushes without being asked by a program here: recalls of write leases, old data, data of closed files whose flush failed, and the oldest when memory runs short.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use heliofs_proto::ids::Ino;
 
 use crate::fs::Fs;
 use crate::inode::Inode;
@@ -12,8 +13,17 @@ use crate::inode::Inode;
 /// How often it looks for old data.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Files flushed at once.
-const PARALLEL: usize = 16;
+/// Groups of files flushed at once.
+const PARALLEL: usize = 8;
+
+/// Files in a group at most; they wait for each other.
+const CHUNK_FILES_MAX: usize = 512;
+
+/// Dirty files beyond which the oldest are flushed whatever their age.
+const DIRTY_FILES_MAX: usize = 8192;
+
+/// Recalls answered together.
+const RECALLS_MAX: usize = 256;
 
 /// First and longest pause between two attempts to store a file's data.
 const RETRY_MIN: Duration = Duration::from_secs(1);
@@ -35,15 +45,15 @@ impl Fs {
             self.metrics()
                 .buffered_bytes
                 .set(i64::try_from(budget.used()).unwrap_or(i64::MAX));
-            let due = self.due();
+            let due = chunks(self.due(), self.segment_bytes());
             futures::stream::iter(due)
-                .for_each_concurrent(PARALLEL, |inode| self.flush_in_background(inode))
+                .for_each_concurrent(PARALLEL, |inodes| self.flush_in_background(inodes))
                 .await;
         }
     }
 
-    /// The files to flush now, oldest data first.
-    fn due(&self) -> Vec<Arc<Inode>> {
+    /// The files to flush now, oldest data first, and how much each holds.
+    fn due(&self) -> Vec<(Arc<Inode>, u64)> {
         let now = Instant::now();
         let flush_age = self.flush_age();
         let mut waiting: Vec<(Reverse<Duration>, u64, Arc<Inode>)> = self
@@ -59,49 +69,111 @@ impl Fs {
                 Some((Reverse(age), state.pieces.bytes(), inode.clone()))
             })
             .collect();
-        waiting.sort_by_key(|(age, _, _)| *age);
+        waiting.sort_by_key(|(age, _, inode)| (*age, inode.ino));
         let budget = &self.coherence().budget;
         let mut excess = if budget.is_pressed() {
             budget.used() / 2
         } else {
             0
         };
+        let mut too_many = waiting.len().saturating_sub(DIRTY_FILES_MAX);
         waiting
             .into_iter()
             .filter(|(Reverse(age), bytes, _)| {
-                let pressed = excess > 0;
+                let pressed = excess > 0 || too_many > 0;
                 excess = excess.saturating_sub(*bytes);
+                too_many = too_many.saturating_sub(1);
                 pressed || *age >= flush_age
             })
-            .map(|(_, _, inode)| inode)
+            .map(|(_, bytes, inode)| (inode, bytes))
             .collect()
     }
 
-    async fn flush_in_background(self: &Arc<Self>, inode: Arc<Inode>) {
-        match self.flush(&inode).await {
-            Ok(()) => self.settle(&inode),
-            Err(error) => {
-                let mut state = inode.lock();
-                let pause = state
-                    .retry
-                    .map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
-                state.retry = Some((Instant::now() + pause, pause));
-                tracing::warn!(ino = inode.ino, %error, ?pause, "data could not be stored yet");
+    async fn flush_in_background(self: &Arc<Self>, inodes: Vec<Arc<Inode>>) {
+        let flushed = self.flush_many(&inodes).await;
+        for (inode, flushed) in inodes.iter().zip(flushed) {
+            let Err(error) = flushed else { continue };
+            let mut state = inode.lock();
+            let pause = state
+                .retry
+                .map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
+            state.retry = Some((Instant::now() + pause, pause));
+            tracing::warn!(ino = inode.ino, %error, ?pause, "data could not be stored yet");
+        }
+    }
+
+    /// Others want to see what this mount has written under write leases: commits it, and returns the leases.
+    pub(crate) async fn run_recalls(self: Arc<Self>) {
+        let stop = self.stop_token();
+        let Some(mut recalls) = self.coherence().recalls() else {
+            tracing::error!("somebody else took the recalls: leases are not returned");
+            return;
+        };
+        loop {
+            let mut recalled = Vec::new();
+            tokio::select! {
+                () = stop.cancelled() => return,
+                count = recalls.recv_many(&mut recalled, RECALLS_MAX) => if count == 0 {
+                    return;
+                }
             }
+            let fs = self.clone();
+            self.runtime()
+                .spawn(async move { fs.answer_recalls(recalled).await });
+        }
+    }
+
+    async fn answer_recalls(self: &Arc<Self>, mut recalled: Vec<u64>) {
+        recalled.sort_unstable();
+        recalled.dedup();
+        let session = self.session();
+        let table = &self.coherence().inodes;
+        let inodes: Vec<Arc<Inode>> = recalled.iter().filter_map(|ino| table.get(*ino)).collect();
+        for (inode, flushed) in inodes.iter().zip(self.flush_many(&inodes).await) {
+            if let Err(error) = flushed {
+                // Who waits sees what was stored before, as after a close that failed; here, every later sync and open says so.
+                tracing::warn!(ino = inode.ino, %error, "a write lease is returned without its data");
+            }
+        }
+        for ino in recalled {
+            session.return_lease(Ino(ino));
         }
     }
 
     /// Flushes everything; for unmount. Returns the inodes whose data is not stored.
     pub async fn flush_all(self: &Arc<Self>) -> Vec<u64> {
         let all: Vec<Arc<Inode>> = self.dirty().lock().values().cloned().collect();
-        futures::stream::iter(all)
-            .map(|inode| async move {
-                let flushed = self.flush(&inode).await;
-                flushed.is_err().then_some(inode.ino)
+        let sized = all.into_iter().map(|inode| {
+            let bytes = inode.lock().pieces.bytes();
+            (inode, bytes)
+        });
+        let mut sized: Vec<_> = sized.collect();
+        sized.sort_unstable_by_key(|(inode, _)| inode.ino);
+        let failed = futures::stream::iter(chunks(sized, self.segment_bytes()))
+            .map(|inodes| async move {
+                let flushed = self.flush_many(&inodes).await;
+                let outcomes = inodes.iter().zip(flushed);
+                let failed = outcomes.filter(|(_, flushed)| flushed.is_err());
+                failed.map(|(inode, _)| inode.ino).collect::<Vec<_>>()
             })
-            .buffer_unordered(PARALLEL)
-            .filter_map(std::future::ready)
-            .collect()
-            .await
+            .buffer_unordered(PARALLEL);
+        failed.concat().await
     }
+}
+
+/// Cuts a list of files with their bytes into parts that are flushed together.
+fn chunks(files: Vec<(Arc<Inode>, u64)>, segment_bytes: u64) -> Vec<Vec<Arc<Inode>>> {
+    let mut chunks: Vec<Vec<Arc<Inode>>> = Vec::new();
+    let mut left = 0;
+    for (inode, bytes) in files {
+        match chunks.last_mut() {
+            Some(chunk) if left > 0 && chunk.len() < CHUNK_FILES_MAX => chunk.push(inode),
+            _ => {
+                left = segment_bytes;
+                chunks.push(vec![inode]);
+            }
+        }
+        left = left.saturating_sub(bytes);
+    }
+    chunks
 }

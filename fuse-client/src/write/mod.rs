@@ -3,13 +3,14 @@
 //! - [`pieces`]: uncommitted bytes of one file (pure)
 //! - [`budget`]: how much of them all files together may hold
 //! - [`segment_ids`]: names for new segments
-//! - [`upload`]: bytes into the bucket
+//! - [`upload`]: bytes into the bucket; [`pack`]: small ones of all files together
 //! - [`flush`]: uploads what is left and commits everything in order
 //! - [`flusher`]: what flushes by age and under pressure
 
 pub mod budget;
 pub mod flush;
 pub mod flusher;
+pub mod pack;
 pub mod pieces;
 pub mod segment_ids;
 pub mod upload;

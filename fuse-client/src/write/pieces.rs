@@ -314,6 +314,15 @@ impl Pieces {
         }
     }
 
+    /// All uploads are of no use: every piece waits for another one.
+    pub fn unsend_all(&mut self) {
+        for content in self.map.values_mut() {
+            if let Content::Frozen { sent, .. } = content {
+                *sent = None;
+            }
+        }
+    }
+
     /// These pieces of `batch` are committed: whatever of them was not overwritten since leaves the buffer.
     pub fn commit(&mut self, batch: u64, pieces: &[SentPiece]) {
         for piece in pieces {

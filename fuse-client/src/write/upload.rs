@@ -1,8 +1,7 @@
-//! Buffered bytes into the bucket: one segment per batch.
+//! Buffered bytes into the bucket: what fills a segment has it for itself.
 
 use std::sync::Arc;
 
-use blockstore::SegmentBuilder;
 use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, INLINE_BYTES_MAX};
 use tokio::sync::watch;
 
@@ -15,7 +14,8 @@ use crate::inode::{Batch, Inode, InodeState, Uploaded};
 const COMMIT_BATCHES: usize = 8;
 
 impl Fs {
-    /// Freezes what is not on its way yet (`full_only`: only full runs) and starts its upload.
+    /// Freezes what is not on its way yet (`full_only`: only full runs). What fills a segment is uploaded at once, the rest waits
+    /// for [`Fs::pack`].
     pub(crate) fn seal(
         self: &Arc<Self>,
         inode: &Arc<Inode>,
@@ -35,8 +35,11 @@ impl Fs {
             batch
         });
         for (number, frames) in frozen {
+            let bytes: u64 = frames.iter().map(|frame| frame.length).sum();
             let batch = if inline {
                 Batch::Inline(Arc::new(frames))
+            } else if bytes < self.segment_bytes() {
+                Batch::Segment(self.packer().add(frames))
             } else {
                 let (sender, receiver) = watch::channel(None);
                 let (fs, inode) = (self.clone(), inode.clone());
@@ -55,18 +58,14 @@ impl Fs {
         }
     }
 
-    async fn upload(&self, frames: Vec<Frame>) -> Uploaded {
+    pub(super) async fn upload(&self, frames: Vec<Frame>) -> Uploaded {
         let session = self.session();
         let id = self.segment_ids().next(&session).await.map_err(|error| {
             tracing::warn!(%error, "no segment id");
             Errno::from(error)
         })?;
-        let mut builder = SegmentBuilder::new(self.volume(), id);
-        let mut numbers = Vec::with_capacity(frames.len());
-        for frame in frames {
-            numbers.push(builder.add_frame(frame.pieces)?);
-        }
-        let segment = builder.finish();
+        let frames = frames.into_iter().map(|frame| frame.pieces).collect();
+        let (segment, numbers) = self.store().build(id, frames).await?;
         let record = segment.record();
         self.store().put(segment).await.map_err(|error| {
             tracing::warn!(segment = id.0, %error, "upload failed");
@@ -101,7 +100,7 @@ impl Fs {
         };
         let changing = inode.changing.lock().await;
         inode.lock().commit_scheduled = false;
-        if let Err(refused) = self.commit_sealed(inode, last).await {
+        if let Err(refused) = self.commit_up_to(inode, last).await {
             tracing::warn!(
                 ino = inode.ino,
                 ?refused,

@@ -225,6 +225,14 @@ fn describe(op: &Op) -> (&'static str, Value) {
                 "length": op.length,
             }),
         ),
+        Op::Relocate(op) => (
+            "relocate",
+            json!({
+                "moves": op.moves.len(),
+                "bytes": op.moves.iter().map(|each| each.length).sum::<u64>(),
+                "segments": op.segments.iter().map(|each| format!("{:016x}", each.id)).collect::<Vec<_>>(),
+            }),
+        ),
         Op::Reap(op) => ("reap", json!({ "inode": op.ino })),
         Op::EraseStep(op) => ("erase-step", json!({ "inode": op.ino })),
         Op::RemoveTree(op) => (

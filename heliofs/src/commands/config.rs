@@ -1,16 +1,18 @@
 //! `heliofs config`: shows or changes a volume's settings.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use blockstore::{Bucket, StoreOptions};
+use blockstore::{Bucket, Passphrase, StoreOptions, VolumeKey};
 use clap::Args;
 use heliofs_proto::v1::{UpdateVolumeRequest, Volume};
 use meta_client::ClusterError;
 
-use super::format::Keys;
+use super::format::{Compress, Keys};
 use super::status::volume_json;
 use crate::cli::Access;
 use crate::failure::{Failure, Outcome};
+use crate::passphrase::{PassphraseSource, read_private};
 use crate::units::{show_limit, show_size};
 use crate::{output, units};
 
@@ -36,6 +38,15 @@ pub(crate) struct Options {
     /// How long an object that nobody references stays in the bucket.
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     deletion_grace: Option<Duration>,
+    /// How objects are compressed from now on; mounts use it when they are mounted again.
+    #[arg(long, value_enum, value_name = "CODEC")]
+    compress: Option<Compress>,
+    /// File with a new passphrase for an encrypted volume, which replaces the one given with --passphrase-file or
+    /// HELIOFS_PASSPHRASE. The data is not encrypted anew.
+    #[arg(long, value_name = "FILE")]
+    new_passphrase_file: Option<PathBuf>,
+    #[command(flatten)]
+    passphrase: PassphraseSource,
     #[command(flatten)]
     keys: Keys,
 }
@@ -59,16 +70,26 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     if let Some(grace) = options.deletion_grace {
         settings.deletion_grace_seconds = grace.as_secs();
     }
-    let storage = if options.keys.given() {
-        let mut storage = volume.storage.clone().unwrap_or_default();
+    let mut storage = volume.storage.clone().unwrap_or_default();
+    let unchanged = storage.clone();
+    if let Some(compress) = options.compress {
+        storage.compress = compress.name().to_owned();
+    }
+    if let Some(file) = &options.new_passphrase_file {
+        let Some(encryption) = &mut storage.encryption else {
+            return Err(Failure::usage(format!("{} is not encrypted", volume.name)));
+        };
+        let key = VolumeKey::open(encryption, &options.passphrase.required()?)?;
+        let new = Passphrase::new(read_private(file, "passphrase")?);
+        encryption.keys = vec![key.wrap(&new)?];
+    }
+    if options.keys.given() {
         (storage.access_key, storage.secret_key) = options.keys.find()?;
         // Keys that don't open the bucket would leave every mount without data.
-        let bucket = Bucket::open(&storage, &volume.name, &StoreOptions::default())?;
+        let bucket = Bucket::open(&storage, prefix(&volume), &StoreOptions::default())?;
         bucket.check_marker(&storage.uuid).await?;
-        Some(storage)
-    } else {
-        None
-    };
+    }
+    let storage = (storage != unchanged).then_some(storage);
     let volume = if settings != before || storage.is_some() {
         let update = UpdateVolumeRequest {
             name: target.volume,
@@ -94,6 +115,30 @@ pub(crate) async fn find(cluster: &meta_client::Cluster, name: &str) -> Outcome<
     }
 }
 
+/// The prefix of a volume's objects in its bucket: its name where it was created.
+pub(crate) fn prefix(volume: &Volume) -> &str {
+    match &volume.mirror {
+        Some(mirror) => &mirror.prefix,
+        None => &volume.name,
+    }
+}
+
+/// Refuses what would change the objects of a volume that is a mirror: they are the source's, which has newer ones than the
+/// mirror knows of.
+pub(crate) fn not_a_mirror(volume: &Volume) -> Outcome {
+    let Some(mirror) = &volume.mirror else {
+        return Ok(());
+    };
+    Err(Failure::new(format!(
+        "{} is a mirror: its objects are the source's",
+        volume.name
+    ))
+    .hint(format!(
+        "do it at the source: {}/{}",
+        mirror.source, mirror.volume
+    )))
+}
+
 fn print(volume: &Volume) -> Outcome {
     let storage = volume.storage.clone().unwrap_or_default();
     let settings = volume.settings.unwrap_or_default();
@@ -106,6 +151,11 @@ fn print(volume: &Volume) -> Outcome {
         ("bucket", storage.bucket),
         ("access key", storage.access_key),
         ("block size", show_size(storage.segment_bytes)),
+        ("compress", storage.compress),
+        (
+            "encrypt",
+            storage.encryption.map(|e| e.cipher).unwrap_or_default(),
+        ),
         (
             "capacity",
             show_limit(settings.capacity_bytes_max, show_size),

@@ -1,9 +1,9 @@
 //! `heliofs format`: creates a volume, its bucket if missing, and claims the volume's prefix of the bucket.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use blockstore::{Bucket, StoreError, StoreOptions};
+use blockstore::{Bucket, StoreError, StoreOptions, VolumeKey};
 use clap::{Args, ValueEnum};
 use heliofs_proto::v1::{StorageConfig, VolumeCreate, VolumeSettings};
 use meta_client::{ClusterError, Token};
@@ -11,6 +11,7 @@ use meta_client::{ClusterError, Token};
 use crate::cli::Access;
 use crate::commands::status::volume_json;
 use crate::failure::{Failure, Outcome, While};
+use crate::passphrase::{PassphraseSource, read_private};
 use crate::{output, units};
 
 /// Where objects can be.
@@ -67,7 +68,7 @@ impl Keys {
         });
         let secret = match (&self.secret_key, &self.secret_key_file) {
             (Some(secret), _) => Some(secret.clone()),
-            (None, Some(file)) => Some(read_secret(file)?),
+            (None, Some(file)) => Some(read_private(file, "secret key")?.trim().to_owned()),
             (None, None) => {
                 from_environment(["HELIOFS_SECRET_KEY", "SECRET_KEY", "AWS_SECRET_ACCESS_KEY"])
             }
@@ -83,22 +84,25 @@ impl Keys {
     }
 }
 
-/// The file is private, as a token's must be; the text is trimmed.
-fn read_secret(path: &Path) -> Outcome<String> {
-    use std::os::unix::fs::PermissionsExt;
-    let doing = || format!("read the secret key in {}", path.display());
-    let mode = std::fs::metadata(path)
-        .while_(doing())?
-        .permissions()
-        .mode();
-    if mode & 0o077 != 0 {
-        return Err(
-            Failure::new(format!("{} can be read by others", path.display()))
-                .hint(format!("chmod 600 {}", path.display())),
-        );
+/// How objects are compressed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum Compress {
+    /// Not at all.
+    None,
+    /// Fast.
+    Lz4,
+    /// Smaller.
+    Zstd,
+}
+
+impl Compress {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+        }
     }
-    let text = std::fs::read_to_string(path).while_(doing())?;
-    Ok(text.trim().to_owned())
 }
 
 /// What volume to create.
@@ -141,6 +145,14 @@ pub(crate) struct Options {
         value_name = "SIZE"
     )]
     block_size: u64,
+    /// How new objects are compressed.
+    #[arg(long, value_enum, default_value = "none", value_name = "CODEC")]
+    compress: Compress,
+    /// Encrypts objects with AES-256-GCM; needs a passphrase, without which the data is lost.
+    #[arg(long)]
+    encrypt: bool,
+    #[command(flatten)]
+    passphrase: PassphraseSource,
     /// How long an object that nobody references stays in the bucket.
     #[arg(long, value_parser = units::parse_duration, default_value = "10m", value_name = "TIME")]
     deletion_grace: Duration,
@@ -175,6 +187,16 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         Storage::S3 => options.keys.find()?,
         Storage::File | Storage::Memory => (String::new(), String::new()),
     };
+    let encryption = match options.encrypt {
+        true => Some(VolumeKey::create(&options.passphrase.required()?)?.1),
+        false if options.passphrase.passphrase_file.is_some() => {
+            return Err(
+                Failure::usage("a passphrase for a volume that is not encrypted")
+                    .hint("add --encrypt"),
+            );
+        }
+        false => None,
+    };
     let storage = StorageConfig {
         storage: options.storage.name().to_owned(),
         bucket: bucket(&options)?,
@@ -183,6 +205,12 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         region: options.region.clone(),
         uuid: units::random_hex(),
         segment_bytes: options.block_size,
+        // An empty name: no frame was ever encoded, so that readers need not look.
+        compress: match options.compress {
+            Compress::None => String::new(),
+            codec => codec.name().to_owned(),
+        },
+        encryption,
     };
     let volume = VolumeCreate {
         name: target.volume.clone(),

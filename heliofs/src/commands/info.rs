@@ -150,7 +150,7 @@ async fn look(
     Ok(values)
 }
 
-async fn all_extents(session: &Session, ino: Ino) -> Outcome<Vec<Extent>> {
+pub(crate) async fn all_extents(session: &Session, ino: Ino) -> Outcome<Vec<Extent>> {
     let mut extents = Vec::new();
     let mut offset = 0;
     loop {

@@ -1,15 +1,20 @@
 //! One file per command.
 
 pub(crate) mod changelog;
+pub(crate) mod compact;
 pub(crate) mod config;
 pub(crate) mod destroy;
 pub(crate) mod format;
+pub(crate) mod fsck;
+pub(crate) mod gc;
 pub(crate) mod info;
 pub(crate) mod meta;
 pub(crate) mod mirror;
 pub(crate) mod mount;
 pub(crate) mod raft;
+pub(crate) mod restore;
 pub(crate) mod rmr;
+pub(crate) mod segments;
 pub(crate) mod status;
 pub(crate) mod umount;
 pub(crate) mod up;
@@ -42,7 +47,11 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Status(options) => wait(status::run(options, json)),
         Command::Info(options) => wait(info::run(options, json)),
         Command::Config(options) => wait(config::run(options, json)),
+        Command::Fsck(options) => wait(fsck::run(options, json)),
+        Command::Gc(options) => wait(gc::run(options, json)),
+        Command::Compact(options) => wait(compact::run(options, json)),
         Command::Destroy(options) => wait(destroy::run(options, json)),
+        Command::Restore(options) => wait(restore::run(options, json)),
         Command::Rmr(options) => wait(rmr::run(options, json)),
         Command::Changelog(options) => wait(changelog::run(options, json)),
         Command::Mirror(command) => wait(mirror::run(command, json)),

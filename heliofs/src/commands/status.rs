@@ -80,6 +80,8 @@ pub(crate) fn volume_json(volume: &Volume) -> serde_json::Value {
         "bucket": storage.bucket,
         "region": storage.region,
         "segment_bytes": storage.segment_bytes,
+        "compress": if storage.compress.is_empty() { "none" } else { storage.compress.as_str() },
+        "encrypt": storage.encryption.as_ref().map_or("none", |encryption| encryption.cipher.as_str()),
         "position": format!("{}:{}", position.epoch, position.seq),
         "used_bytes": volume.used_bytes,
         "used_inodes": volume.used_inodes,

@@ -30,7 +30,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use heliofs_proto::ids::{Position, SessionId, VolumeId};
+use heliofs_proto::ids::{Ino, Position, SessionId, VolumeId};
 use heliofs_proto::v1;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -63,6 +63,8 @@ pub struct SessionOptions {
     pub volume_token: Bytes,
     /// Told of invalidations before later responses are completed. With a watcher, [`Event::Invalidate`] is not sent.
     pub watcher: Option<Arc<dyn Watcher>>,
+    /// Ask for write leases with opens for writing and creates. Recalls go to the watcher.
+    pub takes_leases: bool,
 }
 
 impl Default for SessionOptions {
@@ -79,6 +81,7 @@ impl Default for SessionOptions {
             op_deadline: Duration::from_secs(30),
             volume_token: Bytes::new(),
             watcher: None,
+            takes_leases: false,
         }
     }
 }
@@ -92,6 +95,10 @@ pub trait Watcher: Send + Sync {
     /// Forget everything: the server no longer remembers what this session was told (the stream was resumed, perhaps with
     /// another leader), the lease was lost, or the session is gone. Comes before any later response or renewed lease.
     fn forget_all(&self);
+
+    /// The write lease of a file is wanted back: commit what was written under it, then call [`Session::return_lease`].
+    /// Somebody waits.
+    fn recalled(&self, ino: u64);
 }
 
 /// What happens to a session besides answers. Events are for acting on, not for ordering: see [`Watcher`].
@@ -249,14 +256,15 @@ impl Session {
         ticket == self.cache_ticket() && position.seq >= self.last_invalidation_seq()
     }
 
-    /// Inodes with uncommitted data under a write lease; re-asserted on reconnect.
-    pub fn set_dirty(&self, ino: heliofs_proto::ids::Ino, dirty: bool) {
-        let mut state = self.shared().state.lock();
-        if dirty {
-            state.dirty.insert(ino.0);
-        } else {
-            state.dirty.remove(&ino.0);
-        }
+    /// Whether this session holds the file's write lease, so that whoever wants to see what was written asks here first. False
+    /// while the leader has not been heard for a lease.
+    pub fn holds_write_lease(&self, ino: Ino) -> bool {
+        self.lease_valid() && self.shared().state.lock().holds_lease(ino.0)
+    }
+
+    /// Answers a recall: everything that was written under the lease is committed, or can't be.
+    pub fn return_lease(&self, ino: Ino) {
+        self.shared().return_lease(ino.0);
     }
 
     fn shared(&self) -> &Arc<Shared> {

@@ -222,6 +222,7 @@ fn dispatch<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult {
         Op::Commit(op) => ops::commit::commit(txn, op),
         Op::Fallocate(op) => ops::fallocate::fallocate(txn, op),
         Op::CopyRange(op) => ops::copy_range::copy_range(txn, op),
+        Op::Relocate(op) => ops::relocate::relocate(txn, op),
         Op::Reap(op) => ops::reap::reap(txn, op),
         Op::EraseStep(op) => ops::erase::step(txn, op),
         Op::RemoveTree(op) => ops::remove_tree::begin(txn, op),

@@ -20,6 +20,10 @@ pub mod limits;
 mod ops;
 pub mod query;
 pub mod records;
+pub mod trash {
+    //! How the trash names things.
+    pub use crate::ops::trash::{NAME, hour_name};
+}
 mod txn;
 pub mod view;
 

@@ -16,6 +16,15 @@ pub const ENTRIES_PER_STEP: usize = 100;
 /// Extents that one `CopyRange` copies; each may touch an extent, a segment record and a replaced extent.
 pub const EXTENTS_PER_COPY: usize = 200;
 
+/// Moves of one `Relocate`; each may change records of two segments.
+pub const MOVES_PER_RELOCATE: usize = 128;
+
+/// Extents that one `Relocate` changes; each may leave a part on both sides. With the segments' records below 1,000.
+pub const PARTS_PER_RELOCATE: usize = 200;
+
+/// Directories above one that are looked at to learn whether it lies in the trash; what is deeper down counts as outside.
+pub const TRASH_DEPTH_MAX: usize = 4096;
+
 /// Repeated requests whose cached replies one command drops: the window of a session, twice over.
 pub const REPLIES_PER_COMMAND_MAX: u64 = 2 * heliofs_proto::limits::IN_FLIGHT_MAX as u64;
 

@@ -98,6 +98,7 @@ async fn an_unlinked_file_lives_until_its_last_release() {
         .read(Body::Open(v1::Open {
             ino,
             extents_max: 8,
+            write: false,
         }))
         .await;
     assert!(
@@ -120,6 +121,7 @@ async fn an_unlinked_file_lives_until_its_last_release() {
         .read(Body::Open(v1::Open {
             ino,
             extents_max: 0,
+            write: false,
         }))
         .await;
     assert_eq!(again.error(), FsError::None);
@@ -132,6 +134,7 @@ async fn an_unlinked_file_lives_until_its_last_release() {
         .read(Body::Open(v1::Open {
             ino,
             extents_max: 0,
+            write: false,
         }))
         .await;
     assert_eq!(late.error(), FsError::Stale);
@@ -357,6 +360,7 @@ async fn hostile_requests_are_refused_one_by_one() {
         .read(Body::Open(v1::Open {
             ino: 0xdead,
             extents_max: 9,
+            write: false,
         }))
         .await;
     assert_eq!(stale.error(), FsError::Stale);

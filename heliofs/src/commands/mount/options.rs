@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use blockstore::{DiskCacheOptions, SegmentStore, StoreOptions};
 use clap::{Args, ValueEnum};
-use fuse_client::{AtimePolicy, Coherence, FsOptions, MountOptions, Mounted};
+use fuse_client::{AtimePolicy, Coherence, CompactionOptions, FsOptions, MountOptions, Mounted};
 use meta_client::{Cluster, Session, SessionOptions};
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +17,7 @@ use crate::commands::version;
 use crate::connect::host_name;
 use crate::failure::{Failure, Outcome, While};
 use crate::mounts::MountNote;
+use crate::passphrase::PassphraseSource;
 use crate::serve_metrics::{self, Exposed};
 use crate::units;
 
@@ -53,6 +54,13 @@ pub(crate) struct Serving {
     /// again. At least 1s.
     #[arg(long, value_parser = parse_io_timeout, default_value = "30s", value_name = "TIME")]
     pub(crate) io_timeout: Duration,
+    /// close waits until the file's data is in the bucket and committed. Without it close returns at once while no other mount
+    /// has the file open; the data follows within the flush age, or at once when another mount opens or stats the file.
+    #[arg(long)]
+    pub(crate) close_sync: bool,
+    /// Written data is stored after this time, if nobody asks for it earlier.
+    #[arg(long, value_parser = parse_flush_age, default_value = "1s", value_name = "TIME")]
+    pub(crate) flush_age: Duration,
     /// When reading changes access times.
     #[arg(long, value_enum, default_value = "noatime")]
     pub(crate) atime: Atime,
@@ -62,6 +70,14 @@ pub(crate) struct Serving {
     /// Others than the user who mounts may use it; root's mounts allow that anyway.
     #[arg(long)]
     pub(crate) allow_other: bool,
+    /// Leaves deleting dead objects, compaction and expiry of the trash to other mounts.
+    #[arg(long)]
+    pub(crate) no_bgjob: bool,
+    /// Time between two looks for sparse objects to compact.
+    #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
+    pub(crate) compact_interval: Duration,
+    #[command(flatten)]
+    pub(crate) passphrase: PassphraseSource,
     /// Serves /metrics and /ready here.
     #[arg(long, value_name = "ADDR")]
     pub(crate) metrics: Option<SocketAddr>,
@@ -114,6 +130,8 @@ impl Serving {
                 "cache-size" => self.cache_size = units::parse_size(needed()?).map_err(wrong)?,
                 "buffer-size" => self.buffer_size = units::parse_size(needed()?).map_err(wrong)?,
                 "io-timeout" => self.io_timeout = parse_io_timeout(needed()?).map_err(wrong)?,
+                "close-sync" => self.close_sync = true,
+                "flush-age" => self.flush_age = parse_flush_age(needed()?).map_err(wrong)?,
                 "threads" => {
                     self.threads = Some(
                         needed()?
@@ -128,12 +146,14 @@ impl Serving {
                             .map_err(|_| wrong("not an address".to_owned()))?,
                     );
                 }
+                "no-bgjob" => self.no_bgjob = true,
+                "passphrase-file" => self.passphrase.passphrase_file = Some(needed()?.into()),
                 "token-file" => access.token_file = Some(needed()?.into()),
                 name if IGNORED.contains(&name) || name.starts_with("x-") => {}
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, threads=, metrics=, token-file=",
+                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, metrics=, passphrase-file=, token-file=",
                     ));
                 }
             }
@@ -158,6 +178,8 @@ impl Serving {
         flag("--buffer-size", Some(self.buffer_size.to_string().into()));
         let io_timeout = format!("{}ms", self.io_timeout.as_millis());
         flag("--io-timeout", Some(io_timeout.into()));
+        let flush_age = format!("{}ms", self.flush_age.as_millis());
+        flag("--flush-age", Some(flush_age.into()));
         let atime = self
             .atime
             .to_possible_value()
@@ -171,8 +193,17 @@ impl Serving {
             "--metrics",
             self.metrics.map(|address| address.to_string().into()),
         );
+        arguments.extend(self.passphrase.to_arguments());
+        let compact_interval = format!("{}ms", self.compact_interval.as_millis());
+        arguments.extend(["--compact-interval".into(), compact_interval.into()]);
+        if self.no_bgjob {
+            arguments.push("--no-bgjob".into());
+        }
         if self.read_only {
             arguments.push("--read-only".into());
+        }
+        if self.close_sync {
+            arguments.push("--close-sync".into());
         }
         if self.allow_other {
             arguments.push("--allow-other".into());
@@ -202,6 +233,17 @@ fn parse_io_timeout(text: &str) -> Result<Duration, String> {
         );
     }
     Ok(timeout)
+}
+
+/// Longest flush age: data that a program believes to be stored should not wait longer in memory.
+const FLUSH_AGE_MAX: Duration = Duration::from_secs(60);
+
+fn parse_flush_age(text: &str) -> Result<Duration, String> {
+    let age = units::parse_duration(text)?;
+    if age > FLUSH_AGE_MAX {
+        return Err("more than 60s: what was written would be lost with the mount".to_owned());
+    }
+    Ok(age)
 }
 
 /// Inodes and names that a mount remembers; about 300 bytes each.
@@ -236,6 +278,7 @@ impl Serving {
                 build: version::BUILD.to_owned(),
                 read_only: self.read_only,
                 watcher: Some(coherence.clone()),
+                takes_leases: !self.read_only && !self.close_sync,
                 ..SessionOptions::default()
             },
         )
@@ -272,6 +315,10 @@ impl Serving {
             disk_cache: (self.cache_size > 0).then(|| {
                 DiskCacheOptions::new(self.cache_directory().join(&storage.uuid), self.cache_size)
             }),
+            passphrase: match storage.encryption {
+                Some(_) => Some(self.passphrase.required()?),
+                None => None,
+            },
             registry: Some(registry.clone()),
             ..StoreOptions::default()
         };
@@ -299,6 +346,13 @@ impl Serving {
                 read_only,
                 atime: self.atime.into(),
                 segment_bytes: storage.segment_bytes,
+                delete_segments: !self.no_bgjob,
+                compaction: (!self.no_bgjob).then(|| CompactionOptions {
+                    pause: self.compact_interval,
+                    ..CompactionOptions::default()
+                }),
+                flush_age: self.flush_age,
+                defer_close: !self.close_sync,
                 ..FsOptions::default()
             },
             allow_other: self.allow_other || nix::unistd::geteuid().is_root(),
@@ -404,9 +458,14 @@ mod tests {
             cache_size: 1,
             buffer_size: 1,
             io_timeout: Duration::from_secs(30),
+            close_sync: false,
+            flush_age: Duration::from_secs(1),
             atime: Atime::Noatime,
             threads: None,
             allow_other: false,
+            no_bgjob: false,
+            compact_interval: Duration::from_secs(60),
+            passphrase: PassphraseSource::default(),
             metrics: None,
         }
     }

@@ -38,6 +38,12 @@ fn mutated(response: v1::Response) -> Result<v1::Reply, ClientError> {
     }
 }
 
+/// Entries per question when a name is looked for by its inode.
+const PATH_ENTRIES: u32 = 4096;
+
+/// Directories above an inode that are followed; more is a loop that renames have made meanwhile.
+const PATH_DEPTH_MAX: usize = 4096;
+
 /// A refusal as an error.
 fn accepted(reply: v1::Reply) -> Result<v1::Reply, ClientError> {
     match reply.error() {
@@ -144,17 +150,18 @@ impl Session {
 
     /// Opens an inode: while it is open in some session it lives on without a name. Returns its attributes and up to
     /// `extents_max` extents from offset 0. Each success is paid back with one [`Session::release`]; a failure or a dropped
-    /// future needs none.
+    /// future needs none. `write`: asks for the write lease ([`Session::holds_write_lease`] tells).
     pub async fn open(
         &self,
         ino: Ino,
         extents_max: u32,
+        write: bool,
     ) -> Result<(v1::Opened, Position), ClientError> {
         let guard = OpenGuard {
             session: self,
             ino: Some(ino),
         };
-        let opened = match self.shared().submit_open(ino.0, extents_max)? {
+        let opened = match self.shared().submit_open(ino.0, (extents_max, write))? {
             (Ticket::Open, answer) => {
                 let response = settle(self.shared().wait(answer).await?)?;
                 expect_body!(response, Opened, "open")?
@@ -280,6 +287,51 @@ impl Session {
         Ok((reply.attrs, position))
     }
 
+    /// One path of an inode from the volume's root, for people; `None`: it has no name (any more). Names that are no text are
+    /// shown with replacements. Takes two or more round trips per directory on the way.
+    pub async fn path_of(&self, ino: Ino) -> Result<Option<String>, ClientError> {
+        let mut names: Vec<Bytes> = Vec::new();
+        let mut at = ino;
+        while at != Ino::ROOT {
+            if names.len() > PATH_DEPTH_MAX {
+                return Ok(None);
+            }
+            let parent = match self.get_attr(at).await {
+                Ok((attr, _)) => Ino(attr.parent),
+                Err(ClientError::Verdict(_)) => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            match self.name_in(parent, at).await? {
+                Some(name) => names.push(name),
+                None => return Ok(None),
+            }
+            at = parent;
+        }
+        let names = names.iter().rev().map(|name| String::from_utf8_lossy(name));
+        Ok(Some(names.fold(String::new(), |path, name| {
+            format!("{path}/{name}")
+        })))
+    }
+
+    /// A name of `ino` in a directory.
+    async fn name_in(&self, directory: Ino, ino: Ino) -> Result<Option<Bytes>, ClientError> {
+        let mut after = 0;
+        loop {
+            let page = match self.read_dir(directory, after, PATH_ENTRIES, false).await {
+                Ok((page, _)) => page,
+                Err(ClientError::Verdict(_)) => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            if let Some(entry) = page.entries.iter().find(|entry| entry.ino == ino.0) {
+                return Ok(Some(entry.name.clone()));
+            }
+            match page.entries.last() {
+                Some(last) if !page.end => after = last.cookie,
+                _ => return Ok(None),
+            }
+        }
+    }
+
     /// Counts below a directory; not a snapshot. May take longer than other reads: the deadline is the same.
     pub async fn summary(&self, ino: Ino) -> Result<v1::SummaryReply, ClientError> {
         let body = Body::Summary(v1::Summary { ino: ino.0 });
@@ -327,6 +379,18 @@ impl Session {
             flock,
         });
         self.read(body).await.map(drop)
+    }
+
+    /// Asks what gc, fsck and compaction need to know.
+    pub async fn maintain(
+        &self,
+        ask: v1::maintain::Ask,
+    ) -> Result<v1::maintained::Answer, ClientError> {
+        let body = Body::Maintain(v1::Maintain { ask: Some(ask) });
+        let (maintained, _) = expect_body!(self.read(body).await?, Maintained, "maintain")?;
+        maintained
+            .answer
+            .ok_or_else(|| ClientError::Invalid("the answer to `maintain` is empty".to_owned()))
     }
 
     /// Leases up to `segments_max` dead segments for deletion from the bucket, and reports those that are `done`. Second

@@ -55,11 +55,11 @@ impl Shared {
     pub(super) fn submit_open(
         &self,
         ino: u64,
-        extents_max: u32,
+        how: (u32, bool),
     ) -> Result<(Ticket, AnswerReceiver), ClientError> {
         let (caller, answer) = oneshot::channel();
         let mut state = self.state.lock();
-        let ticket = state.submit_open(ino, extents_max, caller, Instant::now())?;
+        let ticket = state.submit_open(ino, how, caller, Instant::now())?;
         wake(state);
         Ok((ticket, answer))
     }
@@ -79,6 +79,12 @@ impl Shared {
     pub(super) fn release(&self, ino: u64) {
         let mut state = self.state.lock();
         state.release(ino, Instant::now());
+        wake(state);
+    }
+
+    pub(super) fn return_lease(&self, ino: u64) {
+        let mut state = self.state.lock();
+        state.return_lease(ino);
         wake(state);
     }
 
@@ -390,6 +396,9 @@ impl Driver {
         for response in frame.responses {
             gone |= state.answered(response, now, &mut completions);
         }
+        for &ino in &frame.recalls {
+            state.lease_recalled(ino);
+        }
         let sent = (frame.pong != 0).then(|| state.pong(frame.pong)).flatten();
         if state.can_go_on() || state.has_queued() {
             wake(state);
@@ -402,6 +411,12 @@ impl Driver {
         }
         if let Some(sent) = sent {
             shared.renew_lease(sent);
+        }
+        for ino in frame.recalls {
+            match &shared.options.watcher {
+                Some(watcher) => watcher.recalled(ino),
+                None => shared.return_lease(ino),
+            }
         }
         if gone {
             return Err(Stop::Gone("the server ended it".to_owned()));

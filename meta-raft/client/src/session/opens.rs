@@ -5,10 +5,21 @@ use std::collections::HashMap;
 #[derive(Default)]
 struct OpenInode {
     count: u32,
+    lease: WriteLease,
     /// The server confirmed the registration.
     registered: bool,
     /// The unanswered request to register it.
     opening: Option<u64>,
+}
+
+/// Where this session stands with a file's write lease.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+enum WriteLease {
+    #[default]
+    None,
+    Held,
+    /// It is to be returned; until then the server makes others wait.
+    Recalled,
 }
 
 /// What the last change makes necessary.
@@ -100,6 +111,44 @@ impl Opens {
         }
     }
 
+    /// The server granted the write lease with its answer to an open or a create.
+    pub(super) fn lease_granted(&mut self, ino: u64) {
+        if let Some(open) = self.inodes.get_mut(&ino)
+            && open.lease == WriteLease::None
+        {
+            open.lease = WriteLease::Held;
+        }
+    }
+
+    /// The server wants the lease back.
+    pub(super) fn lease_recalled(&mut self, ino: u64) {
+        if let Some(open) = self.inodes.get_mut(&ino) {
+            open.lease = WriteLease::Recalled;
+        }
+    }
+
+    /// Everything that was written under it is committed.
+    pub(super) fn lease_returned(&mut self, ino: u64) {
+        if let Some(open) = self.inodes.get_mut(&ino) {
+            open.lease = WriteLease::None;
+        }
+    }
+
+    /// Whether data may be kept back under the file's write lease.
+    pub(super) fn holds_lease(&self, ino: u64) -> bool {
+        let open = self.inodes.get(&ino);
+        open.is_some_and(|open| open.lease == WriteLease::Held)
+    }
+
+    /// Files whose lease this session did not return yet, ascending.
+    pub(super) fn leases(&self) -> Vec<u64> {
+        let leased = |open: &OpenInode| open.lease != WriteLease::None && open.registered;
+        let leases = self.inodes.iter().filter(|(_, open)| leased(open));
+        let mut inos: Vec<u64> = leases.map(|(ino, _)| *ino).collect();
+        inos.sort_unstable();
+        inos
+    }
+
     /// Whether the server is known to have it registered.
     pub(super) fn is_registered(&self, ino: u64) -> bool {
         self.inodes.get(&ino).is_some_and(|open| open.registered)
@@ -164,6 +213,28 @@ mod tests {
         opens.add(7);
         assert_eq!(opens.opened(7, 1, false), Need::Nothing);
         assert_eq!(opens.release(7), Need::Register);
+    }
+
+    #[test]
+    fn a_lease_lasts_until_its_recall_and_is_named_until_it_is_returned() {
+        let mut opens = Opens::default();
+        opens.created(7, true);
+        assert!(!opens.holds_lease(7));
+        opens.lease_granted(7);
+        assert!(opens.holds_lease(7));
+        assert_eq!(opens.leases(), [7]);
+        opens.lease_recalled(7);
+        assert!(!opens.holds_lease(7));
+        assert_eq!(opens.leases(), [7], "others wait for it");
+        opens.lease_granted(7);
+        assert!(!opens.holds_lease(7), "an answer that was on its way");
+        opens.lease_returned(7);
+        assert!(opens.leases().is_empty());
+        opens.lease_granted(7);
+        opens.release(7);
+        assert!(!opens.holds_lease(7));
+        opens.lease_granted(8);
+        assert!(!opens.holds_lease(8), "it is not open");
     }
 
     #[test]

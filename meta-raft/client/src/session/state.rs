@@ -1,7 +1,7 @@
 //! What a session knows at one moment: unanswered requests, the queue, opens, locks. Everything here runs under one mutex,
 //! does no I/O, and is handed the time.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, Instant};
@@ -91,13 +91,13 @@ impl Pending {
 enum Out {
     Request(u64),
     Release(u64),
+    ReturnLease(u64),
     Cancel(u64),
 }
 
 /// See the module.
 pub(super) struct State {
     pub(super) welcome: Arc<v1::Welcome>,
-    pub(super) dirty: BTreeSet<u64>,
     phase: Phase,
     last_line: u64,
     next_id: u64,
@@ -119,7 +119,6 @@ impl State {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             welcome: Arc::default(),
-            dirty: BTreeSet::new(),
             phase: Phase::Broken,
             last_line: 0,
             next_id: 1,
@@ -201,7 +200,7 @@ impl State {
     pub(super) fn submit_open(
         &mut self,
         ino: u64,
-        extents_max: u32,
+        (extents_max, write): (u32, bool),
         caller: oneshot::Sender<Outcome>,
         now: Instant,
     ) -> Result<Ticket, ClientError> {
@@ -215,7 +214,12 @@ impl State {
             self.submit(body, Some(caller), now)?;
             return Ok(Ticket::Read);
         }
-        let id = self.submit(Body::Open(v1::Open { ino, extents_max }), Some(caller), now)?;
+        let body = Body::Open(v1::Open {
+            ino,
+            extents_max,
+            write,
+        });
+        let id = self.submit(body, Some(caller), now)?;
         self.opens.opening(ino, id);
         Ok(Ticket::Open)
     }
@@ -226,6 +230,22 @@ impl State {
         self.meet(need, ino, now);
     }
 
+    /// The server wants a file's write lease back; it gets it through [`State::return_lease`].
+    pub(super) fn lease_recalled(&mut self, ino: u64) {
+        self.opens.lease_recalled(ino);
+    }
+
+    /// Whether data may be kept back under the file's write lease, as far as the leader said.
+    pub(super) fn holds_lease(&self, ino: u64) -> bool {
+        self.opens.holds_lease(ino)
+    }
+
+    /// Answers a recall. Said again by the next hello when it is lost with the stream.
+    pub(super) fn return_lease(&mut self, ino: u64) {
+        self.opens.lease_returned(ino);
+        self.push(Out::ReturnLease(ino));
+    }
+
     fn meet(&mut self, need: Need, ino: u64, now: Instant) {
         match need {
             Need::Nothing => {}
@@ -234,6 +254,7 @@ impl State {
                 let body = Body::Open(v1::Open {
                     ino,
                     extents_max: 0,
+                    write: false,
                 });
                 // Fails only when the session is over, and the registration with it.
                 if let Ok(id) = self.submit(body, None, now) {
@@ -278,8 +299,9 @@ impl State {
             opens: self.opens.registered(),
             locks: self.locks.held(),
             volume_token: options.volume_token.clone(),
-            dirty: self.dirty.iter().copied().collect(),
+            leases: self.opens.leases(),
             short_lived: options.short_lived,
+            takes_leases: options.takes_leases,
         }
     }
 
@@ -414,6 +436,12 @@ impl State {
                     let body = Some(Body::Release(v1::Release { ino }));
                     frame.requests.push(v1::Request { id, body });
                 }
+                Out::ReturnLease(ino) => {
+                    let id = self.next_id;
+                    self.next_id += 1;
+                    let body = Some(Body::ReturnLease(v1::ReturnLease { ino }));
+                    frame.requests.push(v1::Request { id, body });
+                }
                 Out::Cancel(id) => frame.cancels.push(id),
             }
         }
@@ -500,12 +528,18 @@ impl State {
                     if let Some(ino) = created_file(command, reply) {
                         let used = pending.caller.as_ref().is_some_and(|c| !c.is_closed());
                         let need = self.opens.created(ino, pending.keeps_open && used);
+                        if response.write_lease {
+                            self.opens.lease_granted(ino);
+                        }
                         self.meet(need, ino, now);
                     }
                 }
             }
             Body::Open(open) => {
                 let need = self.opens.opened(open.ino, id, ok);
+                if response.write_lease {
+                    self.opens.lease_granted(open.ino);
+                }
                 self.meet(need, open.ino, now);
             }
             // An unlock that nobody waits for is still wanted.

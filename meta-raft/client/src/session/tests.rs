@@ -402,9 +402,9 @@ async fn opens_and_locks_are_asserted_again_and_released_ones_are_not() {
     };
     let opener = session.clone();
     let work = tokio::spawn(async move {
-        opener.open(Ino(10), 1).await.unwrap();
-        opener.open(Ino(10), 1).await.unwrap();
-        opener.open(Ino(11), 0).await.unwrap();
+        opener.open(Ino(10), 1, false).await.unwrap();
+        opener.open(Ino(10), 1, false).await.unwrap();
+        opener.open(Ino(11), 0, false).await.unwrap();
         opener.lock(lock).await.unwrap();
     });
     let mut kinds = Vec::new();
@@ -578,6 +578,8 @@ impl Watcher for Recorder {
     fn forget_all(&self) {
         self.0.lock().push("forget".into());
     }
+
+    fn recalled(&self, _: u64) {}
 }
 
 #[tokio::test]
@@ -672,7 +674,7 @@ async fn detaching_sends_what_is_queued_and_says_goodbye() {
     let session = attach(&[&fake], options()).await;
     let mut line = fake.line().await;
     let call = session.clone();
-    let waiting = tokio::spawn(async move { call.open(Ino(5), 0).await });
+    let waiting = tokio::spawn(async move { call.open(Ino(5), 0, false).await });
     line.requests(1).await;
     session.release(Ino(5));
     let server = tokio::spawn(async move {

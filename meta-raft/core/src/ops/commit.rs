@@ -43,7 +43,9 @@ pub(crate) fn commit<V: View>(txn: &mut Txn<V>, op: &v1::Commit) -> OpResult {
     }
 
     let mut balance = Balance::default();
-    let named = Named::read(txn, op, &mut balance)?;
+    let extents = op.files.iter().flat_map(|file| &file.extents);
+    let ids = extents.map(|extent| SegmentId(extent.segment));
+    let named = Named::read(txn, &op.segments, ids, &mut balance)?;
     let mut files = Vec::with_capacity(op.files.len());
     for file in &op.files {
         let committed = match check(txn, file, &named) {
@@ -73,13 +75,23 @@ pub(crate) fn commit<V: View>(txn: &mut Txn<V>, op: &v1::Commit) -> OpResult {
 }
 
 /// What a commit may do to a segment that its extents name.
-struct Named(BTreeSet<SegmentId>);
+pub(super) struct Named(BTreeSet<SegmentId>);
 
 impl Named {
-    /// Decides once per segment, and brings those that are new.
-    fn read<V: View>(txn: &mut Txn<V>, op: &v1::Commit, balance: &mut Balance) -> OpResult<Self> {
+    /// Whether extents may name the segment.
+    pub(super) fn admits(&self, id: SegmentId) -> bool {
+        self.0.contains(&id)
+    }
+
+    /// Decides once per segment, listed or named by an extent (0 is none), and brings those that are new.
+    pub(super) fn read<V: View>(
+        txn: &mut Txn<V>,
+        segments: &[v1::Segment],
+        named: impl Iterator<Item = SegmentId>,
+        balance: &mut Balance,
+    ) -> OpResult<Self> {
         let mut listed = BTreeMap::new();
-        for segment in &op.segments {
+        for segment in segments {
             let record = SegmentRecord {
                 length: segment.length,
                 checksum: segment.checksum,
@@ -93,11 +105,7 @@ impl Named {
             }
             listed.insert(SegmentId(segment.id), record);
         }
-        let extents = op.files.iter().flat_map(|file| &file.extents);
-        let mut ids: BTreeSet<SegmentId> = extents
-            .map(|extent| SegmentId(extent.segment))
-            .filter(|id| id.0 != 0)
-            .collect();
+        let mut ids: BTreeSet<SegmentId> = named.filter(|id| id.0 != 0).collect();
         ids.extend(listed.keys());
 
         let mut admitted = BTreeSet::new();
@@ -172,7 +180,7 @@ fn check<V: View>(
             if inline_bytes > 0 || frame_end.is_none_or(|end| end > FRAME_BYTES_MAX) {
                 return Err(FsError::Invalid.into());
             }
-            fenced |= !named.0.contains(&SegmentId(extent.segment));
+            fenced |= !named.admits(SegmentId(extent.segment));
             ExtentData::Segment {
                 segment: SegmentId(extent.segment),
                 frame: extent.frame,

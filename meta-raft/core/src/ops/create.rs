@@ -1,12 +1,13 @@
 //! mknod, mkdir, symlink, create.
 
+use bytes::Bytes;
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::limits::SYMLINK_BYTES_MAX;
 use heliofs_proto::v1::{self, AttrFlag, FileKind};
 
 use super::posix_acl::{self, Acl};
-use super::{dir, privileges, xattr};
+use super::{dir, privileges, trash, xattr};
 use crate::change::Corruption;
 use crate::keys;
 use crate::records::InodeRecord;
@@ -37,6 +38,7 @@ pub(crate) fn create<V: View>(txn: &mut Txn<V>, op: &v1::Create) -> OpResult {
             })
         };
     }
+    trash::protect(txn, parent, &op.name)?;
     let ino = new_ino(txn)?;
     let mut inode = InodeRecord {
         kind,
@@ -86,6 +88,41 @@ pub(crate) fn create<V: View>(txn: &mut Txn<V>, op: &v1::Create) -> OpResult {
         created: true,
         ..v1::Reply::default()
     })
+}
+
+/// A directory of root's that no caller asked for; its name is free. The parent is written.
+pub(crate) fn plain_directory<V: View>(
+    txn: &mut Txn<V>,
+    parent: Ino,
+    name: &Bytes,
+    mode: u32,
+) -> OpResult<Ino> {
+    let mut dir = dir::live_directory(txn, parent)?;
+    let ino = new_ino(txn)?;
+    let inode = InodeRecord {
+        kind: FileKind::Directory,
+        mode,
+        nlink: 2,
+        uid: 0,
+        gid: 0,
+        size: 0,
+        allocated: 0,
+        atime: txn.time,
+        mtime: txn.time,
+        ctime: txn.time,
+        btime: txn.time,
+        rdev: 0,
+        data_seq: txn.position.seq,
+        parent,
+        flags: 0,
+        next_cookie: dir::COOKIE_FIRST,
+        erases: 0,
+    };
+    dir::add_entry(txn, parent, &mut dir, name, ino, FileKind::Directory)?;
+    txn.put_inode(parent, &dir)?;
+    txn.put_fresh(keys::inode(txn.volume, ino), &inode);
+    txn.touch(ino, true, false, false);
+    Ok(ino)
 }
 
 fn new_ino<V: View>(txn: &mut Txn<V>) -> OpResult<Ino> {

@@ -4,8 +4,9 @@ use bytes::Bytes;
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::limits::{LINKS_MAX, NAME_BYTES_MAX};
-use heliofs_proto::v1::FileKind;
+use heliofs_proto::v1::{self, FileKind};
 
+use super::trash;
 use crate::change::Corruption;
 use crate::keys;
 use crate::records::{CookieRecord, InodeRecord, NameRecord, OrphanRecord};
@@ -167,6 +168,23 @@ pub(crate) fn lose_name<V: View>(
     }
     txn.put_inode(ino, inode)?;
     Ok(inode.nlink == 0)
+}
+
+/// As [`lose_name`] for the entry `name` of `parent`, which was removed and written; but what loses its last name goes to the
+/// trash if the volume has one. Sets `orphaned` and `forget` of the reply.
+pub(crate) fn lose_name_or_keep<V: View>(
+    txn: &mut Txn<V>,
+    (parent, name): (Ino, &Bytes),
+    ino: Ino,
+    inode: &mut InodeRecord,
+    reply: &mut v1::Reply,
+) -> OpResult<()> {
+    let last = inode.is_directory() || inode.nlink <= 1;
+    if last && trash::keeps(txn, parent)? {
+        return trash::take(txn, (parent, name), ino, inode, reply);
+    }
+    reply.orphaned = lose_name(txn, ino, inode)?;
+    Ok(())
 }
 
 /// Makes an inode without a name an orphan: it lives until nobody has it open. The caller writes the inode.

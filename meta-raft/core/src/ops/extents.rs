@@ -261,7 +261,7 @@ pub(crate) fn write_fresh<V: View>(
 }
 
 /// Stores an extent under its key; what was under that key is gone.
-fn put<V: View>(
+pub(super) fn put<V: View>(
     txn: &mut Txn<V>,
     ino: Ino,
     inode: &mut InodeRecord,

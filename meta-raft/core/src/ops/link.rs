@@ -4,7 +4,7 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1;
 
-use super::dir;
+use super::{dir, trash};
 use crate::txn::{OpResult, Txn};
 use crate::view::View;
 
@@ -17,6 +17,7 @@ pub(crate) fn link<V: View>(txn: &mut Txn<V>, op: &v1::Link) -> OpResult {
     if txn.entry(parent, &op.name)?.is_some() {
         return Err(FsError::Exists.into());
     }
+    trash::protect(txn, parent, &op.name)?;
     let mut inode = txn.inode(ino)?;
     if inode.is_directory() {
         return Err(FsError::NotPermitted.into());

@@ -1,8 +1,8 @@
 //! What each command does: one file per command, on a `Txn` (see `txn.rs`).
 //!
-//! Namespace: [`create`], [`link`], [`unlink`], [`rename`], [`set_attr`], [`xattr`], with [`dir`], [`privileges`] and [`posix_acl`] for what
+//! Namespace: [`create`], [`link`], [`unlink`], [`rename`], [`set_attr`], [`xattr`], with [`dir`], [`trash`], [`privileges`] and [`posix_acl`] for what
 //! they share.
-//! Data: [`commit`], [`fallocate`], [`copy_range`], [`erase`], [`reap`], with [`extents`] and [`segments`] for what they share.
+//! Data: [`commit`], [`fallocate`], [`copy_range`], [`relocate`], [`erase`], [`reap`], with [`extents`] and [`segments`] for what they share.
 //! The rest: [`volume`], [`session`], [`remove_tree`].
 
 pub(crate) mod commit;
@@ -16,11 +16,13 @@ pub(crate) mod link;
 pub(crate) mod posix_acl;
 pub(crate) mod privileges;
 pub(crate) mod reap;
+pub(crate) mod relocate;
 pub(crate) mod remove_tree;
 pub(crate) mod rename;
 pub(crate) mod segments;
 pub(crate) mod session;
 pub(crate) mod set_attr;
+pub(crate) mod trash;
 pub(crate) mod unlink;
 pub(crate) mod volume;
 pub(crate) mod xattr;

@@ -3,7 +3,7 @@
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1;
 
-use super::dir;
+use super::{dir, trash};
 use crate::change::Corruption;
 use crate::keys::{self, Tag};
 use crate::limits::ENTRIES_PER_STEP;
@@ -15,24 +15,30 @@ use crate::view::View;
 /// names the intent, and `done` is false.
 pub(crate) fn begin<V: View>(txn: &mut Txn<V>, op: &v1::RemoveTree) -> OpResult {
     let parent = Ino(op.parent);
+    trash::protect(txn, parent, &op.name)?;
     let mut dir = dir::live_directory(txn, parent)?;
     let entry = dir::existing_entry(txn, parent, &op.name)?;
     let mut inode = txn.named_inode(entry.ino)?;
     dir::remove_entry(txn, parent, &mut dir, &op.name, &entry)?;
     txn.put_inode(parent, &dir)?;
-    let mut reply = v1::Reply {
-        parent: Some(dir.attr(parent)),
-        ..v1::Reply::default()
-    };
-    if inode.is_directory() && inode.size > 0 {
+    let mut reply = v1::Reply::default();
+    let full = inode.is_directory() && inode.size > 0;
+    if full && trash::keeps(txn, parent)? {
+        // As it is: nothing needs to be taken apart before it expires.
+        trash::take(txn, (parent, &op.name), entry.ino, &mut inode, &mut reply)?;
+        reply.done = true;
+    } else if full {
         let counters = txn.counters()?;
         reply.value = counters.next_intent;
         counters.next_intent += 1;
         detach(txn, reply.value, entry.ino, &mut inode)?;
     } else {
-        reply.orphaned = dir::lose_name(txn, entry.ino, &mut inode)?;
+        let name = (parent, &op.name);
+        dir::lose_name_or_keep(txn, name, entry.ino, &mut inode, &mut reply)?;
         reply.done = true;
     }
+    // Read anew: the trash's own directory may have been made in it.
+    reply.parent = Some(txn.inode(parent)?.attr(parent));
     reply.attr = Some(inode.attr(entry.ino));
     Ok(reply)
 }

@@ -5,7 +5,7 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1;
 
-use super::dir;
+use super::{dir, trash};
 use crate::change::Corruption;
 use crate::records::{InodeRecord, NameRecord};
 use crate::txn::{OpResult, Txn};
@@ -62,6 +62,8 @@ pub(crate) fn rename<V: View>(txn: &mut Txn<V>, op: &v1::Rename) -> OpResult {
     if op.no_replace && op.exchange {
         return Err(FsError::Invalid.into());
     }
+    trash::protect(txn, Ino(op.parent), &op.name)?;
+    trash::protect(txn, Ino(op.new_parent), &op.new_name)?;
     let parents = Parents::read(txn, Ino(op.parent), Ino(op.new_parent))?;
     let source = dir::existing_entry(txn, parents.old, &op.name)?;
     dir::check_name(&op.new_name)?;
@@ -134,8 +136,12 @@ fn replace<V: View>(
         ..parents.reply()
     };
     if let Some((target, mut inode)) = replaced {
-        reply.orphaned = dir::lose_name(txn, target.ino, &mut inode)?;
+        let name = (new, &op.new_name);
+        dir::lose_name_or_keep(txn, name, target.ino, &mut inode, &mut reply)?;
         reply.replaced = Some(inode.attr(target.ino));
+        // Read anew: the trash's own directory may have been made in one of them.
+        reply.parent = Some(txn.inode(old)?.attr(old));
+        reply.new_parent = Some(txn.inode(new)?.attr(new));
     }
     Ok(reply)
 }

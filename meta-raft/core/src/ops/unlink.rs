@@ -4,13 +4,15 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1;
 
-use super::dir;
+use super::{dir, trash};
 use crate::txn::{OpResult, Txn};
 use crate::view::View;
 
-/// Removes a name. The last name of an inode makes it an orphan, which `Reap` removes once nobody has it open.
+/// Removes a name. What loses its last name goes to the trash, if the volume has one; else it becomes an orphan, which `Reap`
+/// removes once nobody has it open.
 pub(crate) fn unlink<V: View>(txn: &mut Txn<V>, op: &v1::Unlink) -> OpResult {
     let parent = Ino(op.parent);
+    trash::protect(txn, parent, &op.name)?;
     let mut dir = dir::live_directory(txn, parent)?;
     let entry = dir::existing_entry(txn, parent, &op.name)?;
     let mut inode = txn.named_inode(entry.ino)?;
@@ -23,11 +25,10 @@ pub(crate) fn unlink<V: View>(txn: &mut Txn<V>, op: &v1::Unlink) -> OpResult {
     }
     dir::remove_entry(txn, parent, &mut dir, &op.name, &entry)?;
     txn.put_inode(parent, &dir)?;
-    let orphaned = dir::lose_name(txn, entry.ino, &mut inode)?;
-    Ok(v1::Reply {
-        attr: Some(inode.attr(entry.ino)),
-        parent: Some(dir.attr(parent)),
-        orphaned,
-        ..v1::Reply::default()
-    })
+    let mut reply = v1::Reply::default();
+    dir::lose_name_or_keep(txn, (parent, &op.name), entry.ino, &mut inode, &mut reply)?;
+    reply.attr = Some(inode.attr(entry.ino));
+    // Read anew: the trash's own directory may have been made in it.
+    reply.parent = Some(txn.inode(parent)?.attr(parent));
+    Ok(reply)
 }

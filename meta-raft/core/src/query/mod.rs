@@ -3,18 +3,21 @@
 //! - [`volume`]: head, settings, usage, sessions, segments
 //! - [`inode`]: attributes, symlinks, extended attributes
 //! - [`dir`]: lookups, listings, walks, children for summaries
+//! - [`segments`]: for gc, fsck and compaction
 //! - [`data`]: which extents hold a range of a file
 //! - [`work`]: what drivers still have to finish
 
 pub mod data;
 pub mod dir;
 pub mod inode;
+pub mod segments;
 pub mod volume;
 pub mod work;
 
 pub use data::get_extents;
 pub use dir::{Child, children, lookup, read_dir, walk};
 pub use inode::{get_attr, get_xattr, list_xattr, read_link};
+pub use segments::{Claim, Placed, claim, extents_of, segments};
 pub use volume::{counters, head, segment, sessions, settings, stat_fs};
 pub use work::{Intent, erases, intents, orphans};
 

@@ -75,6 +75,16 @@ fn tree_removals_do_what_their_script_says() {
 }
 
 #[test]
+fn the_trash_does_what_its_script_says() {
+    run("trash.txt");
+}
+
+#[test]
+fn relocations_do_what_their_script_says() {
+    run("relocate.txt");
+}
+
+#[test]
 fn every_script_is_run() {
     let source = include_str!("main.rs");
     for entry in

@@ -74,6 +74,28 @@ impl<'a> Words<'a> {
             .transpose()
     }
 
+    /// SEGMENT:FRAME:OFFSET
+    fn place(&self, name: &str) -> Result<(u64, u32, u32), Failure> {
+        let text = self.options.get(name).ok_or("a place is missing")?;
+        let parts: Vec<_> = text.split(':').map(number).collect::<Result<_, _>>()?;
+        match parts[..] {
+            [segment, frame, offset] => Ok((segment, frame as u32, offset as u32)),
+            _ => Err(format!("place {text}")),
+        }
+    }
+
+    /// The segment that the command brings, of 1000 bytes.
+    fn new_segments(&self) -> Result<Vec<v1::Segment>, Failure> {
+        let new = self.number("new")?.into_iter().map(|id| v1::Segment {
+            id,
+            length: 1100,
+            checksum: 7,
+            data_bytes: 1000,
+            live_bytes: 0,
+        });
+        Ok(new.collect())
+    }
+
     fn or(&self, name: &str, otherwise: u64) -> Result<u64, Failure> {
         Ok(self.number(name)?.unwrap_or(otherwise))
     }
@@ -217,6 +239,7 @@ impl Volume {
                 core_level: words.or("level", 1)? as u32,
                 capacity_bytes_max: words.or("capacity", 0)?,
                 inodes_max: words.or("inodes", 0)?,
+                trash_days: words.or("trash", 0)? as u32,
                 ..v1::VolumeSettings::default()
             })
         };
@@ -324,6 +347,52 @@ impl Volume {
                 Op::Commit(v1::Commit {
                     segments: Vec::new(),
                     files: vec![file],
+                })
+            }
+            "segments" => Op::SegmentsAllocate(v1::SegmentsAllocate {
+                count: number(words.get(1)?)? as u32,
+            }),
+            // put INO OFFSET LENGTH at=SEGMENT:FRAME:OFFSET new=SEGMENT
+            "put" => {
+                let (segment, frame, frame_offset) = words.place("at")?;
+                let (offset, length) = (number(words.get(2)?)?, number(words.get(3)?)?);
+                let extent = v1::Extent {
+                    offset,
+                    length,
+                    segment,
+                    frame,
+                    frame_offset,
+                    ..v1::Extent::default()
+                };
+                let file = v1::FileCommit {
+                    ino: self.ino(words.get(1)?)?,
+                    extents: vec![extent],
+                    size_min: offset + length,
+                    ..v1::FileCommit::default()
+                };
+                Op::Commit(v1::Commit {
+                    segments: words.new_segments()?,
+                    files: vec![file],
+                })
+            }
+            // move INO OFFSET LENGTH from=SEGMENT:FRAME:OFFSET to=SEGMENT:FRAME:OFFSET new=SEGMENT
+            "move" => {
+                let (from_segment, from_frame, from_frame_offset) = words.place("from")?;
+                let (to_segment, to_frame, to_frame_offset) = words.place("to")?;
+                let each = v1::Move {
+                    ino: self.ino(words.get(1)?)?,
+                    offset: number(words.get(2)?)?,
+                    length: number(words.get(3)?)?,
+                    from_segment,
+                    from_frame,
+                    from_frame_offset,
+                    to_segment,
+                    to_frame,
+                    to_frame_offset,
+                };
+                Op::Relocate(v1::Relocate {
+                    segments: words.new_segments()?,
+                    moves: vec![each],
                 })
             }
             "reap" => Op::Reap(v1::Reap {

@@ -144,7 +144,14 @@ pub(crate) fn page(page: v1::DirPage) -> Vec<String> {
 pub(crate) fn extents(page: &v1::ExtentPage) -> Vec<String> {
     let extents = page.extents.iter().map(|extent| {
         let (offset, length) = (extent.offset, extent.length);
-        format!("{offset}+{length} {}", value(&extent.inline_bytes))
+        let (segment, frame) = (extent.segment, extent.frame);
+        match segment {
+            0 => format!("{offset}+{length} {}", value(&extent.inline_bytes)),
+            _ => format!(
+                "{offset}+{length} at {segment}:{frame}:{}",
+                extent.frame_offset
+            ),
+        }
     });
     extents
         .chain([format!("complete to {}", page.complete_to)])

@@ -194,6 +194,7 @@ impl Reference {
             Op::Commit(op) => self.commit(op, command.session),
             Op::Fallocate(op) => self.fallocate(op),
             Op::CopyRange(op) => self.copy_range(op, reply),
+            Op::Relocate(op) => self.relocate(op, command.session, reply),
             Op::Reap(op) => self.reap(op, reply),
             Op::EraseStep(_) => Ok(()),
             Op::RemoveTree(op) => self.remove_tree(op, reply),

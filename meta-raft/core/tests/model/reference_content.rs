@@ -24,16 +24,68 @@ fn grow(content: &mut Vec<Byte>, size: u64) {
     }
 }
 
+fn listed(segments: &[v1::Segment]) -> BTreeMap<u64, (u64, u32)> {
+    segments
+        .iter()
+        .map(|segment| (segment.id, (segment.length, segment.checksum)))
+        .collect()
+}
+
 impl Reference {
+    pub(crate) fn relocate(
+        &mut self,
+        op: &v1::Relocate,
+        session: u64,
+        reply: &Reply,
+    ) -> Result<(), FsError> {
+        let listed = listed(&op.segments);
+        let owned = |id: &u64| self.blocks.get(&(id / SEGMENTS_PER_BLOCK)) == Some(&session);
+        let fenced = |id: &u64| {
+            !owned(id)
+                || match self.segments.get(id) {
+                    Some(state) => state.is_none(),
+                    None => !listed.contains_key(id),
+                }
+        };
+        if op.moves.iter().any(|each| fenced(&each.to_segment)) {
+            return Err(FsError::SegmentFenced);
+        }
+        let brought: Vec<_> = listed
+            .iter()
+            .filter(|(id, _)| owned(id) && !self.segments.contains_key(id))
+            .map(|(id, what)| (*id, Some(*what)))
+            .collect();
+        self.segments.extend(brought);
+        let mut moved = 0;
+        for each in &op.moves {
+            let Some(node) = self.nodes.get_mut(&each.ino) else {
+                continue;
+            };
+            let content = Rc::make_mut(&mut node.content);
+            for at in 0..each.length as u32 {
+                let Some(byte) = content.get_mut((each.offset + u64::from(at)) as usize) else {
+                    break;
+                };
+                let old = Byte::At(
+                    each.from_segment,
+                    each.from_frame,
+                    each.from_frame_offset + at,
+                );
+                if *byte == old {
+                    *byte = Byte::At(each.to_segment, each.to_frame, each.to_frame_offset + at);
+                    moved += 1;
+                }
+            }
+        }
+        assert_eq!(reply.value, moved, "bytes moved");
+        Ok(())
+    }
+
     pub(crate) fn commit(&mut self, op: &v1::Commit, session: u64) -> Result<(), FsError> {
         if op.files.is_empty() {
             return Err(FsError::Invalid);
         }
-        let listed: BTreeMap<u64, (u64, u32)> = op
-            .segments
-            .iter()
-            .map(|segment| (segment.id, (segment.length, segment.checksum)))
-            .collect();
+        let listed = listed(&op.segments);
         let owned = |id: &u64| self.blocks.get(&(id / SEGMENTS_PER_BLOCK)) == Some(&session);
         for (id, what) in listed.iter().filter(|(id, _)| owned(id)) {
             if let Some(Some(stored)) = self.segments.get(id)

@@ -8,7 +8,7 @@ use heliofs_proto::v1::{self, Caller, Command, FileKind, command::Op};
 use proptest::prelude::*;
 
 use crate::reference::{CAPABILITY, Reference};
-use crate::world::{VOLUME, system};
+use crate::world::{Byte, VOLUME, system};
 
 /// Picks among what exists.
 type Pick = u16;
@@ -35,6 +35,7 @@ pub(crate) enum Step {
     Shred(Pick, u16),
     Fallocate(Pick, u8, u16, u16),
     Copy(Pick, u16, Pick, u16, u16),
+    Relocate(Vec<(Pick, u16, u16, u8)>, u8),
     Reap(Pick),
     EraseSome(Pick),
     RemoveTree(Pick, u8),
@@ -83,6 +84,8 @@ pub(crate) fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         4 => (pick(), 0u8..16, 0u16..2000, 0u16..1500).prop_map(|(a, b, c, d)| Step::Fallocate(a, b, c, d)),
         5 => (pick(), 0u16..1500, pick(), 0u16..1500, 0u16..2000)
             .prop_map(|(a, b, c, d, e)| Step::Copy(a, b, c, d, e)),
+        4 => (prop::collection::vec((pick(), 0u16..1500, 1u16..60, any::<u8>()), 1..4), any::<u8>())
+            .prop_map(|(a, b)| Step::Relocate(a, b)),
         3 => pick().prop_map(Step::Reap),
         3 => pick().prop_map(Step::EraseSome),
         1 => (pick(), name).prop_map(|(a, b)| Step::RemoveTree(a, b)),
@@ -356,6 +359,7 @@ impl Writer {
                     kill_suidgid: length % 2 == 0,
                 })
             }
+            Step::Relocate(moves, flags) => self.relocate(reference, moves, *flags)?,
             Step::Reap(at) => {
                 let orphans = reference.nodes.iter().filter(|(_, node)| node.orphan);
                 let orphans: Vec<u64> = orphans.map(|(ino, _)| *ino).collect();
@@ -405,6 +409,68 @@ impl Writer {
             }
         };
         Some(self.client(op))
+    }
+
+    /// Moves of bytes that lie where they are said to; rarely not, as if they had been overwritten meanwhile.
+    fn relocate(
+        &mut self,
+        reference: &Reference,
+        moves: &[(Pick, u16, u16, u8)],
+        flags: u8,
+    ) -> Option<Op> {
+        let mut to_segment = self.segments.pop().expect("`before` saw to ids");
+        let mut to_frame_offset = 0;
+        let mut chosen = Vec::new();
+        for (node, offset, length, odd) in moves {
+            let ino = self.file(reference, *node);
+            let Some(content) = reference.nodes.get(&ino).map(|node| &node.content) else {
+                continue;
+            };
+            let from = usize::from(*offset).min(content.len());
+            let stored = |byte: &Byte| matches!(byte, Byte::At(..));
+            let Some(at) = content[from..].iter().position(stored) else {
+                continue;
+            };
+            let Byte::At(segment, frame, frame_offset) = content[from + at] else {
+                continue;
+            };
+            chosen.push(v1::Move {
+                ino,
+                offset: (from + at) as u64,
+                length: (*length).into(),
+                from_segment: segment,
+                from_frame: frame,
+                from_frame_offset: frame_offset + u32::from(odd % 8 == 0),
+                to_segment: 0,
+                to_frame: 9,
+                to_frame_offset,
+            });
+            to_frame_offset += u32::from(*length);
+        }
+        let new = to_segment;
+        // One that was committed before, freed or not, or somebody else's.
+        if flags.is_multiple_of(8) {
+            to_segment = pick(&self.used, flags.into()).unwrap_or(new);
+        }
+        self.used.push(new);
+        chosen
+            .iter_mut()
+            .for_each(|each| each.to_segment = to_segment);
+        if chosen.is_empty() || chosen.iter().any(|each| each.from_segment == to_segment) {
+            return None;
+        }
+        let listed = flags % 8 != 1;
+        let segments = listed.then_some(new).into_iter().map(|id| v1::Segment {
+            id,
+            length: 1_000_000 + id,
+            checksum: id as u32,
+            data_bytes: 500_000,
+            ..v1::Segment::default()
+        });
+        Some(Op::Relocate(v1::Relocate {
+            segments: segments.collect(),
+            moves: chosen,
+        }))
     }
 
     fn write(

@@ -3,6 +3,7 @@
 //! - [`reign`]: makes the soft state when a term begins, runs the drivers, drops all when it ends
 //! - [`reap`]: removes orphans that nobody has open; [`work`]: goes on with erasures and tree removals
 //! - [`slots`]: gives up what is kept for mirrors that are too far behind
+//! - [`trash`]: removes hours of the trash that are over
 //! - [`expiry`]: ends sessions that are silent; [`beats`]: says how far a volume is, and its digest
 //!
 //! Drivers share the log with clients. Each has little under way at once and rests as long as it worked, so that they never
@@ -13,6 +14,7 @@ pub mod expiry;
 pub mod reap;
 pub mod reign;
 pub mod slots;
+pub mod trash;
 pub mod work;
 
 use std::time::{Duration, Instant};

@@ -253,6 +253,15 @@ impl Admin for AdminService {
                     before.uuid
                 )));
             }
+            let key = |storage: &v1::StorageConfig| {
+                let encryption = storage.encryption.as_ref();
+                encryption.map(|encryption| (encryption.cipher.clone(), encryption.key_id))
+            };
+            if key(&storage) != key(&before) {
+                return Err(Status::invalid_argument(
+                    "whether and with which key a volume is encrypted can't be changed: its objects are",
+                ));
+            }
             let update = v1::VolumeUpdate {
                 volume: record.id,
                 storage: Some(storage),
@@ -324,6 +333,9 @@ impl Admin for AdminService {
             // A list is printed; whoever needs the keys asks for the volume.
             if let Some(storage) = &mut volume.storage {
                 storage.secret_key.clear();
+                if let Some(encryption) = &mut storage.encryption {
+                    encryption.keys.clear();
+                }
             }
             Ok(volume)
         });

@@ -235,6 +235,7 @@ impl SessionsService {
             mount_point: hello.mount_point.clone(),
             build: hello.build.clone(),
             pid: hello.pid,
+            takes_leases: hello.takes_leases,
         };
         let stream = self.ctx.hub.next_stream();
         let now = Instant::now();
@@ -243,8 +244,11 @@ impl SessionsService {
             if !soft.attach(session, stream, outbox.clone(), facts, now) {
                 return None;
             }
+            if hello.session != 0 {
+                soft.follow_all(stream, now + self.ctx.hub.timings().lease);
+            }
             let locks: Vec<v1::Lock> = hello.locks.iter().filter_map(|held| held.lock).collect();
-            soft.reassert(session, &hello.opens, &locks)
+            soft.reassert(session, &hello.opens, &hello.leases, &locks)
                 .and(soft.settle(session, now))
         };
         volume.returned();

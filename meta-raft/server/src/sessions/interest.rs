@@ -4,9 +4,13 @@
 //! not). An inode's bit is dropped when its invalidation is sent; interest in a directory's entries stays, since an
 //! invalidation names one entry and the others may still be cached. Memory is bounded: the inode that was longest not told
 //! is forgotten, and everybody who was told is sent an invalidation for all of it.
+//!
+//! A stream that resumes a session follows everything for a while: what the session was told on an earlier stream, perhaps by
+//! another node, is not known here, and a kernel behind it may still go by it.
 
 use std::collections::HashSet;
 use std::num::NonZeroUsize;
+use std::time::Instant;
 
 use bytes::Bytes;
 use heliofs_proto::v1;
@@ -53,6 +57,16 @@ pub struct Told {
 struct Holder {
     stream: StreamId,
     what: What,
+}
+
+impl Holder {
+    fn of_all(stream: StreamId) -> Self {
+        let what = What::ATTR
+            .and(What::CONTENT)
+            .and(What::XATTR)
+            .and(What::ENTRIES);
+        Self { stream, what }
+    }
 }
 
 /// The part of a command's effects that concerns one inode.
@@ -108,6 +122,8 @@ impl Effects {
 pub struct Interest {
     inodes: LruCache<u64, Vec<Holder>>,
     streams: HashSet<StreamId>,
+    /// Streams that are sent every change until then.
+    followers: Vec<(StreamId, Instant)>,
 }
 
 /// Each time an inode's holders reach a multiple of this, those whose stream ended are dropped.
@@ -122,6 +138,7 @@ impl Interest {
         Self {
             inodes,
             streams: HashSet::new(),
+            followers: Vec::new(),
         }
     }
 
@@ -130,9 +147,15 @@ impl Interest {
         self.streams.insert(stream);
     }
 
+    /// The stream is sent every change until then, whether it was told or not.
+    pub fn follow_all(&mut self, stream: StreamId, until: Instant) {
+        self.followers.push((stream, until));
+    }
+
     /// A stream ended. What it was told is dropped when it is met: walking through all inodes would hold up everybody.
     pub fn end(&mut self, stream: StreamId) {
         self.streams.remove(&stream);
+        self.followers.retain(|(follower, _)| *follower != stream);
     }
 
     /// `stream` is told. What has to be forgotten for it is invalidated through `send`.
@@ -176,10 +199,20 @@ impl Interest {
         &mut self,
         by: Option<StreamId>,
         effects: &Effects,
+        now: Instant,
         crowded: impl Fn(StreamId) -> bool,
         mut send: impl FnMut(StreamId, v1::Invalidation),
     ) {
+        self.followers.retain(|(_, until)| now < *until);
         for (ino, effect) in &effects.0 {
+            for (stream, _) in &self.followers {
+                if Some(*stream) != by
+                    && let Some(message) =
+                        invalidate(*ino, effect, &mut Holder::of_all(*stream), crowded(*stream))
+                {
+                    send(*stream, message);
+                }
+            }
             let Some(holders) = self.inodes.peek_mut(ino) else {
                 continue;
             };
@@ -189,6 +222,10 @@ impl Interest {
                 }
                 if Some(holder.stream) != by
                     && let Some(message) = invalidate(*ino, effect, holder, crowded(holder.stream))
+                    && !self
+                        .followers
+                        .iter()
+                        .any(|(follower, _)| *follower == holder.stream)
                 {
                     send(holder.stream, message);
                 }
@@ -196,6 +233,31 @@ impl Interest {
             });
             if holders.is_empty() {
                 self.inodes.pop(ino);
+            }
+        }
+    }
+
+    /// Attributes and content of a file are to be asked for anew by everybody but `by`.
+    pub fn forget_file(
+        &mut self,
+        ino: u64,
+        by: Option<StreamId>,
+        mut send: impl FnMut(StreamId, v1::Invalidation),
+    ) {
+        let Some(holders) = self.inodes.peek_mut(&ino) else {
+            return;
+        };
+        let effect = Effect {
+            attr: true,
+            content: true,
+            ..Effect::default()
+        };
+        for holder in holders {
+            if Some(holder.stream) != by
+                && self.streams.contains(&holder.stream)
+                && let Some(message) = invalidate(ino, &effect, holder, false)
+            {
+                send(holder.stream, message);
             }
         }
     }
@@ -315,6 +377,7 @@ mod tests {
         interest.change(
             by,
             &Effects::of(touched),
+            Instant::now(),
             |_| false,
             |stream, message| {
                 sent.push((stream, message));
@@ -359,6 +422,35 @@ mod tests {
     }
 
     #[test]
+    fn a_resumed_stream_hears_of_everything_for_a_while() {
+        let mut interest = interest(10);
+        let now = Instant::now();
+        let until = now + std::time::Duration::from_secs(1);
+        interest.follow_all(1, until);
+        interest.follow_all(2, until);
+        tell(&mut interest, 1, 7, What::ATTR);
+        let heard = |interest: &mut Interest, by, now| {
+            let mut sent = Vec::new();
+            let effects = Effects::of(&[attr(7), entry(5, "a")]);
+            interest.change(
+                by,
+                &effects,
+                now,
+                |_| false,
+                |stream, message| {
+                    sent.push((stream, message.ino));
+                },
+            );
+            sent
+        };
+        let sent = heard(&mut interest, Some(2), now);
+        assert_eq!(sent, [(1, 7), (1, 5)], "once each, and not by its own");
+        interest.end(2);
+        assert_eq!(heard(&mut interest, None, now), [(1, 7), (1, 5)]);
+        assert_eq!(heard(&mut interest, None, until), []);
+    }
+
+    #[test]
     fn interest_in_entries_outlives_the_invalidation_of_one_name() {
         let mut interest = interest(10);
         tell(&mut interest, 1, 5, What::ENTRIES);
@@ -370,7 +462,16 @@ mod tests {
         }
         let mut sent = Vec::new();
         let effects = Effects::of(&[entry(5, "c")]);
-        interest.change(None, &effects, |_| true, |_, message| sent.push(message));
+        let now = Instant::now();
+        interest.change(
+            None,
+            &effects,
+            now,
+            |_| true,
+            |_, message| {
+                sent.push(message);
+            },
+        );
         assert!(sent[0].all_names && sent[0].names.is_empty());
         assert!(change(&mut interest, None, &[entry(5, "d")]).is_empty());
         assert!(interest.is_empty());

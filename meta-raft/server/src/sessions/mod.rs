@@ -2,7 +2,7 @@
 //!
 //! - [`attach`]: the service; [`stream`]: one session's stream; [`outbox`]: what leaves on it
 //! - [`hub`]: all volumes' soft state, while this node leads; [`soft`]: one volume's
-//! - [`locks`], [`opens`], [`orphans`], [`interest`], [`grace`], [`deletions`]: its parts, pure
+//! - [`locks`], [`opens`], [`write_leases`], [`orphans`], [`interest`], [`grace`], [`deletions`]: its parts, pure
 //! - [`reads`]: answers from a view, and what they tell; [`summary`]: the one read that takes long
 
 pub mod attach;
@@ -11,6 +11,7 @@ pub mod grace;
 pub mod hub;
 pub mod interest;
 pub mod locks;
+pub mod maintain;
 pub mod opens;
 pub mod orphans;
 pub mod outbox;
@@ -18,6 +19,7 @@ pub mod reads;
 pub mod soft;
 mod stream;
 mod summary;
+pub mod write_leases;
 
 use std::time::Instant;
 

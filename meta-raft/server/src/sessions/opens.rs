@@ -125,6 +125,15 @@ impl Opens {
         self.holders.contains_key(&ino)
     }
 
+    /// No other session than `session` has it open, or just created it.
+    pub fn is_alone(&self, session: u64, ino: u64) -> bool {
+        let own = self.sessions.get(&session).map_or(0, |opens| {
+            u32::from(opens.inos.contains(&ino))
+                + opens.pins.values().filter(|pinned| **pinned == ino).count() as u32
+        });
+        self.holders.get(&ino).copied().unwrap_or(0) <= own
+    }
+
     /// From now on nobody can open the inode. `false` when somebody holds it: it must not be reaped.
     pub fn begin_reap(&mut self, ino: u64) -> bool {
         let free = !self.is_held(ino);
@@ -201,6 +210,19 @@ mod tests {
         assert_eq!(opens.open(1, 7), Err(FsError::Stale));
         opens.end_reap(7);
         assert_eq!(opens.held(), 0);
+    }
+
+    #[test]
+    fn one_is_alone_with_what_nobody_else_holds() {
+        let mut opens = Opens::default();
+        opens.pin(1, 5, 70);
+        opens.open(1, 70).unwrap();
+        assert!(opens.is_alone(1, 70));
+        assert!(!opens.is_alone(2, 70));
+        opens.open(2, 70).unwrap();
+        assert!(!opens.is_alone(1, 70));
+        opens.end_session(1);
+        assert!(opens.is_alone(2, 70));
     }
 
     #[test]

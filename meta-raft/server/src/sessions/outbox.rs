@@ -1,6 +1,7 @@
 //! A stream's outgoing queue: what was put first leaves first, many messages per frame.
 //!
-//! A frame's invalidations come before its responses, so an invalidation behind a response starts a new frame.
+//! A frame's invalidations come before its responses and its recalls behind them, so an invalidation behind a response starts a
+//! new frame, and so does a response behind a recall.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -38,6 +39,8 @@ pub enum Outgoing {
     Response(v1::Response),
     /// Something that the client must not trust any more.
     Invalidation(v1::Invalidation),
+    /// The write lease of this inode is to be returned.
+    Recall(u64),
     /// The lease is renewed.
     Pong(u64),
     /// Last: the client finds its leader elsewhere (`host:port`, or empty).
@@ -153,8 +156,16 @@ impl Frames {
             );
             let behind_response =
                 matches!(next, Outgoing::Invalidation(_)) && !frame.responses.is_empty();
+            let behind_recall = matches!(next, Outgoing::Response(_) | Outgoing::Invalidation(_))
+                && !frame.recalls.is_empty();
             let second_pong = matches!(next, Outgoing::Pong(_)) && frame.pong != 0;
-            if any && (alone || behind_response || second_pong || bytes >= FRAME_BYTES_TARGET) {
+            if any
+                && (alone
+                    || behind_response
+                    || behind_recall
+                    || second_pong
+                    || bytes >= FRAME_BYTES_TARGET)
+            {
                 break;
             }
             any = true;
@@ -176,6 +187,7 @@ impl Frames {
                     bytes += INVALIDATION_WEIGHT;
                     frame.invalidations.push(invalidation);
                 }
+                Outgoing::Recall(ino) => frame.recalls.push(ino),
                 Outgoing::Pong(ping) => frame.pong = ping,
                 Outgoing::Moved(address) => frame.moved = Some(address),
                 Outgoing::SessionEnded => frame.session_ended = true,
@@ -205,6 +217,7 @@ fn weight(response: &v1::Response) -> usize {
         Some(Body::Bytes(bytes)) => bytes.len(),
         Some(Body::Names(names)) => names.names.iter().map(|name| name.len() + 8).sum(),
         Some(Body::Walk(walk)) => walk.attrs.len() * 96,
+        Some(Body::Maintained(maintained)) => maintained_weight(maintained),
         Some(Body::Deletions(deletions)) => deletions.segments.len() * 8,
         Some(
             Body::Reply(_) | Body::Attr(_) | Body::StatFs(_) | Body::Lock(_) | Body::Summary(_),
@@ -219,6 +232,18 @@ fn extents_weight(page: &v1::ExtentPage) -> usize {
         .iter()
         .map(|extent| 40 + extent.inline_bytes.len())
         .sum()
+}
+
+fn maintained_weight(maintained: &v1::Maintained) -> usize {
+    use v1::maintained::Answer;
+    match &maintained.answer {
+        Some(Answer::Segments(page)) => page.segments.len() * 32,
+        Some(Answer::States(states)) => states.states.len(),
+        Some(Answer::Extents(page)) => page.extents.len() * 40,
+        Some(Answer::Sparse(sparse)) => sparse.segments.len() * 32,
+        Some(Answer::Records(checked)) => checked.problems.iter().map(|it| it.len() + 8).sum(),
+        None => 0,
+    }
 }
 
 impl Stream for Frames {
@@ -301,6 +326,18 @@ mod tests {
         let frame = frames.next().await.unwrap().unwrap();
         assert_eq!((frame.invalidations[0].ino, frame.responses[0].id), (2, 3));
         assert!(!outbox.is_crowded());
+    }
+
+    #[tokio::test]
+    async fn a_recall_comes_behind_what_was_answered_before_it() {
+        let (outbox, mut frames) = outbox();
+        for outgoing in [response(1), Outgoing::Recall(7), response(2)] {
+            outbox.send(outgoing);
+        }
+        let frame = frames.next().await.unwrap().unwrap();
+        assert_eq!((frame.responses[0].id, frame.recalls), (1, vec![7]));
+        let frame = frames.next().await.unwrap().unwrap();
+        assert_eq!((frame.responses[0].id, frame.recalls), (2, vec![]));
     }
 
     #[tokio::test]

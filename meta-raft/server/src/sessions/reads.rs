@@ -117,6 +117,8 @@ pub fn answer(
         | Body::TestLock(_)
         | Body::TakeDeletions(_)
         | Body::ReleaseLocks(_)
+        | Body::Maintain(_)
+        | Body::ReturnLease(_)
         | Body::Summary(_) => return Ok(None),
     };
     let response = match outcome {
@@ -227,6 +229,7 @@ pub fn told_by_mutation(command: &v1::Command, reply: &v1::Reply) -> Vec<Told> {
             | Op::SessionBegin(_)
             | Op::SessionEnd(_)
             | Op::SegmentsAllocate(_)
+            | Op::Relocate(_)
             | Op::Reap(_)
             | Op::EraseStep(_)
             | Op::RemoveTreeStep(_),
@@ -277,6 +280,7 @@ pub fn refuse_command(command: &v1::Command, read_only: bool) -> Option<FsError>
         | Op::Commit(_)
         | Op::Fallocate(_)
         | Op::CopyRange(_)
+        | Op::Relocate(_)
         | Op::RemoveTree(_) => {
             if read_only {
                 Some(FsError::ReadOnly)

@@ -14,10 +14,12 @@ use super::deletions::DeletionLeases;
 use super::grace::Grace;
 use super::interest::{Effects, Interest, StreamId, Told, everything};
 use super::locks::{LockTable, Owner, Ticket, Verdict};
+use super::maintain::CompactionLease;
 use super::opens::Opens;
 use super::orphans::Orphans;
 use super::outbox::{Outbox, Outgoing};
 use super::reads;
+use super::write_leases::{Reasserted, Returned, WriteLeases};
 use crate::observer::AppliedItem;
 
 #[cfg(test)]
@@ -25,6 +27,10 @@ mod tests;
 
 /// Commands whose effects are remembered for answers that were read before them and are told after.
 const RECENT_MAX: usize = 4096;
+
+/// A session that is silent for this long while somebody waits for a write lease of it is over. Longer than a mount needs to find
+/// a new leader, and shorter than operations wait.
+const LEASE_WAIT: Duration = Duration::from_secs(5);
 
 /// Lock requests of one session that wait; above it, they are refused.
 const LOCK_WAITS_MAX: usize = 4096;
@@ -40,6 +46,8 @@ pub struct ClientFacts {
     pub build: String,
     /// The client's process.
     pub pid: u32,
+    /// It takes write leases.
+    pub takes_leases: bool,
 }
 
 struct Attached {
@@ -123,6 +131,7 @@ pub struct Soft {
     sessions: HashMap<u64, Session>,
     streams: HashMap<StreamId, (u64, Outbox)>,
     opens: Opens,
+    leases: WriteLeases,
     locks: LockTable,
     interest: Interest,
     grace: Grace,
@@ -136,6 +145,8 @@ pub struct Soft {
     mirror: bool,
     /// Which dead segments are leased to whom.
     pub deletions: DeletionLeases,
+    /// Which session compacts.
+    pub compaction: CompactionLease,
 }
 
 impl Soft {
@@ -146,6 +157,7 @@ impl Soft {
             sessions: known.iter().map(silent).collect(),
             streams: HashMap::new(),
             opens: Opens::default(),
+            leases: WriteLeases::default(),
             locks: LockTable::default(),
             interest: Interest::new(inodes_told_max),
             grace,
@@ -156,6 +168,7 @@ impl Soft {
             orphans: Orphans::default(),
             mirror: false,
             deletions: DeletionLeases::default(),
+            compaction: CompactionLease::default(),
         }
     }
 
@@ -222,10 +235,27 @@ impl Soft {
         true
     }
 
-    /// A resumed session says what it has open and locked. Locks that conflict with others' are lost: somebody got them
+    /// A resumed stream hears of every change until `until`: what its session was told before is not known here.
+    pub fn follow_all(&mut self, stream: StreamId, until: Instant) {
+        self.interest.follow_all(stream, until);
+    }
+
+    /// A resumed session says what it has open, leased and locked. Locks that conflict with others' are lost: somebody got them
     /// after this session's time was over.
-    pub fn reassert(&mut self, session: u64, opens: &[u64], locks: &[v1::Lock]) -> Wake {
+    pub fn reassert(
+        &mut self,
+        session: u64,
+        opens: &[u64],
+        leases: &[u64],
+        locks: &[v1::Lock],
+    ) -> Wake {
         let freed = self.opens.reassert(session, opens);
+        let is_alone = |ino| self.opens.is_alone(session, ino);
+        for (ino, lease) in self.leases.reassert(session, leases, is_alone) {
+            if lease == Reasserted::Recalled {
+                self.send(session, Outgoing::Recall(ino));
+            }
+        }
         // What it does not name it does not hold: an unlock may have been lost with the stream.
         let granted = self.locks.end_session(session);
         self.granted(granted);
@@ -330,14 +360,17 @@ impl Soft {
         }
     }
 
-    /// Sessions that were silent for longer than `timeout`, once each; none during the grace period.
+    /// Sessions that were silent for longer than `timeout`, once each; none during the grace period. Others don't wait that long
+    /// for the write lease of a silent session.
     pub fn expired(&mut self, now: Instant, timeout: Duration) -> Vec<u64> {
         if !self.grace.is_over(now) {
             return Vec::new();
         }
         let mut expired = Vec::new();
         for (id, known) in &mut self.sessions {
-            if !known.ending && now.saturating_duration_since(known.heard) >= timeout {
+            let silent = now.saturating_duration_since(known.heard);
+            let waited_for = || silent >= LEASE_WAIT && self.leases.is_waited_for(*id);
+            if !known.ending && (silent >= timeout || waited_for()) {
                 known.ending = true;
                 expired.push(*id);
             }
@@ -373,6 +406,8 @@ impl Soft {
         let granted = self.locks.end_session(session);
         self.granted(granted);
         self.deletions.end_session(session);
+        self.compaction.end_session(session);
+        self.leases.end_session(session);
         let freed = self.opens.end_session(session);
         let wake = self.freed(&freed);
         wake.and(self.settle(session, now))
@@ -395,13 +430,78 @@ impl Soft {
     // ---- opens
 
     /// Registers an open before its attributes are read. `Ok` says whether somebody held the inode before, and whether this
-    /// session did not.
-    pub fn open(&mut self, session: u64, ino: u64) -> Result<super::opens::Registered, FsError> {
-        self.opens.open(session, ino)
+    /// session did not. `write`: with its write lease, if nobody else has it open.
+    pub fn open(
+        &mut self,
+        session: u64,
+        ino: u64,
+        write: bool,
+    ) -> Result<super::opens::Registered, FsError> {
+        let registered = self.opens.open(session, ino)?;
+        if write {
+            self.grant_lease(session, ino);
+        }
+        Ok(registered)
+    }
+
+    fn grant_lease(&mut self, session: u64, ino: u64) {
+        let Some(known) = self.sessions.get(&session) else {
+            return;
+        };
+        if !known.facts.takes_leases || !self.opens.is_alone(session, ino) {
+            return;
+        }
+        self.leases.grant(session, ino);
+        // From here on nothing that others know of the file's size and times is sure: they are to ask, which recalls the lease.
+        let own = known.attached.as_ref().map(|attached| attached.stream);
+        let streams = &self.streams;
+        let position = Some(v1::Position::from(self.seen));
+        self.interest.forget_file(ino, own, |stream, message| {
+            if let Some((_, outbox)) = streams.get(&stream) {
+                outbox.send(Outgoing::Invalidation(v1::Invalidation {
+                    position,
+                    ..message
+                }));
+            }
+        });
+    }
+
+    /// Recalls the write lease that another session holds of `ino`. `None`: there is none; otherwise wait, then look again.
+    pub fn recall(&mut self, by: u64, ino: u64) -> Option<Returned> {
+        let recall = self.leases.recall(by, ino)?;
+        if let Some(holder) = recall.ask {
+            // One that is away is asked when it is back.
+            self.send(holder, Outgoing::Recall(ino));
+        }
+        Some(recall.returned)
+    }
+
+    /// As [`Soft::recall`], for all files.
+    pub fn recall_all(&mut self, by: u64) -> Vec<Returned> {
+        let inos = self.leases.held_against(by);
+        inos.into_iter()
+            .filter_map(|ino| self.recall(by, ino))
+            .collect()
+    }
+
+    /// A recall is answered.
+    pub fn return_lease(&mut self, session: u64, ino: u64) {
+        self.leases.end(session, ino);
+    }
+
+    /// Another session than `session` may know better what this file holds.
+    pub fn is_leased_against(&self, session: u64, ino: u64) -> bool {
+        self.leases.is_held_against(session, ino)
+    }
+
+    /// Nobody holds a write lease.
+    pub fn no_leases(&self) -> bool {
+        self.leases.is_empty()
     }
 
     /// Takes an open back.
     pub fn release(&mut self, session: u64, ino: u64) -> Wake {
+        self.leases.end(session, ino);
         if self.opens.release(session, ino) {
             self.freed(&[ino])
         } else {
@@ -564,12 +664,17 @@ impl Soft {
     }
 
     fn respond(&self, session: u64, response: v1::Response) {
+        self.send(session, Outgoing::Response(response));
+    }
+
+    /// Nothing happens when the session is away.
+    fn send(&self, session: u64, outgoing: Outgoing) {
         let attached = self
             .sessions
             .get(&session)
             .and_then(|known| known.attached.as_ref());
         if let Some(attached) = attached {
-            attached.outbox.send(Outgoing::Response(response));
+            attached.outbox.send(outgoing);
         }
     }
 
@@ -604,7 +709,7 @@ impl Soft {
                 .get(&stream)
                 .is_some_and(|(_, outbox)| outbox.is_crowded())
         };
-        self.interest.change(by, &effects, crowded, &mut send);
+        self.interest.change(by, &effects, now, crowded, &mut send);
         if self.recent.len() >= RECENT_MAX {
             self.recent.pop_front();
         }
@@ -620,13 +725,22 @@ impl Soft {
             && reply
                 .position
                 .is_some_and(|first| first.seq != position.seq);
+        let mut outdated = Vec::new();
         if let Some(stream) = by {
             for told in reads::told_by_mutation(command, reply) {
                 self.interest.tell(stream, told, &mut send);
                 if repeated {
                     send(stream, everything(told.ino, told.what));
                 }
+                if self.leases.is_held_against(command.session, told.ino) {
+                    outdated.push(told.ino);
+                }
             }
+        }
+        for ino in outdated {
+            // What the reply tells of this file lacks what its writer holds back: that is to come forth, and corrects it. Nobody
+            // has to wait for it.
+            drop(self.recall(command.session, ino));
         }
         if command.session != 0 {
             let freed = self
@@ -640,6 +754,7 @@ impl Soft {
                 && self.sessions.contains_key(&command.session)
             {
                 self.opens.pin(command.session, command.sequence, ino);
+                self.grant_lease(command.session, ino);
             }
             if reply.orphaned {
                 match orphaned_by(command, reply) {
@@ -681,12 +796,20 @@ impl Soft {
         }
     }
 
-    /// The reply of a create is about to be sent on its stream: the file counts as open from here on.
-    pub fn created(&mut self, session: u64, ino: u64) {
+    /// Sends the answer to a create on its stream: the file counts as open from here on.
+    pub fn answer_create(
+        &mut self,
+        session: u64,
+        ino: u64,
+        outbox: &Outbox,
+        mut response: v1::Response,
+    ) {
         if let Err(error) = self.opens.open(session, ino) {
             // Only the answer to a repeated create can come this late: the file was removed meanwhile.
             tracing::debug!(session, ino, ?error, "a created file can't be held open");
         }
+        response.write_lease = self.leases.holds(session, ino);
+        outbox.send(Outgoing::Response(response));
     }
 
     /// Queues the answer of a read at `position`, with what changed since for what it tells.
@@ -700,7 +823,7 @@ impl Soft {
         if self.seen < position {
             return Telling::TooEarly;
         }
-        let (Some((_, own)), streams) = (self.streams.get(&stream), &self.streams) else {
+        let (Some((session, own)), streams) = (self.streams.get(&stream), &self.streams) else {
             // The stream is gone: there is nobody to tell.
             *response = None;
             return Telling::Told;
@@ -735,7 +858,11 @@ impl Soft {
                     .change_for(stream, effects, |message| send(stream, message));
             }
         }
-        if let Some(response) = response.take() {
+        if let Some(mut response) = response.take() {
+            if let Some(v1::response::Body::Opened(opened)) = &response.body {
+                let ino = opened.attr.as_ref().map_or(0, |attr| attr.ino);
+                response.write_lease = self.leases.holds(*session, ino);
+            }
             own.send(Outgoing::Response(response));
         }
         Telling::Told

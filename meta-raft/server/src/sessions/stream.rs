@@ -23,7 +23,8 @@ use super::opens::Registered;
 use super::outbox::{Outbox, Outgoing};
 use super::reads::{self, Answer, refusal};
 use super::soft::Wake;
-use super::{deletions, summary};
+use super::write_leases::Returned;
+use super::{deletions, maintain, summary};
 use crate::proposer::{ProposeError, Proposed};
 use crate::read_gate::ReadError;
 
@@ -32,6 +33,9 @@ const IN_FLIGHT_MAX: usize = 4 * heliofs_proto::limits::IN_FLIGHT_MAX;
 
 /// Reads answered from one view before others get the thread.
 const READS_PER_TURN: usize = 64;
+
+/// Times that a read waits for a write lease that is taken again and again; after that it is answered as things are.
+const RECALLS_MAX: usize = 8;
 
 /// The stream of an attached session.
 pub(super) struct SessionStream {
@@ -175,6 +179,9 @@ impl SessionStream {
                         work.push(Box::pin(future));
                     }
                 }
+                Body::ReturnLease(lease) => {
+                    self.volume.soft().return_lease(self.session, lease.ino);
+                }
                 Body::Release(release) => {
                     let wake = self.volume.soft().release(self.session, release.ino);
                     self.wake(wake);
@@ -201,7 +208,11 @@ impl SessionStream {
                     round.confirmed.extend(decided);
                 }
                 Body::Open(open) => {
-                    let registered = self.volume.soft().open(self.session, open.ino);
+                    let registered = self.volume.soft().open(
+                        self.session,
+                        open.ino,
+                        open.write && !self.read_only,
+                    );
                     match registered {
                         Ok(registered) => {
                             round.weight += weight;
@@ -219,6 +230,10 @@ impl SessionStream {
                 Body::TakeDeletions(ask) => {
                     *in_flight += weight;
                     work.push(Box::pin(self.take_deletions(id, ask)));
+                }
+                Body::Maintain(ask) => {
+                    *in_flight += weight;
+                    work.push(Box::pin(self.maintain(id, ask)));
                 }
                 Body::Summary(ask) => {
                     *in_flight += weight;
@@ -286,8 +301,17 @@ impl SessionStream {
             matches!(&command.op, Some(Op::Create(op)) if op.kind() == v1::FileKind::File);
         let proposer = self.ctx.proposer.clone();
         let volume = Arc::clone(&self.volume);
+        let session = self.session;
         Some(async move {
             volume.caches_known().await;
+            if let Some(ino) = overtakes_writes(&command) {
+                // What the holder of the file's lease was told to be written comes first.
+                let returned = volume.soft().recall(session, ino);
+                if let Some(returned) = returned {
+                    // An error is how the wait ends.
+                    returned.await.ok();
+                }
+            }
             let outcome = proposer.propose(Item::Command(command)).await;
             Done::Mutation {
                 id,
@@ -324,20 +348,20 @@ impl SessionStream {
                     }
                 };
                 let gone = reply.error() == FsError::SessionGone;
-                if creates_file
-                    && reply.error() == FsError::None
-                    && let Some(attr) = &reply.attr
-                {
-                    self.volume.soft().created(self.session, attr.ino);
-                }
-                let body = Some(v1::response::Body::Reply(reply));
-                self.respond(
+                let opened = reply.attr.as_ref().map(|attr| attr.ino);
+                let opened = opened.filter(|_| creates_file && reply.error() == FsError::None);
+                let response = v1::Response {
                     id,
-                    v1::Response {
-                        body,
-                        ..Default::default()
-                    },
-                );
+                    body: Some(v1::response::Body::Reply(reply)),
+                    ..Default::default()
+                };
+                match opened {
+                    Some(ino) => {
+                        let mut soft = self.volume.soft();
+                        soft.answer_create(self.session, ino, &self.outbox, response);
+                    }
+                    None => self.outbox.send(Outgoing::Response(response)),
+                }
                 if gone {
                     self.outbox.send(Outgoing::SessionEnded);
                 }
@@ -346,47 +370,74 @@ impl SessionStream {
         Ok(())
     }
 
-    /// Answers what waits for one linearizable round.
-    fn round(&self, round: Round) -> impl Future<Output = Done> + Send + use<> {
+    /// Answers what waits for one linearizable round. Reads of files whose write lease another session holds wait until it is
+    /// returned, and take another round.
+    fn round(&self, mut round: Round) -> impl Future<Output = Done> + Send + use<> {
         let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
         let (session, stream, outbox) = (self.session, self.stream, self.outbox.clone());
         async move {
-            if let Err(error) = ctx.gate.linearizable().await {
-                return Done::Leave(leave_for(error));
+            if round.reads.iter().any(|read| read.opened.is_some()) {
+                // Until then somebody whose write lease an earlier leader granted may not be back.
+                volume.caches_known().await;
             }
-            for response in round.confirmed {
-                outbox.send(Outgoing::Response(response));
-            }
-            if round.ping != 0 {
-                outbox.send(Outgoing::Pong(round.ping));
-            }
-            let mut reads = round.reads.into_iter().peekable();
-            while reads.peek().is_some() {
-                let turn: Vec<Read> = reads.by_ref().take(READS_PER_TURN).collect();
-                let answered = ctx
-                    .state
-                    .snapshot_view(|view| answer_all(view, volume.id, &turn));
-                let (position, answers) = match answered {
-                    Ok((Some(position), answers)) => (position, answers),
-                    // It is a mirror that is loaded anew.
-                    Ok((None, _)) if ctx.state.volume(volume.id).is_some() => {
-                        return Done::Leave(Leave::Moved(String::new()));
+            let mut reads = std::mem::take(&mut round.reads);
+            for attempt in 0.. {
+                let recalls = attempt < RECALLS_MAX;
+                let mut waits = Vec::new();
+                // Before the view is taken, which then shows what was written under the lease.
+                if recalls && !reads.is_empty() {
+                    hold_back(&volume, session, &mut reads, &mut waits);
+                }
+                if let Err(error) = ctx.gate.linearizable().await {
+                    return Done::Leave(leave_for(error));
+                }
+                for response in round.confirmed.drain(..) {
+                    outbox.send(Outgoing::Response(response));
+                }
+                if round.ping != 0 {
+                    outbox.send(Outgoing::Pong(std::mem::take(&mut round.ping)));
+                }
+                let mut reads_left = std::mem::take(&mut reads).into_iter().peekable();
+                while reads_left.peek().is_some() {
+                    let turn: Vec<Read> = reads_left.by_ref().take(READS_PER_TURN).collect();
+                    let answered = ctx
+                        .state
+                        .snapshot_view(|view| answer_all(view, volume.id, &turn));
+                    let (position, answers) = match answered {
+                        Ok((Some(position), answers)) => (position, answers),
+                        // It is a mirror that is loaded anew.
+                        Ok((None, _)) if ctx.state.volume(volume.id).is_some() => {
+                            return Done::Leave(Leave::Moved(String::new()));
+                        }
+                        Ok((None, answers)) => (Position::START, answers),
+                        Err(corruption) => return Done::Leave(Leave::Corrupt(corruption)),
+                    };
+                    for (read, (_, answer)) in turn.iter().zip(&answers) {
+                        if let (Some(Registered { first: true, .. }), Body::Open(open)) =
+                            (read.opened, &read.body)
+                            && answer.response.error() != FsError::None
+                        {
+                            let wake = volume.soft().release(session, open.ino);
+                            ctx.hub.wake(&volume, wake);
+                        }
                     }
-                    Ok((None, answers)) => (Position::START, answers),
-                    Err(corruption) => return Done::Leave(Leave::Corrupt(corruption)),
-                };
-                for (read, (_, answer)) in turn.iter().zip(&answers) {
-                    if let (Some(Registered { first: true, .. }), Body::Open(open)) =
-                        (read.opened, &read.body)
-                        && answer.response.error() != FsError::None
-                    {
-                        let wake = volume.soft().release(session, open.ino);
-                        ctx.hub.wake(&volume, wake);
+                    let answers = if recalls {
+                        held_back_by_name(&volume, session, turn, answers, &mut waits)
+                    } else {
+                        answers
+                    };
+                    volume.tell(stream, position, answers).await;
+                    if reads_left.peek().is_some() {
+                        tokio::task::yield_now().await;
                     }
                 }
-                volume.tell(stream, position, answers).await;
-                if reads.peek().is_some() {
-                    tokio::task::yield_now().await;
+                if waits.is_empty() {
+                    break;
+                }
+                for (read, returned) in waits {
+                    // An error is how the wait ends.
+                    returned.await.ok();
+                    reads.push(read);
                 }
             }
             Done::Answered(round.weight)
@@ -421,11 +472,36 @@ impl SessionStream {
         }
     }
 
+    fn maintain(&self, id: u64, ask: v1::Maintain) -> impl Future<Output = Done> + Send + use<> {
+        let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
+        let (session, outbox) = (self.session, self.outbox.clone());
+        let weight = weight(&Body::Maintain(v1::Maintain::default()));
+        async move {
+            match maintain::serve(&ctx, &volume, session, ask).await {
+                Ok(response) => {
+                    outbox.send(Outgoing::Response(v1::Response { id, ..response }));
+                    Done::Answered(weight)
+                }
+                Err(deletions::Failed::Moved(leader)) => Done::Leave(Leave::Moved(leader)),
+                Err(deletions::Failed::Read(error)) => Done::Leave(leave_for(error)),
+                Err(deletions::Failed::Corrupt(corruption)) => {
+                    Done::Leave(Leave::Corrupt(corruption))
+                }
+            }
+        }
+    }
+
     fn summary(&self, id: u64, ino: u64) -> impl Future<Output = Done> + Send + use<> {
         let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
-        let outbox = self.outbox.clone();
+        let (session, outbox) = (self.session, self.outbox.clone());
         let weight = weight(&Body::Summary(v1::Summary::default()));
         async move {
+            // Sizes count that somebody holds back, wherever they are.
+            let recalled = volume.soft().recall_all(session);
+            for returned in recalled {
+                // An error is how the wait ends.
+                returned.await.ok();
+            }
             if let Err(error) = ctx.gate.linearizable().await {
                 return Done::Leave(leave_for(error));
             }
@@ -460,6 +536,75 @@ impl SessionStream {
             }
         }
         super::end_session(&self.ctx, &self.volume, self.session).await;
+    }
+}
+
+/// Takes out the reads of files whose lease another session holds, and recalls that.
+fn hold_back(
+    volume: &VolumeSessions,
+    session: u64,
+    reads: &mut Vec<Read>,
+    waits: &mut Vec<(Read, Returned)>,
+) {
+    let mut soft = volume.soft();
+    if soft.no_leases() {
+        return;
+    }
+    for read in std::mem::take(reads) {
+        let ino = match &read.body {
+            Body::Open(ask) => ask.ino,
+            Body::GetAttr(ask) => ask.ino,
+            Body::GetExtents(ask) => ask.ino,
+            _ => 0,
+        };
+        match soft.recall(session, ino) {
+            Some(returned) => waits.push((read, returned)),
+            None => reads.push(read),
+        }
+    }
+}
+
+/// Takes out the answers about files whose lease another session holds, where only the answer says which file it is. Pages of
+/// directories leave the attributes of such files out: who wants them asks for them one by one.
+fn held_back_by_name(
+    volume: &VolumeSessions,
+    session: u64,
+    reads: Vec<Read>,
+    answers: Vec<(u64, Answer)>,
+    waits: &mut Vec<(Read, Returned)>,
+) -> Vec<(u64, Answer)> {
+    let mut soft = volume.soft();
+    if soft.no_leases() {
+        return answers;
+    }
+    let mut kept = Vec::with_capacity(answers.len());
+    for (read, (id, mut answer)) in reads.into_iter().zip(answers) {
+        let ino = match &mut answer.response.body {
+            Some(v1::response::Body::DirPage(page)) => {
+                for entry in &mut page.entries {
+                    if soft.is_leased_against(session, entry.ino) {
+                        entry.attr = None;
+                    }
+                }
+                0
+            }
+            Some(v1::response::Body::Attr(attr)) => attr.ino,
+            Some(v1::response::Body::Walk(walk)) => walk.attrs.last().map_or(0, |attr| attr.ino),
+            _ => 0,
+        };
+        match soft.recall(session, ino) {
+            Some(returned) => waits.push((read, returned)),
+            None => kept.push((id, answer)),
+        }
+    }
+    kept
+}
+
+/// The file whose length or time of change this command sets, so that what was written before must be committed before.
+fn overtakes_writes(command: &v1::Command) -> Option<u64> {
+    match &command.op {
+        Some(Op::SetAttr(op)) if op.size.is_some() || op.mtime.is_some() => Some(op.ino),
+        _ => None,
     }
 }
 
@@ -504,7 +649,7 @@ fn weight(body: &Body) -> usize {
         Body::GetExtents(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
         Body::Open(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
         Body::ListXattr(_) | Body::GetXattr(_) | Body::TakeDeletions(_) => 8,
-        Body::Summary(_) => 64,
+        Body::Summary(_) | Body::Maintain(_) => 64,
         Body::Command(_)
         | Body::Lookup(_)
         | Body::GetAttr(_)
@@ -514,6 +659,7 @@ fn weight(body: &Body) -> usize {
         | Body::Walk(_)
         | Body::Lock(_)
         | Body::TestLock(_)
-        | Body::ReleaseLocks(_) => 1,
+        | Body::ReleaseLocks(_)
+        | Body::ReturnLease(_) => 1,
     }
 }

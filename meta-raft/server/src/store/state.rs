@@ -338,6 +338,18 @@ impl State {
         Ok(segments)
     }
 
+    /// Whether a segment is in the volume's deletion queue.
+    pub fn is_waiting_for_deletion(
+        &self,
+        volume: VolumeId,
+        segment: SegmentId,
+    ) -> std::io::Result<bool> {
+        let generation = self.generation();
+        let key = local::deletion_of(volume, segment);
+        let found = generation.db.get_pinned_cf(generation.local(), key);
+        Ok(found.map_err(io_error)?.is_some())
+    }
+
     /// Length of a volume's deletion queue.
     pub fn deletions_waiting(&self, volume: VolumeId) -> u64 {
         let memory = self.memory();

@@ -167,7 +167,7 @@ async fn new_locks_wait_for_sessions_that_may_hold_them() {
     let now = Instant::now();
     let mut soft = soft(&[1, 2], now);
     let mut first = attach(&mut soft, 1, now);
-    let _ = soft.reassert(1, &[], &[]).and(soft.settle(1, now));
+    let _ = soft.reassert(1, &[], &[], &[]).and(soft.settle(1, now));
     let ticket = |request| Ticket {
         session: 1,
         request,
@@ -183,7 +183,7 @@ async fn new_locks_wait_for_sessions_that_may_hold_them() {
     // The other comes back with the lock, so it is in the way.
     let _second = attach(&mut soft, 2, now);
     let _ = soft
-        .reassert(2, &[77], &[write_lock(false)])
+        .reassert(2, &[77], &[], &[write_lock(false)])
         .and(soft.settle(2, now));
     let mut all = Vec::new();
     while let Ok(Some(Ok(frame))) =
@@ -234,9 +234,9 @@ async fn closes_wake_the_reaper_only_while_there_are_orphans() {
     let mut soft = soft(&[1], now);
     let _frames = attach(&mut soft, 1, now);
     soft.orphans_found([], false);
-    soft.open(1, 7).unwrap();
+    soft.open(1, 7, false).unwrap();
     assert!(!soft.release(1, 7).reap);
-    soft.open(1, 7).unwrap();
+    soft.open(1, 7, false).unwrap();
     let unlinked = v1::Reply {
         position: Some(position(1).into()),
         orphaned: true,
@@ -256,4 +256,72 @@ async fn closes_wake_the_reaper_only_while_there_are_orphans() {
     assert!(soft.release(1, 7).reap);
     assert_eq!(soft.begin_reaps(1, rested), [7]);
     assert_eq!(soft.orphan_search(), None);
+}
+
+fn takes_leases(soft: &mut Soft, session: u64, now: Instant) -> Frames {
+    let (outbox, frames) = outbox();
+    let facts = ClientFacts {
+        takes_leases: true,
+        ..Default::default()
+    };
+    assert!(soft.attach(session, session + 100, outbox, facts, now));
+    frames
+}
+
+#[tokio::test]
+async fn a_write_lease_makes_others_ask_and_a_silent_holder_is_given_up_early() {
+    let now = Instant::now();
+    let mut soft = soft(&[1, 2], now);
+    let mut writer = takes_leases(&mut soft, 1, now);
+    let mut reader = takes_leases(&mut soft, 2, now);
+    let _ = soft.settle(1, now).and(soft.settle(2, now));
+    let told = Told {
+        ino: 7,
+        what: What::ATTR,
+    };
+    assert_eq!(
+        soft.tell(102, position(0), &[told], &mut None),
+        Telling::Told
+    );
+    soft.open(1, 7, true).unwrap();
+    let frame = reader.next().await.unwrap().unwrap();
+    assert!(frame.invalidations[0].attr && frame.invalidations[0].ino == 7);
+
+    assert!(soft.recall(1, 7).is_none(), "one's own is not in the way");
+    assert!(soft.is_leased_against(2, 7));
+    let returned = soft.recall(2, 7).unwrap();
+    let frame = writer.next().await.unwrap().unwrap();
+    assert_eq!(frame.recalls, [7]);
+    let later = now + LEASE_WAIT;
+    soft.heard(2, later);
+    assert!(
+        soft.expired(later - Duration::from_millis(1), TIMEOUT)
+            .is_empty(),
+        "too early"
+    );
+    assert_eq!(soft.expired(later, TIMEOUT), [1]);
+    let _ = soft.end_session(1, later);
+    assert!(returned.await.is_err(), "the wait is over");
+    assert!(soft.no_leases());
+}
+
+#[tokio::test]
+async fn nobody_is_granted_a_lease_beside_others() {
+    let now = Instant::now();
+    let mut soft = soft(&[1, 2], now);
+    let mut first = takes_leases(&mut soft, 1, now);
+    let _second = takes_leases(&mut soft, 2, now);
+    soft.open(2, 7, false).unwrap();
+    soft.open(1, 7, true).unwrap();
+    assert!(soft.no_leases());
+    let _ = soft.release(2, 7);
+    soft.open(1, 7, true).unwrap();
+    assert!(!soft.no_leases());
+    // While the holder was away, somebody opened the file: it is told at once.
+    soft.open(2, 9, false).unwrap();
+    let _ = soft.reassert(1, &[7, 9], &[7, 9], &[]);
+    let frame = first.next().await.unwrap().unwrap();
+    assert_eq!(frame.recalls, [9]);
+    let _ = soft.release(1, 7);
+    assert!(!soft.is_leased_against(2, 7));
 }

@@ -1,0 +1,312 @@
+//! Pages as they are stored, with codec and checksum: from the disk tier, or from the bucket.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use heliofs_proto::ids::SegmentId;
+
+use super::fetch::Shared;
+use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES, frame_extent_bytes};
+use crate::segment::object::{FrameEntry, decode_footer, decode_trailer};
+use crate::segment::page::{Page, PageFault, PageIdentity, take_page, take_pages};
+use crate::{FrameNumber, FrameRange, StoreError};
+
+/// First guess at a footer's length: 250 frames.
+const FOOTER_GUESS_BYTES: u64 = 8192;
+
+const _: () = assert!(FOOTER_GUESS_BYTES > TRAILER_BYTES as u64);
+
+/// Why a stored page can't be had.
+#[derive(Clone, Debug)]
+pub(super) enum Missed {
+    /// The frame ends before it.
+    Beyond,
+    /// It can't be read.
+    Failed(StoreError),
+}
+
+/// A stored page, or why not.
+pub(super) type Stored = Result<Page, Missed>;
+
+impl Shared {
+    /// The stored pages `wanted` of a frame, in order, verified.
+    pub(super) async fn stored_pages(
+        self: &Arc<Self>,
+        segment: SegmentId,
+        frame: FrameNumber,
+        wanted: Range<u32>,
+    ) -> Vec<Stored> {
+        let mut pages: Vec<Option<Stored>> = vec![None; wanted.len()];
+        if let Some(disk) = &self.disk
+            && disk.may_have(segment, frame, wanted.clone())
+        {
+            let disk = Arc::clone(disk);
+            let range = wanted.clone();
+            let read = self
+                .runtime
+                .spawn_blocking(move || disk.read(segment, frame, range))
+                .await;
+            for (slot, page) in pages.iter_mut().zip(read.unwrap_or_default()) {
+                *slot = page.map(Ok);
+            }
+            let hits = pages.iter().flatten().count() as u64;
+            self.bucket.metrics().disk_hits.inc_by(hits);
+        }
+        // What lies behind the frame's end is nowhere.
+        let frame_bytes = pages
+            .iter()
+            .flatten()
+            .flatten()
+            .map(|page| page.frame_bytes);
+        if let Some(frame_bytes) = frame_bytes.max() {
+            for (page, slot) in wanted.clone().zip(&mut pages) {
+                if slot.is_none() && is_beyond(page, frame_bytes) {
+                    *slot = Some(Err(Missed::Beyond));
+                }
+            }
+        }
+        let mut runs: Vec<Range<u32>> = Vec::new();
+        for (page, _) in wanted
+            .clone()
+            .zip(&pages)
+            .filter(|(_, found)| found.is_none())
+        {
+            match runs.last_mut() {
+                Some(run) if run.end == page => run.end += 1,
+                _ => runs.push(page..page + 1),
+            }
+        }
+        let fetches = runs
+            .iter()
+            .map(|run| self.download(segment, frame, run.clone()));
+        for (run, fetched) in runs.iter().zip(futures::future::join_all(fetches).await) {
+            let at = (run.start - wanted.start) as usize;
+            for (slot, page) in pages[at..].iter_mut().zip(fetched) {
+                *slot = Some(page);
+            }
+        }
+        pages
+            .into_iter()
+            .map(|page| page.unwrap_or(Err(Missed::Beyond)))
+            .collect()
+    }
+
+    /// Fetches pages from the bucket. Bytes that fail verification are fetched once more: a flip on the way heals, one in the
+    /// bucket does not.
+    async fn download(
+        &self,
+        segment: SegmentId,
+        frame: FrameNumber,
+        wanted: Range<u32>,
+    ) -> Vec<Stored> {
+        let name = segment.object_name();
+        let metrics = self.bucket.metrics();
+        metrics.misses.inc_by(wanted.len() as u64);
+        let mut good: Vec<Option<Page>> = vec![None; wanted.len()];
+        let mut faults: Vec<Option<PageFault>> = vec![None; wanted.len()];
+        let mut length = None;
+        let own = frame.byte_range(wanted.clone());
+        let reach = match (wanted.start, &self.memory) {
+            (0, Some(_)) => self.scans.reach(segment, own.clone()),
+            // What would come along could not be kept, or is fetched by the readers of this frame.
+            _ => own.clone(),
+        };
+        for _ in 0..2 {
+            let or_error = |good: Vec<Option<Page>>, error: StoreError| {
+                good.into_iter()
+                    .map(|page| page.ok_or_else(|| Missed::Failed(error.clone())))
+                    .collect()
+            };
+            let bytes = match self.bucket.get_range(&name, reach.clone()).await {
+                Ok(bytes) => bytes,
+                Err(error) => return or_error(good, error),
+            };
+            if reach.end > own.end && (bytes.len() as u64) < reach.end - reach.start {
+                self.scans.ended(&reach);
+            }
+            let mut origin = PageIdentity {
+                volume: self.volume,
+                segment,
+                frame,
+            };
+            let mut decoded = decode(&bytes, &origin, wanted.clone());
+            if let Some(moved) = moved_from(&decoded)
+                && moved != origin
+            {
+                match self.origin_of(segment, frame).await {
+                    Ok(Some(entry)) if entry == moved => {
+                        origin = moved;
+                        decoded = decode(&bytes, &origin, wanted.clone());
+                    }
+                    Ok(_) => {}
+                    Err(error) => return or_error(good, error),
+                }
+            }
+            let frame_bytes = decoded.iter().flatten().map(|page| page.frame_bytes).next();
+            length = length.or(frame_bytes);
+            let beyond = |page: u32| length.is_some_and(|length| is_beyond(page, length));
+            let end = wanted
+                .clone()
+                .find(|page| beyond(*page))
+                .unwrap_or(wanted.end);
+            let whole = decoded[..(end - wanted.start) as usize]
+                .iter()
+                .all(Result::is_ok);
+            for ((at, number), page) in wanted.clone().enumerate().zip(decoded) {
+                match page {
+                    Ok(page) => {
+                        good[at] = Some(page);
+                        faults[at] = None;
+                    }
+                    Err(fault) if good[at].is_none() && !beyond(number) => {
+                        tracing::warn!(
+                            volume = self.volume.0, segment = segment.0, frame = frame.0, page = number,
+                            %fault, "a page from the bucket fails verification"
+                        );
+                        metrics.corrupt_pages.inc();
+                        faults[at] = Some(fault);
+                    }
+                    Err(_) => {}
+                }
+            }
+            if whole && end > wanted.start {
+                let pages = wanted.start..end;
+                self.keep_on_disk(segment, frame, pages, origin, &bytes, frame_bytes);
+                self.harvest(segment, frame, end, &bytes, wanted.start, frame_bytes);
+            }
+            let done = |(at, page)| good[at as usize].is_some() || beyond(page);
+            if (0u32..).zip(wanted.clone()).all(done) {
+                break;
+            }
+        }
+        let at = FrameRange {
+            segment,
+            frame,
+            offset: 0,
+            length: 0,
+        };
+        good.into_iter()
+            .zip(faults)
+            .zip(wanted)
+            .map(|((page, fault), number)| match (page, fault) {
+                (Some(page), _) => Ok(page),
+                (None, _) if length.is_some_and(|length| is_beyond(number, length)) => {
+                    Err(Missed::Beyond)
+                }
+                (None, fault) => {
+                    let detail = fault.map_or_else(|| "missing".to_owned(), |f| f.to_string());
+                    Err(Missed::Failed(self.corrupt(&at, number, detail)))
+                }
+            })
+            .collect()
+    }
+
+    /// The name that the pages of a frame carry according to its segment's footer; `None` when the footer lists no such frame.
+    async fn origin_of(
+        &self,
+        segment: SegmentId,
+        frame: FrameNumber,
+    ) -> Result<Option<PageIdentity>, StoreError> {
+        let known = self.tables.lock().get(&segment).cloned();
+        let table = match known {
+            Some(table) => table,
+            None => {
+                let table = Arc::new(self.frame_table(segment).await?);
+                self.tables.lock().put(segment, Arc::clone(&table));
+                table
+            }
+        };
+        let entry = table
+            .binary_search_by_key(&frame, |entry| entry.frame)
+            .map(|at| table[at]);
+        Ok(entry.ok().map(|entry| entry.identity(self.volume)))
+    }
+
+    /// A whole frame as it is stored. Bytes that fail verification are fetched once more.
+    pub(super) async fn read_encoded(
+        &self,
+        segment: SegmentId,
+        entry: &FrameEntry,
+    ) -> Result<Bytes, StoreError> {
+        let name = segment.object_name();
+        let from = entry.frame.start();
+        let length = frame_extent_bytes(u64::from(entry.stored_bytes));
+        let pages = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
+        let origin = entry.identity(self.volume);
+        let mut fault = None;
+        for _ in 0..2 {
+            let bytes = self.bucket.get_range(&name, from..from + length).await?;
+            let mut rest = bytes.clone();
+            match take_pages(&mut rest, &origin, 0, pages) {
+                Ok(_) if rest.is_empty() => return Ok(bytes),
+                Ok(_) => fault = Some((pages, "it has another length".to_owned())),
+                Err((page, wrong)) => fault = Some((page, wrong.to_string())),
+            }
+        }
+        let at = FrameRange {
+            segment,
+            frame: entry.frame,
+            offset: 0,
+            length: 0,
+        };
+        let (page, detail) = fault.unwrap_or_default();
+        Err(self.corrupt(&at, page, detail))
+    }
+
+    pub(super) async fn frame_table(
+        &self,
+        segment: SegmentId,
+    ) -> Result<Vec<FrameEntry>, StoreError> {
+        let name = segment.object_name();
+        let mut fault = None;
+        for _ in 0..2 {
+            let mut tail = self.bucket.get_tail(&name, FOOTER_GUESS_BYTES).await?;
+            let table = match decode_trailer(&tail) {
+                Ok(trailer) => {
+                    if trailer.footer_bytes > tail.len() as u64 {
+                        tail = self.bucket.get_tail(&name, trailer.footer_bytes).await?;
+                    }
+                    decode_footer(&tail, self.volume, segment)
+                }
+                Err(fault) => Err(fault),
+            };
+            match table {
+                Ok(table) => return Ok(table),
+                Err(found) => fault = Some(found),
+            }
+        }
+        let at = FrameRange {
+            segment,
+            frame: FrameNumber(0),
+            offset: 0,
+            length: 0,
+        };
+        let detail = fault.map_or_else(String::new, |fault| fault.to_string());
+        Err(self.corrupt(&at, 0, detail))
+    }
+}
+
+/// Whether a frame of `frame_bytes` stored bytes ends before page `page`.
+fn is_beyond(page: u32, frame_bytes: u32) -> bool {
+    u64::from(page) * PAGE_BYTES as u64 >= u64::from(frame_bytes)
+}
+
+/// Verifies each of `pages` by itself; `bytes` begins with the first.
+fn decode(bytes: &Bytes, origin: &PageIdentity, pages: Range<u32>) -> Vec<Result<Page, PageFault>> {
+    pages
+        .enumerate()
+        .map(|(n, page)| {
+            let mut rest = bytes.slice((n * PAGE_STRIDE).min(bytes.len())..);
+            take_page(&mut rest, origin, page)
+        })
+        .collect()
+}
+
+/// The name that sound pages carry when it is not the one expected: a frame that compaction has moved, or misdirected bytes.
+fn moved_from(pages: &[Result<Page, PageFault>]) -> Option<PageIdentity> {
+    pages.iter().find_map(|page| match page {
+        Err(PageFault::Foreign { identity, .. }) => Some(*identity),
+        _ => None,
+    })
+}

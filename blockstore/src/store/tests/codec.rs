@@ -1,0 +1,445 @@
+//! Compressed and encrypted volumes: what is read is what was written, whatever range is asked for and whatever was damaged.
+
+use std::collections::HashSet;
+use std::sync::OnceLock;
+
+use heliofs_proto::v1;
+use object_store::path::Path;
+use object_store::{ObjectStoreExt, PutPayload};
+use proptest::prelude::*;
+
+use super::*;
+use crate::segment::codec::FrameEncoder;
+use crate::segment::layout::PAGE_BYTES;
+use crate::segment::object::check_object;
+use crate::segment::page::Compression;
+use crate::{DiskCacheOptions, Kind, Passphrase, VolumeKey};
+
+/// Words, so that it compresses; some pages of noise among them, so that not everything does.
+fn prose(length: usize, seed: u64) -> Bytes {
+    let noise = noise(length.max(8), seed);
+    (0..length)
+        .map(|at| match (at / PAGE_BYTES) % 3 {
+            1 => noise[at],
+            _ => b"segment frame page extent "[(at + noise[at / 64] as usize) % 26],
+        })
+        .collect()
+}
+
+/// One key for all tests: opening it is slow on purpose.
+fn key() -> Arc<VolumeKey> {
+    static KEY: OnceLock<Arc<VolumeKey>> = OnceLock::new();
+    let create = || {
+        let (key, _) = VolumeKey::create(&Passphrase::new("sesame".to_owned())).unwrap();
+        Arc::new(key)
+    };
+    Arc::clone(KEY.get_or_init(create))
+}
+
+fn encoders() -> Vec<FrameEncoder> {
+    let mut encoders = Vec::new();
+    for compression in [Compression::None, Compression::Lz4, Compression::Zstd] {
+        for key in [None, Some(key())] {
+            encoders.push(FrameEncoder { compression, key });
+        }
+    }
+    encoders
+}
+
+fn over(rig: &Rig, encoder: &FrameEncoder, options: StoreOptions) -> Arc<SegmentStore> {
+    let bucket = Bucket::over_store(Arc::clone(&rig.failing) as _, "vol", &options).unwrap();
+    SegmentStore::encoding(bucket, VOLUME, encoder.clone(), options).unwrap()
+}
+
+async fn object(rig: &Rig, id: u64) -> Bytes {
+    let name = format!("vol/{:02x}/{id:016x}", id & 0xff);
+    let got = rig.memory.get(&Path::from(name)).await.unwrap();
+    got.bytes().await.unwrap()
+}
+
+#[tokio::test]
+async fn every_codec_reads_back_random_ranges_with_and_without_caches() {
+    let lengths = [
+        1,
+        4096,
+        PAGE_BYTES - 1,
+        PAGE_BYTES,
+        PAGE_BYTES + 1,
+        40 * PAGE_BYTES + 321,
+    ];
+    let frames: Vec<Bytes> = lengths.iter().map(|n| prose(*n, *n as u64)).collect();
+    for encoder in encoders() {
+        let rig = Rig::new(1, Rates::default());
+        let directory = tempfile::tempdir().unwrap();
+        let disk = DiskCacheOptions {
+            free_space_ratio: 0.0,
+            ..DiskCacheOptions::new(directory.path(), 1 << 30)
+        };
+        let writer = over(&rig, &encoder, bare());
+        let pieces =
+            |data: &Bytes| vec![data.slice(..data.len() / 3), data.slice(data.len() / 3..)];
+        let all = frames.iter().map(pieces).collect();
+        let (built, numbers) = writer.build(SegmentId(1), all).await.unwrap();
+        let stored_bytes = built.length;
+        writer.put(built).await.unwrap();
+        if encoder.compression != Compression::None {
+            let data: usize = lengths.iter().sum();
+            assert!(
+                stored_bytes < data as u64 * 3 / 4,
+                "{encoder:?}: {stored_bytes} of {data}"
+            );
+        }
+        let listed = check_object(&object(&rig, 1).await, VOLUME, SegmentId(1)).unwrap();
+        for (entry, data) in listed.iter().zip(&frames) {
+            assert_eq!(entry.decoded_bytes as usize, data.len());
+        }
+        let cached = StoreOptions {
+            disk_cache: Some(disk),
+            memory_cache_bytes: 1 << 20,
+            ..bare()
+        };
+        let readers = [
+            over(&rig, &encoder, bare()),
+            over(&rig, &encoder, cached),
+            // Told nothing of compression: each frame says how it is encoded.
+            over(
+                &rig,
+                &FrameEncoder {
+                    compression: Compression::None,
+                    ..encoder.clone()
+                },
+                bare(),
+            ),
+        ];
+        let mut state = 99u64;
+        let mut next = |below: usize| {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (state >> 33) as usize % below
+        };
+        for round in 0..300 {
+            let n = next(frames.len());
+            let data = &frames[n];
+            let offset = next(data.len());
+            let most = if round % 10 == 0 { data.len() } else { 9000 };
+            let length = 1 + next((data.len() - offset).min(most));
+            for reader in &readers {
+                let read = reader
+                    .read(range(1, numbers[n], offset, length))
+                    .await
+                    .unwrap();
+                assert_eq!(
+                    read,
+                    data.slice(offset..offset + length),
+                    "{encoder:?} {offset} {length}"
+                );
+            }
+        }
+        let beyond = readers[0]
+            .read(range(1, numbers[5], lengths[5] - 1, 2))
+            .await;
+        assert_eq!(beyond.unwrap_err().kind(), Kind::Corrupt);
+    }
+}
+
+#[tokio::test]
+async fn a_random_read_of_a_large_frame_fetches_little_and_readers_share_it() {
+    let rig = Rig::new(1, Rates::default());
+    let encoder = FrameEncoder {
+        compression: Compression::Zstd,
+        key: Some(key()),
+    };
+    let data = prose(64 * PAGE_BYTES, 3);
+    let store = over(
+        &rig,
+        &encoder,
+        StoreOptions {
+            cache_uploads: false,
+            ..Default::default()
+        },
+    );
+    let (built, numbers) = store
+        .build(SegmentId(1), vec![vec![data.clone()]])
+        .await
+        .unwrap();
+    store.put(built).await.unwrap();
+    let read = |page: usize| store.read(range(1, numbers[0], page * PAGE_BYTES + 100, 4096));
+    let (reads, bytes) = rig.failing.gets();
+    let (one, two) = tokio::join!(read(40), read(40));
+    assert_eq!(
+        one.unwrap(),
+        data.slice(40 * PAGE_BYTES + 100..40 * PAGE_BYTES + 4196)
+    );
+    assert_eq!(two.unwrap().len(), 4096);
+    let (after, more) = rig.failing.gets();
+    assert_eq!(
+        after - reads,
+        2,
+        "the first page with the table, and the block"
+    );
+    assert!(
+        more - bytes <= 3 * (PAGE_BYTES as u64 + 32),
+        "{} bytes",
+        more - bytes
+    );
+    let (reads, bytes) = rig.failing.gets();
+    read(20).await.unwrap();
+    let (after, more) = rig.failing.gets();
+    assert_eq!(after - reads, 1, "the table is known");
+    assert!(
+        more - bytes <= 2 * (PAGE_BYTES as u64 + 32),
+        "{} bytes",
+        more - bytes
+    );
+}
+
+#[tokio::test]
+async fn uploads_come_back_from_memory_and_the_disk_holds_what_the_bucket_holds() {
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(1, Rates::default());
+    let encoder = FrameEncoder {
+        compression: Compression::None,
+        key: Some(key()),
+    };
+    let secret = b"the quick brown fox jumps over the lazy dog";
+    let data: Bytes = secret
+        .iter()
+        .copied()
+        .cycle()
+        .take(3 * PAGE_BYTES + 99)
+        .collect();
+    let options = StoreOptions {
+        disk_cache: Some(DiskCacheOptions {
+            free_space_ratio: 0.0,
+            ..DiskCacheOptions::new(directory.path(), 1 << 30)
+        }),
+        ..Default::default()
+    };
+    let store = over(&rig, &encoder, options.clone());
+    let small = Bytes::from_static(secret);
+    let frames = vec![
+        vec![data.slice(..70_000), data.slice(70_000..)],
+        vec![small.clone()],
+    ];
+    let (built, numbers) = store.build(SegmentId(1), frames).await.unwrap();
+    store.put(built).await.unwrap();
+    rig.failing.set_down(true);
+    assert_eq!(
+        store
+            .read(range(1, numbers[0], 0, data.len()))
+            .await
+            .unwrap(),
+        data
+    );
+    assert_eq!(
+        store
+            .read(range(1, numbers[1], 0, small.len()))
+            .await
+            .unwrap(),
+        small
+    );
+    store.flush_cache().await;
+    drop(store);
+    // After a restart from the disk alone, which needs the key as the bucket does.
+    let store = over(&rig, &encoder, options.clone());
+    store.flush_cache().await;
+    assert_eq!(
+        store
+            .read(range(1, numbers[0], 0, data.len()))
+            .await
+            .unwrap(),
+        data
+    );
+    drop(store);
+    rig.failing.set_down(false);
+    let mut everything = vec![object(&rig, 1).await.to_vec()];
+    let mut directories = vec![directory.path().to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let entry = entry.unwrap();
+            match entry.file_type().unwrap().is_dir() {
+                true => directories.push(entry.path()),
+                false => everything.push(std::fs::read(entry.path()).unwrap()),
+            }
+        }
+    }
+    assert!(everything.len() >= 3);
+    for bytes in &everything {
+        assert!(
+            !bytes.windows(8).any(|window| window == &secret[4..12]),
+            "clear text"
+        );
+    }
+    // Equal blocks do not look equal: nothing of 16 bytes comes twice behind the header.
+    let stored = &everything[0][64 + 32 + 16..64 + 32 + PAGE_BYTES];
+    let windows: HashSet<&[u8]> = stored.chunks_exact(16).collect();
+    assert_eq!(windows.len(), stored.len() / 16);
+}
+
+#[tokio::test]
+async fn another_key_or_none_is_told_apart_from_damage() {
+    let rig = Rig::new(1, Rates::default());
+    let encoder = FrameEncoder {
+        compression: Compression::Lz4,
+        key: Some(key()),
+    };
+    let data = prose(2 * PAGE_BYTES, 3);
+    let store = over(&rig, &encoder, bare());
+    let (built, numbers) = store
+        .build(SegmentId(1), vec![vec![data.clone()]])
+        .await
+        .unwrap();
+    store.put(built).await.unwrap();
+    let (other, encryption) = VolumeKey::create(&Passphrase::new("other".to_owned())).unwrap();
+    let other = FrameEncoder {
+        key: Some(Arc::new(other)),
+        ..encoder
+    };
+    for (encoder, words) in [
+        (other, "the key that was given is"),
+        (FrameEncoder::default(), "no key was given"),
+    ] {
+        let error = over(&rig, &encoder, bare())
+            .read(range(1, numbers[0], 0, 10))
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), Kind::Denied, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    // And a volume that is encrypted does not open without its passphrase.
+    let config = v1::StorageConfig {
+        storage: "memory".to_owned(),
+        encryption: Some(encryption),
+        ..Default::default()
+    };
+    let open = |passphrase: Option<&str>| {
+        let options = StoreOptions {
+            passphrase: passphrase.map(|text| Passphrase::new(text.to_owned())),
+            ..bare()
+        };
+        SegmentStore::open(&config, "vol", VOLUME, options).map(drop)
+    };
+    assert!(
+        open(None)
+            .unwrap_err()
+            .to_string()
+            .contains("no passphrase was given")
+    );
+    assert_eq!(open(Some("Other")).unwrap_err().kind(), Kind::Denied);
+    open(Some("other")).unwrap();
+}
+
+#[tokio::test]
+async fn a_reader_that_expects_no_codec_finds_it_from_the_middle_of_a_frame() {
+    let rig = Rig::new(1, Rates::default());
+    let encoder = FrameEncoder {
+        compression: Compression::Zstd,
+        key: None,
+    };
+    let data: Bytes = prose(30 * PAGE_BYTES, 0)
+        .slice(..PAGE_BYTES)
+        .repeat(30)
+        .into();
+    let store = over(&rig, &encoder, bare());
+    let frames = vec![vec![data.clone()]];
+    let (built, numbers) = store.build(SegmentId(1), frames).await.unwrap();
+    assert!(built.length < 2 * PAGE_BYTES as u64);
+    store.put(built).await.unwrap();
+    let reader = over(&rig, &FrameEncoder::default(), bare());
+    let at = range(1, numbers[0], 20 * PAGE_BYTES, 3 * PAGE_BYTES);
+    let read = reader.read(at).await.unwrap();
+    assert_eq!(read, data.slice(20 * PAGE_BYTES..23 * PAGE_BYTES));
+}
+
+#[tokio::test]
+async fn a_frame_that_does_not_shrink_is_stored_as_it_is() {
+    let rig = Rig::new(1, Rates::default());
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        let store = over(
+            &rig,
+            &FrameEncoder {
+                compression,
+                key: None,
+            },
+            bare(),
+        );
+        let id = 1 + compression as u64;
+        let (built, numbers) = store
+            .build(SegmentId(id), vec![vec![noise(200_000, 1)]])
+            .await
+            .unwrap();
+        assert!(built.frames[0].codec.is_plain());
+        store.put(built).await.unwrap();
+        let read = store
+            .read(range(id, numbers[0], 150_000, 50_000))
+            .await
+            .unwrap();
+        assert_eq!(read, noise(200_000, 1).slice(150_000..));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn whatever_byte_is_changed_no_codec_gives_wrong_bytes(
+        which in 0usize..6,
+        lengths in prop::collection::vec(1usize..200_000, 1..4),
+        places in prop::collection::vec((any::<prop::sample::Index>(), 1u8..), 1..4),
+        resum in any::<bool>(),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let encoder = encoders().swap_remove(which);
+            let rig = Rig::new(1, Rates::default());
+            let store = over(&rig, &encoder, bare());
+            let frames: Vec<Bytes> =
+                lengths.iter().enumerate().map(|(n, length)| prose(*length, n as u64)).collect();
+            let pieces = frames.iter().map(|data| vec![data.clone()]).collect();
+            let (built, numbers) = store.build(SegmentId(1), pieces).await.unwrap();
+            store.put(built.clone()).await.unwrap();
+            let mut bad = built.to_bytes().to_vec();
+            for (place, mask) in places {
+                let at = place.index(bad.len());
+                bad[at] ^= mask;
+            }
+            // Somebody who can write to the bucket can make checksums right; only a key protects from him.
+            if resum && encoder.key.is_some() {
+                for entry in &built.frames {
+                    resum_pages(&mut bad, entry.frame.start() as usize, entry.stored_bytes as usize);
+                }
+            }
+            let path = Path::from("vol/01/0000000000000001");
+            rig.memory.put(&path, PutPayload::from(bad)).await.unwrap();
+            let readers = [over(&rig, &encoder, bare()), over(&rig, &FrameEncoder {
+                compression: Compression::None, key: encoder.key.clone() }, bare())];
+            for (number, data) in numbers.iter().zip(&frames) {
+                for reader in &readers {
+                    if let Ok(read) = reader.read(range(1, *number, 0, data.len())).await {
+                        prop_assert_eq!(&read, data);
+                    }
+                    let (from, to) = (data.len() / 2, data.len());
+                    if let Ok(read) = reader.read(range(1, *number, from, to - from)).await {
+                        prop_assert_eq!(&read, &data.slice(from..to));
+                    }
+                }
+            }
+            Ok(())
+        })?;
+    }
+}
+
+/// Gives each page of a frame the checksum that its bytes have now.
+fn resum_pages(object: &mut [u8], frame: usize, stored: usize) {
+    let (mut at, mut left) = (frame, stored);
+    while left > 0 {
+        let length = left.min(PAGE_BYTES);
+        let mut sum = crc32fast::Hasher::new();
+        sum.update(&object[at + 32..at + 32 + length]);
+        sum.update(&object[at..at + 28]);
+        object[at + 28..at + 32].copy_from_slice(&sum.finalize().to_le_bytes());
+        at += 32 + length;
+        left -= length;
+    }
+}

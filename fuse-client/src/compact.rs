@@ -1,0 +1,372 @@
+//! Compaction: what still lives in sparse segments is copied into new ones, and the extents follow. The old segments then have
+//! no live bytes, and are deleted as any others.
+//!
+//! Frames that are mostly alive are copied as they are, others by their live ranges. Nothing is locked: the cluster moves only
+//! what still lies where it was copied from.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use blockstore::segment::object::FrameEntry;
+use blockstore::{FrameNumber, FrameRange, Kind, SegmentBuilder, SegmentStore, StoreError};
+use bytes::Bytes;
+use heliofs_proto::error::FsError;
+use heliofs_proto::ids::SegmentId;
+use heliofs_proto::v1::{self, command::Op, maintain::Ask, maintained::Answer};
+use meta_client::{ClientError, Session};
+
+use crate::write::segment_ids::SegmentIds;
+
+/// Moves in one command: what the cluster takes.
+const MOVES: usize = 128;
+
+/// A frame is copied as it is when at least this part of it lives; below that its live ranges become frames of their own.
+const VERBATIM_PERCENT_MIN: u64 = 70;
+
+/// Extents are asked for with a pause between the questions: the nodes have others to serve.
+const FIND_PAUSE: Duration = Duration::from_millis(2);
+
+/// Why a compaction ended early.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CompactError {
+    /// The metadata can't be asked, or refused.
+    #[error(transparent)]
+    Meta(#[from] ClientError),
+    /// The bucket can't take what was gathered.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The answer makes no sense.
+    #[error("the cluster gave another answer than was asked for")]
+    Answer,
+    /// Another session has the lease now.
+    #[error("another mount compacts this volume now")]
+    LeaseLost,
+}
+
+/// What was done.
+#[derive(Clone, Debug, Default)]
+pub struct Compacted {
+    /// Segments that were looked at.
+    pub segments: u64,
+    /// Bytes that extents now find in new segments.
+    pub moved_bytes: u64,
+    /// New segments.
+    pub written_segments: u64,
+    /// Their length.
+    pub written_bytes: u64,
+    /// What could not be read, and stays where it is: (inode, extent, why).
+    pub unreadable: Vec<(u64, v1::Extent, String)>,
+}
+
+/// Compacts segments of one volume.
+pub struct Compactor<'a> {
+    /// New segments are this session's.
+    pub session: &'a Session,
+    /// Where they are read and put.
+    pub store: &'a SegmentStore,
+    /// Ids for them.
+    pub ids: &'a SegmentIds,
+    /// Length at which a new segment is full.
+    pub segment_bytes: u64,
+    /// Bytes to write per second at most; 0: no limit.
+    pub bytes_per_second: u64,
+    /// Renew the compaction lease, and end when it is lost.
+    pub leased: bool,
+}
+
+/// A stored extent that names a segment.
+type Placed = (u64, v1::Extent);
+
+/// A new segment that is being filled.
+struct Filling {
+    builder: SegmentBuilder,
+    bytes: u64,
+    moves: Vec<v1::Move>,
+}
+
+/// What a frame of an old segment comes to.
+enum Piece {
+    /// The whole frame, encoded as it is.
+    Verbatim(FrameEntry, Bytes),
+    /// A range of its data.
+    Range(Bytes),
+}
+
+impl Compactor<'_> {
+    /// All stored extents that name one of the segments.
+    pub async fn find(&self, segments: &[u64]) -> Result<Vec<Placed>, CompactError> {
+        let mut found = Vec::new();
+        let mut from = (0, 0);
+        loop {
+            let ask = Ask::FindExtents(v1::FindExtents {
+                segments: segments.to_vec(),
+                from_ino: from.0,
+                from_offset: from.1,
+            });
+            let Answer::Extents(page) = self.session.maintain(ask).await? else {
+                return Err(CompactError::Answer);
+            };
+            let placed = page.extents.into_iter();
+            found.extend(placed.filter_map(|placed| Some((placed.ino, placed.extent?))));
+            if page.end {
+                return Ok(found);
+            }
+            from = (page.next_ino, page.next_offset);
+            tokio::time::sleep(FIND_PAUSE).await;
+        }
+    }
+
+    /// Moves what lives in `segments` into new ones. What can't be read is passed over.
+    ///
+    /// Cancelling it at any moment loses nothing: at worst a new segment that nothing refers to is left for gc.
+    /// Errors: see [`CompactError`]; what was moved before stays moved.
+    pub async fn compact(&self, segments: &[u64]) -> Result<Compacted, CompactError> {
+        let mut done = Compacted::default();
+        let mut by_segment: BTreeMap<u64, BTreeMap<u32, Vec<Placed>>> = BTreeMap::new();
+        for (ino, extent) in self.find(segments).await? {
+            let frames = by_segment.entry(extent.segment).or_default();
+            frames.entry(extent.frame).or_default().push((ino, extent));
+        }
+        let mut filling = None;
+        for (segment, frames) in by_segment {
+            done.segments += 1;
+            let segment = SegmentId(segment);
+            let table = match self.store.frame_table(segment).await {
+                Ok(table) => table,
+                Err(error) => {
+                    // Its data may be sound all the same: it is copied by ranges.
+                    tracing::debug!(segment = segment.0, %error, "no frame table");
+                    Vec::new()
+                }
+            };
+            for (frame, mut placed) in frames {
+                placed.sort_unstable_by_key(|(_, extent)| (extent.frame_offset, extent.length));
+                let entry = table
+                    .iter()
+                    .find(|entry| entry.frame == FrameNumber(frame))
+                    .copied();
+                self.frame(segment, frame, entry, &placed, &mut filling, &mut done)
+                    .await?;
+            }
+        }
+        if let Some(filling) = filling {
+            self.finish(filling, &mut done).await?;
+        }
+        Ok(done)
+    }
+
+    /// Copies what lives of one frame. `placed` is in order of place.
+    async fn frame(
+        &self,
+        segment: SegmentId,
+        frame: u32,
+        entry: Option<FrameEntry>,
+        placed: &[Placed],
+        filling: &mut Option<Filling>,
+        done: &mut Compacted,
+    ) -> Result<(), CompactError> {
+        let ranges = union(placed);
+        let live: u64 = ranges.iter().map(|(from, to)| to - from).sum();
+        if let Some(entry) = entry
+            && live * 100 >= u64::from(entry.decoded_bytes) * VERBATIM_PERCENT_MIN
+        {
+            match self.store.read_encoded(segment, &entry).await {
+                Ok(encoded) => {
+                    let piece = Piece::Verbatim(entry, encoded);
+                    return self
+                        .add(segment, frame, piece, 0, placed, filling, done)
+                        .await;
+                }
+                // Page by page there may be more to save.
+                Err(error) => {
+                    tracing::warn!(segment = segment.0, frame, %error, "a frame can't be copied whole");
+                }
+            }
+        }
+        for (from, to) in ranges {
+            let inside =
+                |(_, extent): &&Placed| (from..to).contains(&u64::from(extent.frame_offset));
+            let placed: Vec<Placed> = placed.iter().filter(inside).cloned().collect();
+            match self.range(segment, frame, from, to - from).await {
+                Ok(data) => {
+                    let piece = Piece::Range(data);
+                    self.add(segment, frame, piece, from, &placed, filling, done)
+                        .await?;
+                }
+                Err(error) if error.kind() == Kind::Unavailable => return Err(error.into()),
+                // One by one.
+                Err(_) => {
+                    for one in &placed {
+                        let (ino, extent) = one;
+                        let from = u64::from(extent.frame_offset);
+                        match self.range(segment, frame, from, extent.length).await {
+                            Ok(data) => {
+                                let piece = Piece::Range(data);
+                                let one = std::slice::from_ref(one);
+                                self.add(segment, frame, piece, from, one, filling, done)
+                                    .await?;
+                            }
+                            Err(error) => {
+                                done.unreadable
+                                    .push((*ino, extent.clone(), error.to_string()));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn range(
+        &self,
+        segment: SegmentId,
+        frame: u32,
+        offset: u64,
+        length: u64,
+    ) -> Result<Bytes, StoreError> {
+        let at = FrameRange {
+            segment,
+            frame: FrameNumber(frame),
+            // Within a frame, as every extent is.
+            offset: offset as u32,
+            length: length as u32,
+        };
+        self.store.read(at).await
+    }
+
+    /// Adds a piece, whose first byte was at `base` of the old frame, to the new segment; `placed` lie within it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "where from, where to, and what for"
+    )]
+    async fn add(
+        &self,
+        segment: SegmentId,
+        frame: u32,
+        piece: Piece,
+        base: u64,
+        placed: &[Placed],
+        filling: &mut Option<Filling>,
+        done: &mut Compacted,
+    ) -> Result<(), CompactError> {
+        let bytes = match &piece {
+            Piece::Verbatim(_, encoded) => encoded.len(),
+            Piece::Range(data) => data.len(),
+        } as u64;
+        if let Some(full) = filling.take_if(|full| full.bytes + bytes > self.segment_bytes) {
+            self.finish(full, done).await?;
+        }
+        let target = match filling {
+            Some(filling) => filling,
+            None => {
+                let id = self.ids.next(self.session).await?;
+                filling.insert(Filling {
+                    builder: self.store.builder(id),
+                    bytes: 0,
+                    moves: Vec::new(),
+                })
+            }
+        };
+        let new_frame = match piece {
+            Piece::Verbatim(entry, encoded) => target.builder.add_relocated(&entry, encoded)?,
+            Piece::Range(data) => target.builder.add_frame(vec![data])?,
+        };
+        target.bytes += bytes;
+        let to_segment = target.builder.id().0;
+        target
+            .moves
+            .extend(placed.iter().map(|(ino, extent)| v1::Move {
+                ino: *ino,
+                offset: extent.offset,
+                length: extent.length,
+                from_segment: segment.0,
+                from_frame: frame,
+                from_frame_offset: extent.frame_offset,
+                to_segment,
+                to_frame: new_frame.0,
+                to_frame_offset: extent.frame_offset - base as u32,
+            }));
+        Ok(())
+    }
+
+    /// Stores a new segment and lets the extents follow.
+    async fn finish(&self, filling: Filling, done: &mut Compacted) -> Result<(), CompactError> {
+        if self.leased {
+            let ask = Ask::TakeSparse(v1::TakeSparse::default());
+            match self.session.maintain(ask).await? {
+                Answer::Sparse(sparse) if sparse.leased => {}
+                Answer::Sparse(_) => return Err(CompactError::LeaseLost),
+                _ => return Err(CompactError::Answer),
+            }
+        }
+        let segment = filling.builder.finish();
+        let (record, length) = (segment.record(), segment.length);
+        self.store.put(segment).await?;
+        for moves in filling.moves.chunks(MOVES) {
+            let op = Op::Relocate(v1::Relocate {
+                segments: vec![record],
+                moves: moves.to_vec(),
+            });
+            match self.session.mutate(v1::Caller::default(), op).await {
+                Ok(reply) => done.moved_bytes += reply.value,
+                // Everything that it was brought for had changed: it was freed, and the rest is left for another time.
+                Err(ClientError::Verdict(FsError::SegmentFenced)) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        done.written_segments += 1;
+        done.written_bytes += length;
+        if let Some(wait) = (length * 1000).checked_div(self.bytes_per_second) {
+            tokio::time::sleep(Duration::from_millis(wait)).await;
+        }
+        Ok(())
+    }
+}
+
+/// The parts of a frame that extents name, merged; `placed` is in order of place.
+fn union(placed: &[Placed]) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for (_, extent) in placed {
+        let from = u64::from(extent.frame_offset);
+        let to = from + extent.length;
+        match ranges.last_mut() {
+            Some(last) if from <= last.1 => last.1 = last.1.max(to),
+            _ => ranges.push((from, to)),
+        }
+    }
+    ranges
+}
+
+/// Segments of which at most `live_percent_max` lives, of those listed.
+pub fn sparse(segments: &[v1::Segment], live_percent_max: u32) -> BTreeSet<u64> {
+    segments
+        .iter()
+        .filter(|segment| {
+            let live = u128::from(segment.live_bytes) * 100;
+            live <= u128::from(segment.data_bytes) * u128::from(live_percent_max)
+        })
+        .map(|segment| segment.id)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn live_ranges_are_merged_and_gaps_are_kept() {
+        let placed: Vec<Placed> = [(0, 10), (5, 2), (10, 5), (20, 1), (20, 4), (23, 9)]
+            .into_iter()
+            .map(|(frame_offset, length)| {
+                let extent = v1::Extent {
+                    frame_offset,
+                    length,
+                    ..v1::Extent::default()
+                };
+                (1, extent)
+            })
+            .collect();
+        assert_eq!(union(&placed), [(0, 15), (20, 32)]);
+    }
+}

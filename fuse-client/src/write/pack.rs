@@ -1,0 +1,162 @@
+//! Packing: small batches of all files share segments.
+//!
+//! A batch that fills no segment waits here. The flush that brought it asks for a segment ([`Fs::pack`]): it leaves at once if
+//! no packed segment is on its way, otherwise with everything that gathers meanwhile. Whatever fills a segment leaves without
+//! waiting. Files are packed in the order in which they come, so that neighbours of a directory lie side by side.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::pieces::Frame;
+use crate::fs::Fs;
+use crate::inode::Uploaded;
+
+/// Told once the segment is stored, or can't be.
+type Done = watch::Sender<Option<Arc<Uploaded>>>;
+
+/// What one batch brings.
+struct Part {
+    frames: Vec<Frame>,
+    bytes: u64,
+    done: Done,
+}
+
+#[derive(Default)]
+struct Waiting {
+    parts: Vec<Part>,
+    bytes: u64,
+    /// A packed segment that is not full is on its way.
+    under_way: bool,
+}
+
+/// Batches that wait for a segment.
+#[derive(Default)]
+pub(crate) struct Packer {
+    waiting: Mutex<Waiting>,
+}
+
+impl Packer {
+    /// Puts a batch in line. It leaves with a later [`Fs::pack`].
+    pub(crate) fn add(&self, frames: Vec<Frame>) -> watch::Receiver<Option<Arc<Uploaded>>> {
+        let (done, receiver) = watch::channel(None);
+        let bytes = frames.iter().map(|frame| frame.length).sum();
+        let mut waiting = self.waiting.lock();
+        waiting.bytes += bytes;
+        waiting.parts.push(Part {
+            frames,
+            bytes,
+            done,
+        });
+        receiver
+    }
+
+    /// The next segment's parts, and whether it is full; `None` when nothing may leave now.
+    fn next(&self, segment_bytes: u64) -> Option<(Vec<Part>, bool)> {
+        let mut waiting = self.waiting.lock();
+        let full = waiting.bytes >= segment_bytes;
+        if waiting.parts.is_empty() || (!full && waiting.under_way) {
+            return None;
+        }
+        let mut bytes = 0;
+        let count = waiting
+            .parts
+            .iter()
+            .take_while(|part| {
+                let fits = bytes < segment_bytes;
+                bytes += part.bytes;
+                fits
+            })
+            .count();
+        let parts: Vec<Part> = waiting.parts.drain(..count).collect();
+        waiting.bytes -= parts.iter().map(|part| part.bytes).sum::<u64>();
+        waiting.under_way |= !full;
+        Some((parts, full))
+    }
+
+    fn arrived(&self) {
+        self.waiting.lock().under_way = false;
+    }
+}
+
+impl Fs {
+    /// Somebody waits for what is in line: sends off what may leave.
+    pub(crate) fn pack(self: &Arc<Self>) {
+        while let Some((parts, full)) = self.packer().next(self.segment_bytes()) {
+            let fs = self.clone();
+            self.runtime().spawn(async move {
+                fs.upload_packed(parts).await;
+                if !full {
+                    fs.packer().arrived();
+                    // Those that came meanwhile share the next one.
+                    fs.pack();
+                }
+            });
+        }
+    }
+
+    async fn upload_packed(&self, parts: Vec<Part>) {
+        let counts: Vec<usize> = parts.iter().map(|part| part.frames.len()).collect();
+        let (frames, dones): (Vec<_>, Vec<Done>) = parts
+            .into_iter()
+            .map(|part| (part.frames, part.done))
+            .unzip();
+        let uploaded = self.upload(frames.into_iter().flatten().collect()).await;
+        let mut at = 0;
+        for (count, done) in counts.into_iter().zip(dones) {
+            let part = uploaded
+                .as_ref()
+                .map(|(segment, numbers)| (*segment, numbers[at..at + count].to_vec()))
+                .map_err(|error| *error);
+            at += count;
+            // Nobody listens when the batch was dropped with its inode.
+            done.send_replace(Some(Arc::new(part)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(length: u64) -> Vec<Frame> {
+        vec![Frame {
+            offset: 0,
+            pieces: Vec::new(),
+            length,
+        }]
+    }
+
+    fn lengths(next: Option<(Vec<Part>, bool)>) -> Option<(Vec<u64>, bool)> {
+        next.map(|(parts, full)| (parts.iter().map(|part| part.bytes).collect(), full))
+    }
+
+    #[test]
+    fn those_that_come_during_a_put_share_the_next() {
+        let packer = Packer::default();
+        packer.add(frame(10));
+        assert_eq!(lengths(packer.next(100)), Some((vec![10], false)));
+        packer.add(frame(20));
+        packer.add(frame(30));
+        assert_eq!(lengths(packer.next(100)), None);
+        packer.arrived();
+        assert_eq!(lengths(packer.next(100)), Some((vec![20, 30], false)));
+        packer.arrived();
+        assert_eq!(lengths(packer.next(100)), None);
+    }
+
+    #[test]
+    fn a_full_segment_waits_for_nobody() {
+        let packer = Packer::default();
+        packer.add(frame(10));
+        assert!(packer.next(100).is_some());
+        for length in [60, 30, 30, 70, 20] {
+            packer.add(frame(length));
+        }
+        assert_eq!(lengths(packer.next(100)), Some((vec![60, 30, 30], true)));
+        assert_eq!(lengths(packer.next(100)), None, "90 bytes are left");
+        packer.add(frame(10));
+        assert_eq!(lengths(packer.next(100)), Some((vec![70, 20, 10], true)));
+    }
+}

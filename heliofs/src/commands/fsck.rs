@@ -1,0 +1,439 @@
+//! `heliofs fsck`: checks metadata, objects and data against each other, and says which files are hit.
+//!
+//! Reads only, unless `--repair`: then what can still be read of damaged segments (from the disk cache of this machine, say) is
+//! stored anew, and the files are let follow. A volume may be in use meanwhile: whatever looks wrong is asked for again, and
+//! what was deleted in between is no damage.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use blockstore::segment::object::check_object;
+use blockstore::{Bucket, DiskCacheOptions, Kind, SegmentStore, StoreOptions};
+use clap::{Args, ValueEnum};
+use fuse_client::compact::Compactor;
+use fuse_client::write::segment_ids::SegmentIds;
+use futures::StreamExt;
+use heliofs_proto::ids::{Ino, SegmentId, VolumeId};
+use heliofs_proto::v1::{self, FileKind, SegmentState, maintain::Ask, maintained::Answer};
+use meta_client::Session;
+use serde_json::json;
+
+use super::info::{self, Place, places};
+use super::{config, segments};
+use crate::cli::Access;
+use crate::connect::Target;
+use crate::failure::{Failure, Outcome};
+use crate::passphrase::PassphraseSource;
+use crate::units::{self, show_size};
+use crate::{output, progress};
+
+/// Files named per damaged segment.
+const FILES_SHOWN: usize = 20;
+
+/// Listings in flight.
+const LISTS: usize = 4;
+
+/// How deep to look.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
+pub(crate) enum Level {
+    /// The metadata's records against each other.
+    Meta,
+    /// And that every object is there, with its length.
+    Exists,
+    /// And every byte of every object.
+    Data,
+}
+
+/// What to check, and how deep.
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    access: Access,
+    /// META-URL with the volume's name, alone or with paths inside the volume; or paths in mounts.
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<String>,
+    /// How deep to look.
+    #[arg(long, value_enum, default_value = "exists")]
+    level: Level,
+    /// Goes on behind this segment, as an interrupted run has said.
+    #[arg(long, value_name = "SEGMENT", value_parser = parse_segment)]
+    from: Option<u64>,
+    /// Objects read at once.
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    threads: usize,
+    /// Bytes to read per second at most. 0: no limit.
+    #[arg(long, value_parser = units::parse_size, default_value = "0", value_name = "SIZE")]
+    limit: u64,
+    /// Stores anew what can still be read of damaged segments.
+    #[arg(long)]
+    repair: bool,
+    /// With --repair: a disk cache that may hold what the bucket has lost; its mount must be unmounted.
+    #[arg(long, value_name = "DIR", requires = "repair")]
+    cache_dir: Option<PathBuf>,
+    #[command(flatten)]
+    passphrase: PassphraseSource,
+}
+
+fn parse_segment(text: &str) -> Result<u64, String> {
+    u64::from_str_radix(text, 16).map_err(|_| "16 hex digits, as fsck prints them".to_owned())
+}
+
+/// What is wrong with one segment.
+struct Damage {
+    id: u64,
+    what: String,
+}
+
+/// One check of one volume.
+struct Check<'a> {
+    options: &'a Options,
+    json: bool,
+    bucket: Bucket,
+    storage: v1::StorageConfig,
+    session: &'a Session,
+    volume: VolumeId,
+}
+
+/// What a check came to.
+#[derive(Default)]
+struct Report {
+    problems: Vec<String>,
+    segments: u64,
+    bytes: u64,
+    damages: Vec<Damage>,
+    /// Per damaged segment: (inode, extent).
+    users: BTreeMap<u64, Vec<(u64, v1::Extent)>>,
+    /// Where to go on, when it was interrupted.
+    stopped_at: Option<u64>,
+    repaired_bytes: u64,
+}
+
+pub(crate) async fn run(options: Options, json: bool) -> Outcome {
+    let mut clean = true;
+    let whole = options.paths.len() == 1 && options.paths[0].starts_with("helio://");
+    if whole {
+        let target = options.access.target(&options.paths[0], None)?;
+        clean &= check(&options, &target, &[], json).await?;
+    } else {
+        for (target, places) in places(&options.access, &options.paths)? {
+            clean &= check(&options, &target, &places, json).await?;
+        }
+    }
+    match clean {
+        true => Ok(()),
+        false => Err(Failure::damaged("the volume is damaged").hint(
+            "--repair saves what can still be read; other files must be restored or removed",
+        )),
+    }
+}
+
+/// Checks the volume, or what lies below some places of it; `false`: damage is left.
+async fn check(options: &Options, target: &Target, places: &[Place], json: bool) -> Outcome<bool> {
+    let volume = config::find(&target.cluster, &target.volume).await?;
+    let storage = volume.storage.clone().unwrap_or_default();
+    if options.repair {
+        config::not_a_mirror(&volume)?;
+    }
+    let prefix = config::prefix(&volume);
+    let bucket = segments::bucket(&storage, prefix).await?;
+    let session = target.session(!options.repair).await?;
+    let check = Check {
+        options,
+        json,
+        bucket,
+        storage,
+        session: &session,
+        volume: session.volume_id(),
+    };
+    let outcome = check.run(prefix, places).await;
+    session.detach().await;
+    outcome
+}
+
+impl Check<'_> {
+    async fn run(&self, volume: &str, places: &[Place]) -> Outcome<bool> {
+        let mut report = Report::default();
+        let only = match places {
+            [] => None,
+            places => Some(self.segments_below(places).await?),
+        };
+        if only.is_none() && self.options.from.is_none() {
+            self.records(&mut report).await?;
+        }
+        if self.options.level > Level::Meta {
+            let mut live = segments::live(self.session, self.options.from.unwrap_or(0)).await?;
+            if let Some(only) = &only {
+                live.retain(|segment| only.contains(&segment.id));
+            }
+            report.segments = live.len() as u64;
+            report.bytes = live.iter().map(|segment| segment.length).sum();
+            self.exists(&live, &mut report).await?;
+            if self.options.level == Level::Data {
+                let missing: BTreeSet<u64> = report.damages.iter().map(|it| it.id).collect();
+                live.retain(|segment| !missing.contains(&segment.id));
+                self.data(&live, &mut report).await?;
+            }
+        }
+        let damaged: BTreeSet<u64> = report.damages.iter().map(|damage| damage.id).collect();
+        if !damaged.is_empty() {
+            report.users = segments::users(self.session, &damaged).await?;
+        }
+        if self.options.repair && !damaged.is_empty() {
+            self.repair(volume, &damaged, &mut report).await?;
+        }
+        self.show(volume, &report).await?;
+        let left = report
+            .damages
+            .iter()
+            .any(|damage| report.users.contains_key(&damage.id));
+        Ok(report.problems.is_empty() && !left && report.stopped_at.is_none())
+    }
+
+    /// Segments of the files at and below some places.
+    async fn segments_below(&self, places: &[Place]) -> Outcome<BTreeSet<u64>> {
+        let mut found = BTreeSet::new();
+        let mut open: Vec<(u64, FileKind)> = Vec::new();
+        for place in places {
+            let attr = info::walk(self.session, &place.inside).await?;
+            let attr = attr.ok_or_else(|| {
+                Failure::new(format!("{}: no such file or directory", place.shown))
+            })?;
+            open.push((attr.ino, attr.kind()));
+        }
+        while let Some((ino, kind)) = open.pop() {
+            match kind {
+                FileKind::Directory => {
+                    let mut after = 0;
+                    loop {
+                        let (page, _) = self.session.read_dir(Ino(ino), after, 4096, false).await?;
+                        open.extend(page.entries.iter().map(|entry| (entry.ino, entry.kind())));
+                        match page.entries.last() {
+                            Some(last) if !page.end => after = last.cookie,
+                            _ => break,
+                        }
+                    }
+                }
+                FileKind::File => {
+                    // A file that was removed meanwhile is no damage.
+                    if let Ok(extents) = info::all_extents(self.session, Ino(ino)).await {
+                        found.extend(extents.iter().map(|extent| extent.segment));
+                    }
+                }
+                _ => {}
+            }
+        }
+        found.remove(&0);
+        Ok(found)
+    }
+
+    /// The records of the node that is asked, against each other.
+    async fn records(&self, report: &mut Report) -> Outcome {
+        let ask = Ask::CheckRecords(v1::CheckRecords {});
+        let Answer::Records(checked) = self.session.maintain(ask).await? else {
+            return Err(Failure::new(
+                "the cluster gave another answer than was asked for",
+            ));
+        };
+        if checked.skipped && !self.json {
+            output::line(
+                "the records were not compared: the volume has too many to do so in memory",
+            )?;
+        }
+        report.problems = checked.problems;
+        Ok(())
+    }
+
+    /// Every object is listed, with the length that metadata knows.
+    async fn exists(&self, live: &[v1::Segment], report: &mut Report) -> Outcome {
+        let groups: BTreeSet<u8> = live.iter().map(|segment| segment.id as u8).collect();
+        let bar = progress::bar("exists", groups.len() as u64, false, self.json);
+        let mut listings = futures::stream::iter(groups)
+            .map(|group| async move { (group, self.bucket.list(&format!("{group:02x}")).await) })
+            .buffered(LISTS);
+        while let Some((group, listed)) = listings.next().await {
+            let listed: BTreeMap<String, u64> = listed?.into_iter().collect();
+            for segment in live.iter().filter(|segment| segment.id as u8 == group) {
+                let what = match listed.get(&SegmentId(segment.id).object_name()) {
+                    None => "the object is missing".to_owned(),
+                    Some(length) if *length != segment.length => {
+                        format!(
+                            "the object has {length} bytes instead of {}",
+                            segment.length
+                        )
+                    }
+                    Some(_) => continue,
+                };
+                self.found(segment.id, what, report).await?;
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// Something is wrong, unless the segment was freed meanwhile.
+    async fn found(&self, id: u64, what: String, report: &mut Report) -> Outcome {
+        if segments::states(self.session, &[id]).await? == [SegmentState::Live] {
+            report.damages.push(Damage { id, what });
+        }
+        Ok(())
+    }
+
+    /// Every byte of every object. `live` is in order of id.
+    async fn data(&self, live: &[v1::Segment], report: &mut Report) -> Outcome {
+        let bytes = live.iter().map(|segment| segment.length).sum();
+        let bar = progress::bar("data", bytes, true, self.json);
+        let mut checks = futures::stream::iter(live)
+            .map(|segment| async move { (segment, self.object(segment).await) })
+            .buffered(self.options.threads.max(1));
+        let mut last = self.options.from.unwrap_or(0);
+        loop {
+            let next = tokio::select! {
+                next = checks.next() => next,
+                interrupt = tokio::signal::ctrl_c() => {
+                    if interrupt.is_ok() {
+                        report.stopped_at = Some(last);
+                    }
+                    break;
+                }
+            };
+            let Some((segment, outcome)) = next else {
+                break;
+            };
+            if let Some(what) = outcome? {
+                self.found(segment.id, what, report).await?;
+            }
+            last = segment.id;
+            bar.inc(segment.length);
+            if let Some(wait) = (segment.length * 1000).checked_div(self.options.limit) {
+                tokio::time::sleep(Duration::from_millis(wait)).await;
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// What is wrong with an object; nothing: `None`.
+    async fn object(&self, segment: &v1::Segment) -> Outcome<Option<String>> {
+        let id = SegmentId(segment.id);
+        let object = match self.bucket.get(&id.object_name()).await {
+            Ok(object) => object,
+            Err(error) if error.kind() == Kind::NotFound => {
+                return Ok(Some("the object is missing".to_owned()));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let (volume, checksum) = (self.volume, segment.checksum);
+        let checked = tokio::task::spawn_blocking(move || {
+            if let Err(fault) = check_object(&object, volume, id) {
+                return Some(fault.to_string());
+            }
+            let found = crc32fast::hash(&object);
+            (found != checksum)
+                .then(|| format!("checksum is {found:08x}, should be {checksum:08x}"))
+        });
+        checked.await.map_err(Failure::new)
+    }
+
+    /// Lets files follow what can still be read.
+    async fn repair(&self, volume: &str, damaged: &BTreeSet<u64>, report: &mut Report) -> Outcome {
+        let options = StoreOptions {
+            cache_uploads: false,
+            disk_cache: self.options.cache_dir.as_ref().map(|directory| {
+                // As a mount of this volume names it. Nothing is added to it that was not asked for.
+                DiskCacheOptions::new(directory.join(&self.storage.uuid), u64::MAX)
+            }),
+            passphrase: match self.storage.encryption {
+                Some(_) => Some(self.options.passphrase.required()?),
+                None => None,
+            },
+            ..StoreOptions::default()
+        };
+        let store = SegmentStore::open(&self.storage, volume, self.volume, options)?;
+        // The cache's index is read in the background.
+        store.flush_cache().await;
+        let compactor = Compactor {
+            session: self.session,
+            store: &store,
+            ids: &SegmentIds::default(),
+            segment_bytes: self.storage.segment_bytes,
+            bytes_per_second: self.options.limit,
+            leased: false,
+        };
+        let damaged_ids: Vec<u64> = damaged.iter().copied().collect();
+        let done = compactor
+            .compact(&damaged_ids)
+            .await
+            .map_err(Failure::new)?;
+        report.repaired_bytes = done.moved_bytes;
+        // What is still named could not be read.
+        report.users = segments::users(self.session, damaged).await?;
+        Ok(())
+    }
+
+    async fn show(&self, volume: &str, report: &Report) -> Outcome {
+        let mut damages = Vec::new();
+        for damage in &report.damages {
+            let users = report.users.get(&damage.id).map_or(&[][..], Vec::as_slice);
+            let inos: BTreeSet<u64> = users.iter().map(|(ino, _)| *ino).collect();
+            let mut files = Vec::new();
+            for ino in inos.iter().take(FILES_SHOWN) {
+                let path = self.session.path_of(Ino(*ino)).await?;
+                files.push(path.unwrap_or_else(|| format!("inode {ino}, which has no name")));
+            }
+            let object = format!("{volume}/{}", SegmentId(damage.id).object_name());
+            if !self.json {
+                let repaired = if users.is_empty() { " (repaired)" } else { "" };
+                output::line(format_args!("{object}: {}{repaired}", damage.what))?;
+                for file in &files {
+                    output::line(format_args!("  {file}"))?;
+                }
+                if inos.len() > FILES_SHOWN {
+                    output::line(format_args!(
+                        "  and {} more files",
+                        inos.len() - FILES_SHOWN
+                    ))?;
+                }
+            }
+            damages.push(json!({
+                "segment": format!("{:016x}", damage.id),
+                "object": object,
+                "what": damage.what,
+                "files": files,
+                "files_total": inos.len(),
+                "repaired": users.is_empty(),
+            }));
+        }
+        if self.json {
+            return output::print_json(&json!({
+                "volume": volume,
+                "problems": report.problems,
+                "segments": report.segments,
+                "bytes": report.bytes,
+                "damages": damages,
+                "repaired_bytes": report.repaired_bytes,
+                "stopped_at": report.stopped_at.map(|id| format!("{id:016x}")),
+            }));
+        }
+        for problem in &report.problems {
+            output::line(format_args!("metadata: {problem}"))?;
+        }
+        if let Some(id) = report.stopped_at {
+            output::line(format_args!("interrupted; go on with --from {id:016x}"))?;
+        }
+        if self.options.level == Level::Meta {
+            return output::line(format_args!(
+                "{volume}: {} contradictions in the metadata",
+                report.problems.len()
+            ));
+        }
+        output::line(format_args!(
+            "{volume}: {} segments with {}, {} damaged, {} stored anew",
+            report.segments,
+            show_size(report.bytes),
+            report.damages.len(),
+            show_size(report.repaired_bytes)
+        ))
+    }
+}

@@ -1,0 +1,185 @@
+//! Volumes with codecs, end to end: what is written is read, nothing readable lies in an encrypted volume's bucket or cache,
+//! and without the passphrase nothing is mounted.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use support::{Cluster, Mount, S3};
+
+const WORDS: &[u8] = b"To be, or not to be, that is the question. ";
+
+fn prose(length: usize) -> Vec<u8> {
+    WORDS.iter().copied().cycle().take(length).collect()
+}
+
+fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let entry = entry.unwrap();
+        match entry.file_type().unwrap().is_dir() {
+            true => found.extend(files_below(&entry.path())),
+            false => found.push(entry.path()),
+        }
+    }
+    found
+}
+
+fn secret_file(cluster: &Cluster, name: &str, text: &str) -> String {
+    let path = cluster.directory.join(name);
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// Writes files of several sizes and reads them back, whole and in parts, also after a remount with an empty cache.
+fn works(cluster: &Cluster, volume: &str, flags: &[&str], cache: Option<&Path>) {
+    let sizes = [100usize, 5000, 70_000, 300_000, 9 << 20];
+    let mount = Mount::with_cache(cluster, volume, cache, flags);
+    for size in sizes {
+        fs::write(mount.join(format!("f{size}")), prose(size)).unwrap();
+    }
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(mount.join("f300000"))
+        .unwrap();
+    file.write_all_at(b"HERE", 150_000).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    mount.unmount();
+    let mount = Mount::with_cache(cluster, volume, cache, flags);
+    for size in sizes {
+        let mut expected = prose(size);
+        if size == 300_000 {
+            expected[150_000..150_004].copy_from_slice(b"HERE");
+        }
+        let file = fs::File::open(mount.join(format!("f{size}"))).unwrap();
+        let mut part = vec![0; 50.min(size / 2)];
+        file.read_exact_at(&mut part, size as u64 / 2).unwrap();
+        assert_eq!(part, expected[size / 2..size / 2 + part.len()], "{size}");
+        assert!(
+            fs::read(mount.join(format!("f{size}"))).unwrap() == expected,
+            "{size}"
+        );
+    }
+    mount.unmount();
+}
+
+#[test]
+fn compressed_volumes_are_smaller_and_may_change_their_codec() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    let s3 = S3::start();
+    cluster.format_s3("small", &s3, &["--compress", "zstd"]);
+    works(&cluster, "small", &[], None);
+    cluster.format_file("quick", &["--compress", "lz4"]);
+    works(&cluster, "quick", &[], None);
+    let bucket = cluster.directory.join("bucket/quick");
+    let stored = || -> u64 {
+        let files = files_below(&bucket);
+        files
+            .iter()
+            .map(|file| file.metadata().unwrap().len())
+            .sum()
+    };
+    assert!(stored() < 2 << 20, "{} bytes for 9 MiB of prose", stored());
+    // Each frame says how it is encoded: old files are read on, new ones are stored as the volume says now.
+    let url = cluster.volume_url("quick");
+    let shown = cluster.run(&["config", &url, "--compress", "none", "--json"]);
+    assert_eq!(shown.success().json()["compress"], "none");
+    let mount = cluster.mount("quick");
+    let before = stored();
+    fs::write(mount.join("plain"), prose(5 << 20)).unwrap();
+    assert!(fs::read(mount.join("f9437184")).unwrap() == prose(9 << 20));
+    mount.unmount();
+    assert!(stored() - before >= 5 << 20);
+}
+
+#[test]
+fn an_encrypted_volume_shows_nothing_to_whoever_has_only_the_bucket() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    let right = secret_file(&cluster, "right", "open sesame\n");
+    let wrong = secret_file(&cluster, "wrong", "open barley\n");
+    let refused = cluster.run(&[
+        "format",
+        &cluster.url(),
+        "secret",
+        "--encrypt",
+        "--bucket",
+        "/nowhere",
+    ]);
+    refused.failure(2, "no passphrase was given");
+    cluster.format_file(
+        "secret",
+        &[
+            "--encrypt",
+            "--compress",
+            "lz4",
+            "--passphrase-file",
+            &right,
+        ],
+    );
+    let shown = cluster
+        .run(&["config", &cluster.volume_url("secret"), "--json"])
+        .success();
+    assert_eq!(shown.json()["encrypt"], "aes-256-gcm");
+    let cache = cluster.directory.join("cache");
+    works(
+        &cluster,
+        "secret",
+        &["--passphrase-file", &right],
+        Some(&cache),
+    );
+
+    let mut looked_at = 0;
+    for directory in [cluster.directory.join("bucket/secret"), cache] {
+        for file in files_below(&directory) {
+            let bytes = fs::read(&file).unwrap();
+            let readable = bytes.windows(9).any(|window| window == &WORDS[..9]);
+            assert!(!readable, "{} is in the clear", file.display());
+            looked_at += usize::from(bytes.len() > 1000);
+        }
+    }
+    assert!(looked_at >= 8, "only {looked_at} files of data");
+
+    let point = cluster.directory.join("mnt");
+    fs::create_dir(&point).unwrap();
+    let mount = |flags: &[&str]| {
+        let url = cluster.url();
+        let mut arguments = vec![
+            "mount",
+            &url,
+            "secret",
+            point.to_str().unwrap(),
+            "--cache-size",
+            "0",
+        ];
+        arguments.extend(flags);
+        cluster.run(&arguments)
+    };
+    mount(&[]).failure(2, "no passphrase was given");
+    mount(&["--passphrase-file", &wrong]).failure(1, "the passphrase is wrong");
+    fs::set_permissions(&wrong, fs::Permissions::from_mode(0o644)).unwrap();
+    mount(&["--passphrase-file", &wrong]).failure(1, "can be read by others");
+    assert!(!support::mount::is_mounted(&point));
+
+    // A new passphrase takes the place of the old one; the data stays as it is.
+    let new = secret_file(&cluster, "new", "open oats\n");
+    let url = cluster.volume_url("secret");
+    let change = [
+        "config",
+        &url,
+        "--passphrase-file",
+        &right,
+        "--new-passphrase-file",
+        &new,
+    ];
+    cluster.run(&change).success();
+    mount(&["--passphrase-file", &right]).failure(1, "the passphrase is wrong");
+    let mounted = Mount::of(&cluster, "secret", &["--passphrase-file", &new]);
+    assert!(fs::read(mounted.join("f70000")).unwrap() == prose(70_000));
+    mounted.unmount();
+}
