@@ -141,6 +141,8 @@ pub struct Soft {
     recent: VecDeque<(u64, Effects)>,
     seen: Position,
     orphans: Orphans,
+    /// The volume is a mirror: commands are of the source's sessions.
+    mirror: bool,
     /// Which dead segments are leased to whom.
     pub deletions: DeletionLeases,
     /// Which session compacts.
@@ -164,9 +166,27 @@ impl Soft {
             recent: VecDeque::new(),
             seen: Position::START,
             orphans: Orphans::default(),
+            mirror: false,
             deletions: DeletionLeases::default(),
             compaction: CompactionLease::default(),
         }
+    }
+
+    /// Of a mirror, commands change what is told and nothing else: whom they are of lives elsewhere.
+    pub fn of_mirror(&mut self, mirror: bool) {
+        self.mirror = mirror;
+    }
+
+    /// Whether there is such a session.
+    pub fn knows(&self, session: u64) -> bool {
+        self.sessions.contains_key(&session)
+    }
+
+    /// A session of a mirror, of which no record tells.
+    pub fn admit(&mut self, session: u64, now: Instant) {
+        self.sessions
+            .entry(session)
+            .or_insert_with(|| Session::silent_since(now));
     }
 
     /// The effects of all positions up to this one are known here.
@@ -703,6 +723,9 @@ impl Soft {
             self.recent.pop_front();
         }
         self.recent.push_back((position.seq, effects));
+        if self.mirror {
+            return Wake::default();
+        }
 
         let reply = &applied.reply;
         let refused = reply.error() != FsError::None;
