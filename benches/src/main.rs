@@ -4,12 +4,14 @@
 //! - [`load`]: the phases and how they are timed
 //! - [`fsync`]: what one synced append costs on a device, the floor under every durable operation
 //! - [`gap`]: the longest time between two creates that succeeded
+//! - [`mirror`]: how far a mirror is behind over a slow link, and how quickly it comes back
 //! - [`scale`]: millions of inodes, a file of a million extents, and others' latencies meanwhile
 //! - [`table`]: medians of repeated runs and their ratios
 
 mod fsync;
 mod gap;
 mod load;
+mod mirror;
 mod scale;
 mod table;
 
@@ -44,6 +46,12 @@ enum Command {
     Others(scale::Others),
     /// Creates files through a mount until told to stop, and prints the longest time between two that succeeded.
     Gap(gap::Options),
+    /// Passes connections on, with a round trip of its own.
+    Relay(mirror::Relay),
+    /// Commits at a rate and prints how old entries are when a mirror has applied them.
+    MirrorLag(mirror::Lag),
+    /// Lets a mirror fall behind and prints how quickly it applies what it missed.
+    MirrorCatchUp(mirror::CatchUp),
     /// Prints the table of two files of JSON lines, ratio = first / second.
     Table(table::Options),
 }
@@ -56,6 +64,9 @@ fn main() -> anyhow::Result<()> {
         Command::Extents(options) => scale::extents(&options),
         Command::Others(options) => scale::others(&options),
         Command::Gap(options) => gap::run(&options),
+        Command::Relay(options) => mirror::relay(&options),
+        Command::MirrorLag(options) => mirror::lag(&options),
+        Command::MirrorCatchUp(options) => mirror::catch_up(&options),
         Command::Table(options) => table::print(&options),
     }
 }

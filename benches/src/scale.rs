@@ -24,13 +24,13 @@ use meta_client::{Cluster, MetaUrl, Session, SessionOptions, Token};
 pub(crate) struct Target {
     /// helio://HOST:PORT[,HOST:PORT…]
     #[arg(long)]
-    url: String,
+    pub(crate) url: String,
     /// The volume's name.
     #[arg(long)]
-    volume: String,
+    pub(crate) volume: String,
     /// The cluster's token.
     #[arg(long, env = "HELIOFS_TOKEN_FILE")]
-    token_file: PathBuf,
+    pub(crate) token_file: PathBuf,
 }
 
 /// What `inodes` makes.
@@ -97,7 +97,7 @@ fn caller() -> v1::Caller {
     }
 }
 
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -105,7 +105,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 impl Target {
-    async fn session(&self) -> anyhow::Result<Session> {
+    pub(crate) async fn session(&self) -> anyhow::Result<Session> {
         let url: MetaUrl = self.url.parse()?;
         let cluster = Cluster::from_url(&url, Token::from_file(&self.token_file)?);
         let options = SessionOptions {
@@ -120,7 +120,7 @@ impl Target {
     }
 }
 
-async fn create(
+pub(crate) async fn create(
     session: &Session,
     parent: Ino,
     name: String,

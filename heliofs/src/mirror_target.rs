@@ -57,6 +57,11 @@ impl Target for NodeTarget {
         volumes
     }
 
+    fn owns(&self, name: &str) -> bool {
+        let volume = self.0.state.volume_named(name);
+        volume.is_some_and(|volume| volume.mirror.is_none())
+    }
+
     fn head(&self, volume: VolumeId) -> Option<(Position, UnixNanos)> {
         self.0.state.head(volume)
     }

@@ -38,7 +38,8 @@ impl Follower {
         );
         let prefix = match record.mirror {
             Some(mirror) => mirror.prefix,
-            None => record.name,
+            None if record.prefix.is_empty() => record.name,
+            None => record.prefix,
         };
         let begun = Op::MirrorLoadBegin(v1::MirrorLoadBegin {
             volume: volume.0,

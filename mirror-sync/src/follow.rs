@@ -166,11 +166,19 @@ impl Follower {
         let cluster_id = self.target.cluster_id();
         let cluster_id =
             cluster_id.ok_or_else(|| Failed::retry("the mirror's cluster is not formed"))?;
+        if self.target.owns(&self.names.local) {
+            tracing::info!(
+                volume = self.names.local,
+                "it is written here: not mirrored"
+            );
+            return Err(Failed::Deposed);
+        }
         let local = self.found();
         let mirror = local.as_ref().and_then(|volume| volume.mirror.as_ref());
         if let Some(mirror) = mirror {
             self.says.volume = local.as_ref().map_or(0, |volume| volume.id);
-            if mirror.volume != self.names.source {
+            // One that is loaded anew takes its source from our settings.
+            if mirror.state() == MirrorState::Following && mirror.volume != self.names.source {
                 return Err(Failed::Refused(format!(
                     "`{}` mirrors `{}` of {}",
                     self.names.local, mirror.volume, mirror.source

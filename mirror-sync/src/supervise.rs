@@ -100,7 +100,7 @@ impl Supervisor {
                 continue;
             };
             for (source, local) in self.wanted().await {
-                if running.contains_key(&local) {
+                if running.contains_key(&local) || self.target.owns(&local) {
                     continue;
                 }
                 let names = Names {

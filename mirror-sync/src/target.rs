@@ -48,6 +48,9 @@ pub trait Target: Send + Sync + 'static {
     /// The volumes that are mirrors.
     fn mirrors(&self) -> Vec<v1::Volume>;
 
+    /// Whether a volume of this name is written here: a promoted mirror is.
+    fn owns(&self, name: &str) -> bool;
+
     /// How far a volume is, and its time there.
     fn head(&self, volume: VolumeId) -> Option<(Position, UnixNanos)>;
 

@@ -239,6 +239,7 @@ fn describe(op: &Op) -> (&'static str, Value) {
             "remove-tree",
             json!({ "parent": op.parent, "name": name(&op.name) }),
         ),
+        Op::EpochBegin(op) => ("epoch-begin", json!({ "epoch": op.epoch })),
         Op::RemoveTreeStep(op) => ("remove-tree-step", json!({ "intent": op.intent })),
     }
 }

@@ -119,7 +119,8 @@ pub(crate) async fn find(cluster: &meta_client::Cluster, name: &str) -> Outcome<
 pub(crate) fn prefix(volume: &Volume) -> &str {
     match &volume.mirror {
         Some(mirror) => &mirror.prefix,
-        None => &volume.name,
+        None if volume.prefix.is_empty() => &volume.name,
+        None => &volume.prefix,
     }
 }
 

@@ -1,8 +1,10 @@
 //! `heliofs mirror …`: what a source keeps for its mirrors, and how a mirror is.
 //!
+//! - [`promote`]: the mirror becomes the volume
 //! - [`slots`]: at the source; [`show`]: status at the mirror; [`token`]: waiting for what was written; [`verify`]: record by
 //!   record
 
+mod promote;
 mod show;
 mod slots;
 mod token;
@@ -46,6 +48,8 @@ pub(crate) enum Command {
     Wait(token::Wait),
     /// Drops what a mirror has of a volume and loads it anew, at the mirror.
     Reload(At),
+    /// Makes a mirror the volume that is written to, under a new epoch; the source becomes read-only first.
+    Promote(promote::Options),
     /// Compares a mirror's records with the source's; exit code 2 when they differ.
     Verify(verify::Options),
 }
@@ -61,6 +65,7 @@ pub(crate) async fn run(command: Command, json: bool) -> Outcome {
         Command::Token(at) => token::print(at, json).await,
         Command::Wait(options) => token::wait(options, json).await,
         Command::Reload(at) => show::reload(at, json).await,
+        Command::Promote(options) => promote::run(options, json).await,
         Command::Verify(options) => verify::run(options, json).await,
     }
 }

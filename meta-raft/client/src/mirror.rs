@@ -166,4 +166,33 @@ impl Cluster {
         };
         call!(self, mirror_reload, mutates = true, body).map(drop)
     }
+
+    /// Makes a volume read-only for good, since it is written elsewhere from now on; the position that it stays at. Doing it
+    /// again answers the same.
+    pub async fn demote_volume(
+        &self,
+        volume: &str,
+        successor: &str,
+    ) -> Result<Position, ClusterError> {
+        let body = v1::DemoteVolumeRequest {
+            volume: volume.to_owned(),
+            successor: successor.to_owned(),
+        };
+        let answer = call!(self, demote_volume, mutates = false, body)?;
+        Ok(answer.position.map(Position::from).unwrap_or_default())
+    }
+
+    /// Makes a mirror writable under a new epoch; the first position of that. With `at`, only if it is just there.
+    pub async fn promote_mirror(
+        &self,
+        volume: &str,
+        at: Option<Position>,
+    ) -> Result<Position, ClusterError> {
+        let body = v1::PromoteMirrorRequest {
+            volume: volume.to_owned(),
+            at: at.map(Into::into),
+        };
+        let answer = call!(self, promote_mirror, mutates = true, body)?;
+        Ok(answer.position.map(Position::from).unwrap_or_default())
+    }
 }

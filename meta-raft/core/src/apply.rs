@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use heliofs_proto::error::FsError;
-use heliofs_proto::ids::{Position, SegmentId, SessionId, UnixNanos, VolumeId};
+use heliofs_proto::ids::{Epoch, Position, SegmentId, SessionId, UnixNanos, VolumeId};
 use heliofs_proto::v1::{self, command::Op};
 use prost::Message;
 
@@ -71,7 +71,14 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
         }
     };
     check_core_level(view, volume)?;
-    head.position = head.position.next();
+    head.position = next_position(head.position, command);
+    if head
+        .epochs
+        .last()
+        .is_some_and(|(last, _)| *last < head.position.epoch)
+    {
+        head.epochs.push((head.position.epoch, head.position.seq));
+    }
     head.time = head.time.max(stamp.time);
 
     let refused = |error: FsError| v1::Reply {
@@ -114,6 +121,19 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
         freed,
         touched,
     })
+}
+
+/// The position that a command of an existing volume takes when the volume is at `head`: the next one, or the first of the
+/// epoch that it opens.
+pub fn next_position(head: Position, command: &v1::Command) -> Position {
+    let next = head.next();
+    match &command.op {
+        Some(Op::EpochBegin(begin)) if begin.epoch > head.epoch.0 => Position {
+            epoch: Epoch(begin.epoch),
+            ..next
+        },
+        _ => next,
+    }
 }
 
 fn check_core_level(view: &impl View, volume: VolumeId) -> Result<(), Corruption> {
@@ -227,5 +247,6 @@ fn dispatch<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult {
         Op::EraseStep(op) => ops::erase::step(txn, op),
         Op::RemoveTree(op) => ops::remove_tree::begin(txn, op),
         Op::RemoveTreeStep(op) => ops::remove_tree::step(txn, op),
+        Op::EpochBegin(op) => ops::volume::epoch_begin(txn, op),
     }
 }

@@ -27,7 +27,7 @@ pub mod trash {
 mod txn;
 pub mod view;
 
-pub use apply::{Applied, Stamp, apply};
+pub use apply::{Applied, Stamp, apply, next_position};
 pub use change::{Change, Corruption, Touched};
 pub use digest::Sums;
 pub use view::{Overlay, View};

@@ -139,6 +139,20 @@ impl ChangelogService {
                 "position {after} lies in the future: the volume is at {at}"
             )));
         }
+        let epochs = self
+            .ctx
+            .state
+            .snapshot_view(|view| query::head(view, volume))
+            .map_err(|found| status::corrupt(&self.ctx.damage, "a volume's epochs", &found))?
+            .map_or_else(Vec::new, |head| head.epochs);
+        if let Some((epoch, first)) = epochs
+            .iter()
+            .find(|(epoch, first)| *epoch > after.epoch && *first <= after.seq)
+        {
+            return Err(Status::out_of_range(format!(
+                "position {after} is not of this history: epoch {epoch} began at {first}"
+            )));
+        }
         if let Some(next) = self.ctx.state.next_place(volume)
             && next.seq == after.seq + 1
         {
@@ -356,6 +370,9 @@ impl Follower {
                 return Ok(false);
             }
         }
+        if self.projection.reloaded {
+            return Err(Status::unavailable("the mirror is loaded anew"));
+        }
         if self.projection.destroyed {
             return Err(Status::not_found("the volume was destroyed"));
         }
@@ -415,7 +432,11 @@ struct Projection {
     /// Of the last command.
     time: UnixNanos,
     after: Position,
+    /// The volume is a mirror here: what is replayed counts, and commands don't.
+    mirrored: bool,
     destroyed: bool,
+    /// It is loaded anew: positions do not go on from here.
+    reloaded: bool,
 }
 
 impl Projection {
@@ -431,17 +452,23 @@ impl Projection {
             next,
             time: place.time_before,
             after,
+            mirrored: place.mirrored,
             destroyed: false,
+            reloaded: false,
+        }
+    }
+
+    /// The last command met.
+    fn met(&self) -> Position {
+        Position {
+            epoch: self.next.epoch,
+            seq: self.next.seq.saturating_sub(1),
         }
     }
 
     /// The last command met, or that which the reader has.
     fn last(&self) -> Position {
-        let met = Position {
-            epoch: self.next.epoch,
-            seq: self.next.seq.saturating_sub(1),
-        };
-        met.max(self.after)
+        self.met().max(self.after)
     }
 
     fn entry(&mut self, entry: &Entry, found: &mut Found) -> Result<(), Status> {
@@ -460,11 +487,27 @@ impl Projection {
         for item in &batch.items {
             let born = self.next.seq > 1;
             match &item.item {
-                Some(Item::Command(command)) if command.volume == self.volume.0 && born => {
+                Some(Item::Command(command))
+                    if command.volume == self.volume.0 && born && !self.mirrored =>
+                {
                     self.command(item.time, command.clone(), found);
                 }
-                Some(Item::Replay(replay)) if replay.volume == self.volume.0 => {
+                Some(Item::Replay(replay)) if replay.volume == self.volume.0 && self.mirrored => {
                     self.replay(replay, found);
+                }
+                Some(Item::Local(v1::LocalCommand {
+                    op: Some(local_command::Op::VolumeDemote(demote)),
+                })) if demote.volume == self.volume.0 => self.mirrored = true,
+                Some(Item::Local(v1::LocalCommand {
+                    op: Some(local_command::Op::MirrorPromote(promote)),
+                })) if promote.volume == self.volume.0 && self.mirrored => {
+                    self.promote(item.time, *promote, found);
+                }
+                Some(Item::Local(v1::LocalCommand {
+                    op: Some(local_command::Op::MirrorLoadBegin(begin)),
+                })) if begin.volume == self.volume.0 => {
+                    self.reloaded = true;
+                    return;
                 }
                 Some(Item::Beat(beat)) if beat.volume == self.volume.0 && born => {
                     found.digests.push(beat.clone());
@@ -489,8 +532,9 @@ impl Projection {
     /// What a mirror replays is what it has to tell; like the state, it takes each position once.
     fn replay(&mut self, replay: &v1::Replay, found: &mut Found) {
         for entry in &replay.entries {
-            if entry.position.map(Position::from) == Some(self.next)
-                && let Some(command) = &entry.command
+            if let Some(command) = &entry.command
+                && entry.position.map(Position::from)
+                    == Some(meta_core::next_position(self.met(), command))
             {
                 self.command(entry.time, command.clone(), found);
             }
@@ -498,7 +542,25 @@ impl Projection {
         found.digests.extend(replay.beats.iter().cloned());
     }
 
+    /// Like the state: only at just this position, and into a later epoch.
+    fn promote(&mut self, time: i64, promote: v1::MirrorPromote, found: &mut Found) {
+        let at = promote.at.map(Position::from).unwrap_or_default();
+        if at != self.met() || promote.epoch <= at.epoch.0 {
+            return;
+        }
+        self.mirrored = false;
+        let begin = v1::Command {
+            volume: self.volume.0,
+            op: Some(v1::command::Op::EpochBegin(v1::EpochBegin {
+                epoch: promote.epoch,
+            })),
+            ..v1::Command::default()
+        };
+        self.command(time, begin, found);
+    }
+
     fn command(&mut self, time: i64, command: v1::Command, found: &mut Found) {
+        self.next = meta_core::next_position(self.met(), &command);
         self.time = self.time.max(UnixNanos(time));
         if self.next > self.after {
             found.entries.push(v1::ChangelogEntry {
@@ -543,6 +605,7 @@ mod tests {
             epoch,
             index: 9,
             time_before: UnixNanos(time),
+            mirrored: false,
         };
         let after = Position { epoch, seq: after };
         Projection::new(VolumeId(3), "vol".into(), place, after)
@@ -600,5 +663,57 @@ mod tests {
         ];
         assert_eq!(told(&mut projection, items), [(1, 3, 0), (2, 5, 6)]);
         assert!(projection.destroyed);
+    }
+
+    #[test]
+    fn a_promotion_opens_an_epoch_and_a_demotion_ends_what_commands_do() {
+        let mut projection = projection(10, 100, 9);
+        let promote = |seq, epoch| {
+            local_command::Op::MirrorPromote(v1::MirrorPromote {
+                volume: 3,
+                at: Some(v1::Position { epoch: 0, seq }),
+                epoch,
+            })
+        };
+        let replay = |seq| v1::LogItem {
+            time: 0,
+            item: Some(Item::Replay(v1::Replay {
+                volume: 3,
+                entries: vec![v1::ChangelogEntry {
+                    position: Some(v1::Position { epoch: 0, seq }),
+                    time: 150,
+                    command: Some(v1::Command {
+                        volume: 3,
+                        sequence: seq,
+                        ..Default::default()
+                    }),
+                }],
+                beats: Vec::new(),
+            })),
+        };
+        let demote = local_command::Op::VolumeDemote(v1::VolumeDemote {
+            volume: 3,
+            ..Default::default()
+        });
+        let items = vec![
+            command(3, 1, 110),
+            local(demote, 111),
+            // Refused when it was applied.
+            command(3, 2, 112),
+            replay(11),
+            replay(11),
+            replay(13),
+            // At another position, into no later epoch, and then so that it takes effect.
+            local(promote(10, 1), 113),
+            local(promote(11, 0), 114),
+            local(promote(11, 4), 115),
+            replay(13),
+            command(3, 5, 160),
+        ];
+        assert_eq!(
+            told(&mut projection, items),
+            [(10, 110, 1), (11, 150, 11), (12, 150, 0), (13, 160, 5)]
+        );
+        assert_eq!(projection.last().epoch, Epoch(4));
     }
 }

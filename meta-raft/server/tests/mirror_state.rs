@@ -561,3 +561,93 @@ fn a_mirror_equals_its_commands_applied_one_by_one() {
     let found = mirror.state.view().scan(&from, &to, usize::MAX).unwrap();
     assert_eq!(found, records.into_iter().collect::<Vec<_>>());
 }
+
+#[test]
+fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_epoch() {
+    let mut source = Source::new();
+    source.create(0..10);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let demote = || {
+        local_command::Op::VolumeDemote(v1::VolumeDemote {
+            volume: VOLUME.0,
+            successor: "helio://far/far".to_owned(),
+        })
+    };
+    let last = source.region.head();
+    for _ in 0..2 {
+        let demoted = source.region.local(demote());
+        assert_eq!(demoted, LocalReply::Replayed(last));
+    }
+    let late = stamped(Item::Command(create("late")));
+    match source.region.apply(vec![late]).pop() {
+        Some(Proposed::Reply(reply)) => assert_eq!(reply.error(), FsError::ReadOnly),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(source.region.head(), last);
+    assert_eq!(source.region.mirror().prefix, "vol");
+
+    let promote = |at: Position, epoch| {
+        local_command::Op::MirrorPromote(v1::MirrorPromote {
+            volume: VOLUME.0,
+            at: Some(at.into()),
+            epoch,
+        })
+    };
+    for (at, epoch) in [(last.next(), 1), (last, 0)] {
+        let refused = mirror.local(promote(at, epoch));
+        assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
+        assert!(mirror.state.is_mirror(VOLUME));
+    }
+    let first = Position {
+        epoch: Epoch(1),
+        seq: last.seq + 1,
+    };
+    assert_eq!(mirror.local(promote(last, 1)), LocalReply::Replayed(first));
+    assert!(!mirror.state.is_mirror(VOLUME));
+    match mirror
+        .apply(vec![stamped(Item::Command(create("own")))])
+        .pop()
+    {
+        Some(Proposed::Reply(reply)) => {
+            assert_eq!(reply.error(), FsError::None);
+            assert_eq!(reply.position.map(Position::from), Some(first.next()));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(
+        mirror.digest(),
+        mirror.state.digest(VOLUME).unwrap().1.total()
+    );
+    let head = mirror
+        .state
+        .snapshot_view(|view| meta_core::query::head(view, VOLUME))
+        .unwrap()
+        .unwrap();
+    assert_eq!(head.epochs, [(Epoch(0), 1), (Epoch(1), first.seq)]);
+    // What the old source might still send is of another epoch.
+    let late = v1::ChangelogEntry {
+        position: Some(last.next().into()),
+        time: 2_000,
+        command: Some(create("late")),
+    };
+    let refused = replay(&mut mirror, vec![late]);
+    assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
+    // A mirror of the mirror goes on through the change of epoch.
+    let third_at = first;
+    let begin = v1::ChangelogEntry {
+        position: Some(third_at.into()),
+        time: 2_000,
+        command: Some(v1::Command {
+            volume: VOLUME.0,
+            op: Some(command::Op::EpochBegin(v1::EpochBegin { epoch: 1 })),
+            ..Default::default()
+        }),
+    };
+    let mut fresh = Source::new();
+    fresh.create(0..10);
+    let mut third = Region::new();
+    load(&mut third, &fresh);
+    assert_eq!(third.head(), last);
+    assert_eq!(replay(&mut third, vec![begin]), LocalReply::Replayed(first));
+}

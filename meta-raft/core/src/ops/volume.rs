@@ -1,7 +1,7 @@
 //! The volume's beginning and its settings.
 
 use heliofs_proto::error::FsError;
-use heliofs_proto::ids::Ino;
+use heliofs_proto::ids::{Epoch, Ino, SessionId};
 use heliofs_proto::limits::SEGMENTS_PER_BLOCK;
 use heliofs_proto::v1::{self, FileKind};
 
@@ -85,4 +85,17 @@ fn check_level<V: View>(txn: &Txn<V>, level: u32) -> Result<(), Corruption> {
         });
     }
     Ok(())
+}
+
+/// Opens an epoch: the position that the command took is its first, and the head lists it. Refused: `INVALID` for an epoch that
+/// is not above the last (it then took a position of the last), `NOT_PERMITTED` to sessions.
+pub(crate) fn epoch_begin<V: View>(txn: &mut Txn<V>, op: &v1::EpochBegin) -> OpResult {
+    if txn.session != SessionId::SYSTEM {
+        return Err(FsError::NotPermitted.into());
+    }
+    // Ids hold 16 bits of it.
+    if txn.position.epoch != Epoch(op.epoch) || op.epoch > u32::from(u16::MAX) {
+        return Err(FsError::Invalid.into());
+    }
+    Ok(v1::Reply::default())
 }

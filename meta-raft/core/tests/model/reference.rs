@@ -199,6 +199,7 @@ impl Reference {
             Op::EraseStep(_) => Ok(()),
             Op::RemoveTree(op) => self.remove_tree(op, reply),
             Op::RemoveTreeStep(op) => self.remove_tree_step(op, reply),
+            Op::EpochBegin(_) => Ok(()),
         }
     }
 

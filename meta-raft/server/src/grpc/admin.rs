@@ -399,6 +399,20 @@ impl Admin for AdminService {
         self.position_awaited(ask.into_inner()).await
     }
 
+    async fn demote_volume(
+        &self,
+        ask: Request<v1::DemoteVolumeRequest>,
+    ) -> Answer<v1::DemoteVolumeResponse> {
+        self.demoted(ask.into_inner()).await
+    }
+
+    async fn promote_mirror(
+        &self,
+        ask: Request<v1::PromoteMirrorRequest>,
+    ) -> Answer<v1::PromoteMirrorResponse> {
+        self.promoted(ask.into_inner()).await
+    }
+
     async fn mirror_reload(
         &self,
         ask: Request<v1::MirrorReloadRequest>,

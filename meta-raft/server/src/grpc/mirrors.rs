@@ -211,6 +211,52 @@ impl AdminService {
         }
     }
 
+    pub(super) async fn demoted(
+        &self,
+        ask: v1::DemoteVolumeRequest,
+    ) -> Answer<v1::DemoteVolumeResponse> {
+        let volume = self.named_now(&ask.volume).await?;
+        let demote = v1::VolumeDemote {
+            volume: volume.id,
+            successor: ask.successor,
+        };
+        match self.propose_local(Op::VolumeDemote(demote)).await? {
+            LocalReply::Replayed(position) => {
+                tracing::warn!(volume = ask.volume, %position, "the volume was demoted");
+                Ok(Response::new(v1::DemoteVolumeResponse {
+                    position: Some(position.into()),
+                }))
+            }
+            LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(super) async fn promoted(
+        &self,
+        ask: v1::PromoteMirrorRequest,
+    ) -> Answer<v1::PromoteMirrorResponse> {
+        let volume = self.named_now(&ask.volume).await?;
+        let head = self.ctx.state.head(VolumeId(volume.id));
+        let (head, _) = head.ok_or_else(|| no_volume(&ask.volume))?;
+        let at = ask.at.map_or(head, Position::from);
+        let promote = v1::MirrorPromote {
+            volume: volume.id,
+            at: Some(at.into()),
+            epoch: at.epoch.0 + 1,
+        };
+        match self.propose_local(Op::MirrorPromote(promote)).await? {
+            LocalReply::Replayed(position) => {
+                tracing::warn!(volume = ask.volume, %position, "the mirror was promoted");
+                Ok(Response::new(v1::PromoteMirrorResponse {
+                    position: Some(position.into()),
+                }))
+            }
+            LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     pub(super) async fn reload(
         &self,
         ask: v1::MirrorReloadRequest,

@@ -124,7 +124,8 @@ impl SessionsService {
             mirror: volume.mirror.is_some(),
             prefix: match &volume.mirror {
                 Some(mirror) => mirror.prefix.clone(),
-                None => volume.name.clone(),
+                None if volume.prefix.is_empty() => volume.name.clone(),
+                None => volume.prefix.clone(),
             },
         })
     }

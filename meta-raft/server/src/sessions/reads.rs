@@ -232,7 +232,8 @@ pub fn told_by_mutation(command: &v1::Command, reply: &v1::Reply) -> Vec<Told> {
             | Op::Relocate(_)
             | Op::Reap(_)
             | Op::EraseStep(_)
-            | Op::RemoveTreeStep(_),
+            | Op::RemoveTreeStep(_)
+            | Op::EpochBegin(_),
         )
         | None => {}
     }
@@ -268,7 +269,8 @@ pub fn refuse_command(command: &v1::Command, read_only: bool) -> Option<FsError>
         | Op::SessionEnd(_)
         | Op::Reap(_)
         | Op::EraseStep(_)
-        | Op::RemoveTreeStep(_) => Some(FsError::NotPermitted),
+        | Op::RemoveTreeStep(_)
+        | Op::EpochBegin(_) => Some(FsError::NotPermitted),
         Op::SegmentsAllocate(_)
         | Op::Create(_)
         | Op::Link(_)
@@ -318,6 +320,7 @@ mod tests {
             Op::Reap(Default::default()),
             Op::EraseStep(Default::default()),
             Op::RemoveTreeStep(Default::default()),
+            Op::EpochBegin(Default::default()),
         ];
         for op in system {
             assert_eq!(

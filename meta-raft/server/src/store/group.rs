@@ -258,6 +258,7 @@ impl<'e> Group<'_, 'e> {
                 epoch: applied.position.epoch,
                 index,
                 time_before: known.digest.time,
+                mirrored: known.record.mirror.is_some(),
             };
             self.batch.put_cf(
                 self.generation.local(),
@@ -325,6 +326,8 @@ impl<'e> Group<'_, 'e> {
             Some(Op::MirrorLoad(load)) => self.load(load),
             Some(Op::MirrorLoadEnd(end)) => self.load_end(end),
             Some(Op::MirrorStop(stop)) => self.mirror_stop(stop),
+            Some(Op::VolumeDemote(demote)) => self.demote(demote),
+            Some(Op::MirrorPromote(promote)) => self.promote(index, time, promote)?,
             Some(Op::SlotCreate(create)) => self.slot_create(time, create),
             Some(Op::SlotReport(report)) => self.slot_report(time, report),
             Some(Op::SlotChange(change)) => self.slot_change(change),

@@ -12,7 +12,7 @@
 //! | `d` volume, segment | freed-at: finds the record above |
 //! | `L` volume, name | MirrorSlot: what is kept for a mirror |
 //! | `W` volume | length of the deletion queue, u64 |
-//! | `P` volume, seq | log index (u64), epoch (u32), time (i64): `seq` is the volume's first command in that entry; sparse |
+//! | `P` volume, seq | log index (u64), epoch (u32), time (i64), replayed (1, since mirrors): `seq` is the volume's first command in that entry; sparse |
 
 use heliofs_proto::ids::{Epoch, Position, SegmentId, UnixNanos, VolumeId};
 
@@ -167,15 +167,18 @@ pub struct Place {
     pub index: u64,
     /// The volume's time before the command: effective times are the greatest stamp so far.
     pub time_before: UnixNanos,
+    /// It was replayed: the volume was a mirror then.
+    pub mirrored: bool,
 }
 
 impl Place {
     /// The record's value.
-    pub fn encode(&self) -> [u8; 20] {
-        let mut value = [0; 20];
+    pub fn encode(&self) -> [u8; 21] {
+        let mut value = [0; 21];
         value[..8].copy_from_slice(&self.index.to_be_bytes());
         value[8..12].copy_from_slice(&self.epoch.0.to_be_bytes());
-        value[12..].copy_from_slice(&self.time_before.0.to_be_bytes());
+        value[12..20].copy_from_slice(&self.time_before.0.to_be_bytes());
+        value[20] = self.mirrored.into();
         value
     }
 
@@ -186,6 +189,8 @@ impl Place {
             index: u64::from_be_bytes(*value.first_chunk()?),
             epoch: Epoch(u32::from_be_bytes(value.get(8..12)?.try_into().ok()?)),
             time_before: UnixNanos(i64::from_be_bytes(value.get(12..20)?.try_into().ok()?)),
+            // Older builds knew no mirrors.
+            mirrored: value.get(20).is_some_and(|mirrored| *mirrored != 0),
         })
     }
 }

@@ -78,13 +78,15 @@ impl State {
     /// Where the next command of a volume will be at the earliest: for readers who have everything.
     pub fn next_place(&self, volume: VolumeId) -> Option<Place> {
         let memory = self.memory();
-        let digest = &memory.volumes.get(&volume)?.digest;
+        let known = memory.volumes.get(&volume)?;
+        let digest = &known.digest;
         let applied = memory.applied?;
         Some(Place {
             seq: digest.position.seq + 1,
             epoch: digest.position.epoch,
             index: applied.index + 1,
             time_before: digest.time,
+            mirrored: known.record.mirror.is_some(),
         })
     }
 

@@ -59,14 +59,14 @@ impl<'e> Group<'_, 'e> {
                 // Proposed twice, by a leader and by its successor.
                 continue;
             }
-            if position != head.next() {
-                let why = format!("entry {position} came after {head}: entries are missing");
-                return Ok(self.stop_mirror(volume, why));
-            }
             let Some(command) = &entry.command else {
                 let why = format!("entry {position} holds no command");
                 return Ok(self.stop_mirror(volume, why));
             };
+            if position != meta_core::next_position(head, command) {
+                let why = format!("entry {position} came after {head}: entries are missing");
+                return Ok(self.stop_mirror(volume, why));
+            }
             if command.volume != volume.0 {
                 let why = format!("entry {position} is of volume {}", command.volume);
                 return Ok(self.stop_mirror(volume, why));
@@ -103,6 +103,82 @@ impl<'e> Group<'_, 'e> {
             LocalReply::Invalid(why) if why == stop.reason => LocalReply::Done,
             other => other,
         }
+    }
+
+    /// No command of the volume takes effect from here on; the answer is the position that it stays at.
+    pub(super) fn demote(&mut self, demote: &v1::VolumeDemote) -> LocalReply {
+        let volume = VolumeId(demote.volume);
+        let Some(known) = self.memory.volumes.get_mut(&volume) else {
+            return LocalReply::NoSuchVolume;
+        };
+        let position = known.digest.position;
+        if known.record.mirror.is_some() {
+            // Again, or a mirror that never was written to.
+            return LocalReply::Replayed(position);
+        }
+        let prefix = match known.record.prefix.as_str() {
+            "" => known.record.name.clone(),
+            prefix => prefix.to_owned(),
+        };
+        known.record.mirror = Some(v1::MirrorOf {
+            source: demote.successor.clone(),
+            volume: known.record.name.clone(),
+            prefix,
+            state: MirrorState::Stopped.into(),
+            reason: format!(
+                "demoted at {position}: it is written at {}",
+                demote.successor
+            ),
+            // Sessions of the time before are told to come back.
+            load: 1,
+            ..v1::MirrorOf::default()
+        });
+        let record = known.record.clone();
+        self.put_volume(&record);
+        LocalReply::Replayed(position)
+    }
+
+    /// The mirror becomes the volume: a new epoch, in which commands take effect.
+    pub(super) fn promote(
+        &mut self,
+        index: u64,
+        time: UnixNanos,
+        promote: &v1::MirrorPromote,
+    ) -> Result<LocalReply, ApplyError> {
+        let volume = VolumeId(promote.volume);
+        let Some(known) = self.memory.volumes.get_mut(&volume) else {
+            return Ok(LocalReply::NoSuchVolume);
+        };
+        let at = promote.at.map(Position::from).unwrap_or_default();
+        let head = known.digest.position;
+        // What a changelog reader sees decides alone, so that it can tell whether this took effect.
+        if head != at || promote.epoch <= head.epoch.0 {
+            return Ok(invalid(format!("the mirror is at {head} and not at {at}")));
+        }
+        let Some(mirror) = known
+            .record
+            .mirror
+            .take_if(|m| m.state() != MirrorState::Loading)
+        else {
+            return Ok(invalid("the volume is no mirror, or is being loaded"));
+        };
+        if mirror.prefix != known.record.name {
+            known.record.prefix = mirror.prefix;
+        }
+        let record = known.record.clone();
+        self.put_volume(&record);
+        let begin = v1::Command {
+            volume: volume.0,
+            op: Some(v1::command::Op::EpochBegin(v1::EpochBegin {
+                epoch: promote.epoch,
+            })),
+            ..v1::Command::default()
+        };
+        self.command(index, time, Cow::Owned(begin))?;
+        let known = self.memory.volumes.get(&volume);
+        Ok(LocalReply::Replayed(
+            known.map_or(head, |known| known.digest.position),
+        ))
     }
 
     /// The entry stands alone in its group (see [`super::stands_alone`]).

@@ -1,0 +1,141 @@
+//! Makes a mirror the volume.
+//!
+//! Planned: the source logs its demotion at a position, the mirror reaches it, and opens an epoch: nothing is lost. Forced: the
+//! source is dead; what it had acknowledged and the mirror has not is lost, and is counted as far as it is known.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use heliofs_proto::ids::Position;
+use meta_client::{Cluster, ClusterError, ClusterOptions, MetaUrl};
+use serde_json::json;
+
+use crate::cli::Access;
+use crate::failure::{Failure, Outcome};
+use crate::{output, units};
+
+/// A source that does not answer within this time counts as dead, if that is what was said.
+const ALIVE_WITHIN: Duration = Duration::from_secs(3);
+
+/// Which mirror, and how.
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    access: Access,
+    /// The mirror: helio://HOST[:PORT][,HOST[:PORT]…][/VOLUME]
+    #[arg(value_name = "META-URL")]
+    url: String,
+    /// The volume.
+    name: Option<String>,
+    /// The source, if it is reached under another address than the mirror's nodes use.
+    #[arg(long, value_name = "META-URL")]
+    source: Option<String>,
+    /// File with the source's cluster token [default: the mirror's].
+    #[arg(long, value_name = "FILE")]
+    source_token_file: Option<PathBuf>,
+    /// Planned: gives up when the mirror has not reached the source's last position within this time.
+    #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
+    timeout: Duration,
+    /// Does without the source. What it has acknowledged and the mirror has not is lost.
+    #[arg(long)]
+    force: bool,
+    /// Needed with --force: nothing but you keeps a source that is only cut off from being written to.
+    #[arg(long, requires = "force")]
+    i_know_the_source_is_dead: bool,
+}
+
+pub(super) async fn run(options: Options, json: bool) -> Outcome {
+    let begun = Instant::now();
+    let target = options
+        .access
+        .target(&options.url, options.name.as_deref())?;
+    let status = target.cluster.mirror_status(Some(&target.volume)).await?;
+    let status = status
+        .into_iter()
+        .next()
+        .ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))?;
+    let mirror = status.mirror.clone().unwrap_or_default();
+    let access = Access {
+        token_file: options
+            .source_token_file
+            .clone()
+            .or(options.access.token_file.clone()),
+    };
+    let url: MetaUrl = options.source.as_ref().unwrap_or(&mirror.source).parse()?;
+    let source = |within| {
+        let patience = ClusterOptions {
+            deadline: within,
+            ..ClusterOptions::default()
+        };
+        Ok::<_, Failure>(Cluster::new(url.peers.clone(), access.token()?, patience))
+    };
+    let known = status.applied.map(Position::from).unwrap_or_default();
+    let head = status.source_head.map(Position::from).unwrap_or(known);
+    let (at, lost) = if options.force {
+        if !options.i_know_the_source_is_dead {
+            return Err(Failure::usage("--force needs --i-know-the-source-is-dead")
+                .hint("a source that is only cut off from here would be written to as well: two histories"));
+        }
+        if source(ALIVE_WITHIN)?
+            .get_volume(&mirror.volume)
+            .await
+            .is_ok()
+        {
+            return Err(Failure::new("the source answers: it is not dead")
+                .hint("leave --force out: then nothing is lost"));
+        }
+        (None, head.seq.saturating_sub(known.seq))
+    } else {
+        let cluster = source(Duration::from_secs(30))?;
+        let successor = target.url.to_string();
+        let demoted = cluster.demote_volume(&mirror.volume, &successor);
+        let at = demoted.await.map_err(|error| match error {
+            error @ (ClusterError::NoNode { .. } | ClusterError::NoLeader { .. }) => {
+                Failure::from(error)
+                    .hint("if the source is dead: --force --i-know-the-source-is-dead")
+            }
+            error => error.into(),
+        })?;
+        let waited = target
+            .cluster
+            .mirror_wait(&target.volume, at, options.timeout);
+        let (reached, applied) = waited.await?;
+        if !reached {
+            return Err(Failure::new(format!(
+                "the mirror is at {applied} and has not reached {at} within {:?}; the source is read-only since",
+                options.timeout
+            ))
+            .hint("try again: nothing is lost; or promote the source itself, with its own META-URL, to go back"));
+        }
+        (Some(at), 0)
+    };
+    let first = target.cluster.promote_mirror(&target.volume, at).await?;
+    let last = Position {
+        epoch: at.unwrap_or(known).epoch,
+        seq: first.seq - 1,
+    };
+    let seconds = begun.elapsed().as_secs_f64();
+    if json {
+        return output::print_json(&json!({
+            "volume": target.volume,
+            "last_position": last.to_string(),
+            "first_position": first.to_string(),
+            "lost_entries_known": lost,
+            "lag_ms": if options.force { status.lag_ms } else { 0 },
+            "seconds": seconds,
+        }));
+    }
+    output::line(format_args!(
+        "{} is written here from {first} on; the last position of the source that is here is {last}",
+        target.volume
+    ))?;
+    if options.force {
+        output::line(format_args!(
+            "lost: {lost} entries that the source was known to have, and whatever it acknowledged in the {:.1} s since it was \
+             last seen",
+            status.contact_ms as f64 / 1000.0
+        ))?;
+    }
+    Ok(())
+}

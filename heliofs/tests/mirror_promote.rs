@@ -1,0 +1,177 @@
+//! A mirror becomes the volume: planned without loss, by force when the source is dead; and back again.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::time::Duration;
+
+use support::mirror::{assert_mirror_equal, catch_up, mirror_of, wait_for_status};
+use support::{Cluster, Load, wait_for};
+
+#[test]
+fn a_planned_promotion_loses_nothing_and_can_be_undone_the_same_way() {
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("moves", &["--deletion-grace", "0s"]);
+    let mount = source.mount("moves");
+    let load = Load::start(&mount.path, 2);
+    load.wait_for_more(30, Duration::from_secs(60));
+    // One that was mirrored under another name keeps its objects' prefix.
+    let flags = ["--mirror-volume", "moves=moved", "--mirror-name", "east"];
+    let mut mirror = mirror_of(&source, &source.url(), 1, &flags);
+    wait_for_status(&mirror, "moved", "following", |status| {
+        status["doing"] == "following"
+    });
+    load.wait_for_more(30, Duration::from_secs(60));
+    let far = mirror.volume_url("moved");
+    // Under load.
+    let promoted = mirror
+        .run(&["mirror", "promote", &far, "--json"])
+        .success()
+        .json();
+    assert_eq!(promoted["lost_entries_known"], 0);
+    assert!(promoted["seconds"].as_f64().unwrap() < 5.0, "{promoted}");
+    let first = promoted["first_position"].as_str().unwrap().to_owned();
+    assert!(first.starts_with("1:"), "{promoted}");
+    // The writers learn that they may not write any more.
+    wait_for(
+        "refusals at the old source",
+        Duration::from_secs(30),
+        || {
+            let refused = File::create(mount.join("late")).err()?;
+            (refused.raw_os_error() == Some(30)).then_some(())
+        },
+    );
+    let acknowledged = load.stop();
+    assert!(
+        acknowledged
+            .errors
+            .iter()
+            .any(|error| error.contains("os error 30")),
+        "{:?}",
+        acknowledged.errors.first()
+    );
+    let moved = mirror.mount("moved");
+    acknowledged.verify(&moved.path);
+    let mut file = File::create(moved.join("new")).unwrap();
+    file.write_all(&[5; 100_000]).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    fs::create_dir(moved.join("directory")).unwrap();
+    mirror.assert_replicas_equal("moved");
+    // A second promotion finds no mirror.
+    let again = mirror.run(&["mirror", "promote", &far]);
+    assert_ne!(again.code, 0, "{again:?}");
+    // Restarted, it stays what it is, though its flags still say what it mirrors.
+    moved.unmount();
+    mirror.stop_node(0);
+    mirror.start_node(0);
+    let moved = mirror.mount("moved");
+    fs::write(moved.join("after-restart"), "x").unwrap();
+    File::open(moved.join("after-restart"))
+        .unwrap()
+        .sync_all()
+        .unwrap();
+
+    // The old source mirrors the new one, from a copy, and takes over again.
+    // Its mount holds what it was never told to be stored.
+    let mut mount = mount;
+    mount.process.kill();
+    drop(mount);
+    let flags = [
+        "--mirror-of",
+        &mirror.url(),
+        "--mirror-volume",
+        "moved=moves",
+    ];
+    source.flags = flags.map(str::to_owned).to_vec();
+    source.stop_node(0);
+    source.start_node(0);
+    let back = source.volume_url("moves");
+    source.run(&["mirror", "reload", &back]).success();
+    assert_back(&source, &mirror);
+    let returned = source
+        .run(&["mirror", "promote", &back, "--json"])
+        .success()
+        .json();
+    assert!(
+        returned["first_position"]
+            .as_str()
+            .unwrap()
+            .starts_with("2:"),
+        "{returned}"
+    );
+    let mount = source.mount("moves");
+    acknowledged.verify(&mount.path);
+    assert_eq!(fs::read(mount.join("new")).unwrap(), vec![5; 100_000]);
+    fs::remove_file(mount.join("new")).unwrap();
+    fs::write(mount.join("third"), "x").unwrap();
+    mount.unmount();
+    moved.unmount();
+}
+
+/// The old source has the records of the new one.
+fn assert_back(source: &Cluster, mirror: &Cluster) {
+    let token = mirror
+        .run(&["mirror", "token", &mirror.volume_url("moved")])
+        .success();
+    wait_for_status(source, "moves", "mirroring back", |status| {
+        status["doing"] == "following" && status["applied"] == token.out.trim()
+    });
+    source
+        .run(&[
+            "mirror",
+            "verify",
+            &source.volume_url("moves"),
+            "--source",
+            &mirror.url(),
+        ])
+        .success();
+}
+
+#[test]
+fn a_forced_promotion_needs_a_dead_source_and_says_so() {
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("dies", &[]);
+    let mount = source.mount("dies");
+    let load = Load::start(&mount.path, 2);
+    load.wait_for_more(30, Duration::from_secs(60));
+    let acknowledged = load.stop();
+    let mirror = mirror_of(&source, &source.url(), 3, &[]);
+    catch_up(&source, &mirror, "dies");
+    assert_mirror_equal(&source, &mirror, "dies");
+    let far = mirror.volume_url("dies");
+    mirror
+        .run(&["mirror", "promote", &far, "--force"])
+        .failure(2, "--i-know-the-source-is-dead");
+    let force = [
+        "mirror",
+        "promote",
+        &far,
+        "--force",
+        "--i-know-the-source-is-dead",
+        "--json",
+    ];
+    let alive = mirror.run(&force);
+    assert!(alive.err.contains("the source answers"), "{alive:?}");
+    let mut mount = mount;
+    mount.process.kill();
+    source.kill_node(0);
+    // Planned, it can't be done without the source.
+    let planned = mirror.run(&["mirror", "promote", &far]);
+    assert!(planned.err.contains("--force"), "{planned:?}");
+    let promoted = mirror.run(&force).success().json();
+    assert_eq!(promoted["lost_entries_known"], 0, "{promoted}");
+    assert!(promoted["seconds"].as_f64().unwrap() < 30.0, "{promoted}");
+    let moved = mirror.mount("dies");
+    acknowledged.verify(&moved.path);
+    let load = Load::start(&moved.path.join("writer-0"), 2);
+    load.wait_for_more(20, Duration::from_secs(60));
+    let later = load.stop();
+    later.assert_no_errors();
+    later.verify(&moved.path.join("writer-0"));
+    mirror.assert_replicas_equal("dies");
+    moved.unmount();
+}
