@@ -24,10 +24,11 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use blockstore::SegmentStore;
-use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::ids::{Position, SegmentId, VolumeId};
 use heliofs_proto::v1;
 use meta_client::{ClientError, Session, Watcher};
 use parking_lot::Mutex;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
@@ -88,6 +89,8 @@ pub struct Fs {
     metrics: Metrics,
     clock: Clock,
     segment_ids: SegmentIds,
+    /// Takes segments that were stored and that no commit will name.
+    abandoned: UnboundedSender<SegmentId>,
     packer: Packer,
     /// Bytes that the volume's limit leaves, when last asked; 0 before.
     room: AtomicU64,
@@ -120,7 +123,9 @@ impl Fs {
         options: FsOptions,
         metrics: Metrics,
     ) -> Arc<Self> {
+        let (abandoned, unnamed) = tokio::sync::mpsc::unbounded_channel();
         let fs = Arc::new(Self {
+            abandoned,
             volume: session.volume_id(),
             session: ArcSwap::from_pointee(session),
             store,
@@ -138,7 +143,7 @@ impl Fs {
             stop: CancellationToken::new(),
             naming: AtomicBool::new(false),
         });
-        fs.start_background();
+        fs.start_background(unnamed);
         fs
     }
 

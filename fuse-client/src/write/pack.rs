@@ -107,7 +107,7 @@ impl Fs {
         for (count, done) in counts.into_iter().zip(dones) {
             let part = uploaded
                 .as_ref()
-                .map(|(segment, numbers)| (*segment, numbers[at..at + count].to_vec()))
+                .map(|(segment, numbers)| (Arc::clone(segment), numbers[at..at + count].to_vec()))
                 .map_err(|error| *error);
             at += count;
             // Nobody listens when the batch was dropped with its inode.
