@@ -23,7 +23,7 @@ use bytes::Bytes;
 use fuser::{INodeNo, Notifier};
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
-use meta_client::Watcher;
+use meta_client::{Recalled, Watcher};
 use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
 use tokio::sync::{mpsc, watch};
 
@@ -132,8 +132,8 @@ pub struct Coherence {
     lanes: Vec<Lane>,
     gate: RwLock<()>,
     told: Mutex<Told>,
-    recalled: mpsc::UnboundedSender<u64>,
-    recalls: Mutex<Option<mpsc::UnboundedReceiver<u64>>>,
+    recalled: mpsc::UnboundedSender<Recalled>,
+    recalls: Mutex<Option<mpsc::UnboundedReceiver<Recalled>>>,
 }
 
 impl std::fmt::Debug for Coherence {
@@ -166,8 +166,8 @@ impl Coherence {
         self.gate.read()
     }
 
-    /// Inodes whose write leases are wanted back. Taken once; a second call returns `None`.
-    pub(crate) fn recalls(&self) -> Option<mpsc::UnboundedReceiver<u64>> {
+    /// Write leases that are wanted back. Taken once; a second call returns `None`.
+    pub(crate) fn recalls(&self) -> Option<mpsc::UnboundedReceiver<Recalled>> {
         self.recalls.lock().take()
     }
 
@@ -339,9 +339,9 @@ impl Watcher for Coherence {
         }
     }
 
-    fn recalled(&self, ino: u64) {
+    fn recalled(&self, recall: Recalled) {
         // Without a receiver the mount is going, and the lease goes with the session.
-        let _: Result<(), _> = self.recalled.send(ino);
+        let _: Result<(), _> = self.recalled.send(recall);
     }
 
     fn forget_all(&self) {

@@ -47,6 +47,9 @@ use file::FileHandle;
 /// How long the kernel may keep attributes and names at most: the lease.
 pub const KERNEL_LIFETIME_MAX: Duration = Duration::from_secs(1);
 
+/// Full segments built and uploaded at once; more wait with their bytes where they are.
+const UPLOADS_MAX: usize = 16;
+
 /// Who asks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Caller {
@@ -92,6 +95,10 @@ pub struct Fs {
     /// Takes segments that were stored and that no commit will name.
     abandoned: UnboundedSender<SegmentId>,
     packer: Packer,
+    /// Segments that are built and uploaded at once.
+    upload_turns: tokio::sync::Semaphore,
+    /// Not while a new session takes over: what is open then must be counted exactly.
+    adoption: tokio::sync::RwLock<()>,
     /// Bytes that the volume's limit leaves, when last asked; 0 before.
     room: AtomicU64,
     files: Handles<FileHandle>,
@@ -135,6 +142,8 @@ impl Fs {
             clock: Clock::default(),
             segment_ids: SegmentIds::default(),
             packer: Packer::default(),
+            upload_turns: tokio::sync::Semaphore::new(UPLOADS_MAX),
+            adoption: tokio::sync::RwLock::new(()),
             room: AtomicU64::new(0),
             files: Handles::default(),
             dirs: Handles::default(),

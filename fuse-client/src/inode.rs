@@ -94,6 +94,8 @@ pub struct InodeState {
     pub commit_scheduled: bool,
     /// Handles that were closed while data was not safe yet: opens at the server to be taken back after it is.
     pub owed_releases: u32,
+    /// The background is at it.
+    pub flushing: bool,
     /// After a failed flush: when the background tries again, and how long it waits after that.
     pub retry: Option<(Instant, Duration)>,
 }
@@ -119,11 +121,17 @@ impl Inode {
                 privileges: Privileges::Unknown,
                 commit_scheduled: false,
                 owed_releases: 0,
+                flushing: false,
                 retry: None,
             }),
             changing: tokio::sync::Mutex::new(()),
             budget,
         }
+    }
+
+    /// Whether this is the same inode of this mount, not another one of its number.
+    pub fn is(&self, other: &Arc<Self>) -> bool {
+        std::ptr::eq(self, Arc::as_ptr(other))
     }
 
     /// Locks the state; memory that pieces gain or lose meanwhile is accounted for when the guard goes.
@@ -133,6 +141,15 @@ impl Inode {
             bytes: state.pieces.bytes(),
             state,
             budget: &self.budget,
+        }
+    }
+}
+
+impl Drop for Inode {
+    fn drop(&mut self) {
+        let left = self.state.get_mut().pieces.bytes();
+        if left > 0 {
+            self.budget.moved(left, 0);
         }
     }
 }
@@ -175,6 +192,13 @@ impl InodeState {
             None => self.size_hint,
         };
         committed.max(self.pieces.end())
+    }
+
+    /// Forgets uploads of which every byte was overwritten or cut off since: nothing will name them.
+    pub fn drop_empty_batches(&mut self) {
+        let pieces = &self.pieces;
+        self.batches
+            .retain(|number, _| !pieces.of_batch(*number).is_empty());
     }
 
     /// Shows what is not committed yet in attributes that the server gave.
@@ -295,6 +319,14 @@ pub struct InodeTable {
 
 const SHARDS: usize = 16;
 
+/// Takes this very inode out. Another one of its number may be in there by now: while this one was being flushed, its last handle
+/// was closed and the file opened again.
+fn remove(shard: &mut HashMap<u64, Arc<Inode>>, inode: &Inode) {
+    if shard.get(&inode.ino).is_some_and(|known| inode.is(known)) {
+        shard.remove(&inode.ino);
+    }
+}
+
 impl InodeTable {
     /// An empty table whose inodes share `budget`.
     pub fn new(budget: Arc<Budget>) -> Self {
@@ -334,7 +366,7 @@ impl InodeTable {
             state.owed_releases += 1;
         } else if state.handles == 0 {
             drop(state);
-            shard.remove(&inode.ino);
+            remove(&mut shard, inode);
         }
         safe
     }
@@ -346,7 +378,7 @@ impl InodeTable {
         state.handles -= 1;
         if state.handles == 0 && state.pieces.is_empty() {
             drop(state);
-            shard.remove(&inode.ino);
+            remove(&mut shard, inode);
         }
     }
 
@@ -360,7 +392,7 @@ impl InodeTable {
         let owed = std::mem::take(&mut state.owed_releases);
         if state.handles == 0 {
             drop(state);
-            shard.remove(&inode.ino);
+            remove(&mut shard, inode);
         }
         owed
     }

@@ -71,6 +71,9 @@ pub(crate) enum Command {
     Restore(commands::restore::Options),
     /// Prints a volume's history.
     Changelog(commands::changelog::Options),
+    /// Mirrors of volumes in other regions: slots at the source, status at the mirror.
+    #[command(subcommand)]
+    Mirror(commands::mirror::Command),
     /// Prints versions.
     Version,
 }

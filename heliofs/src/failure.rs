@@ -10,6 +10,8 @@ use meta_client::{AttachError, ClientError, ClusterError, TokenError, UrlError};
 const FAILED: u8 = 1;
 /// What was typed makes no sense; clap uses the same number.
 const USAGE: u8 = 2;
+/// Two things that should be equal are not.
+const DIFFERS: u8 = 2;
 
 /// A check has found damage that is left; fsck(8) of other file systems uses the same number.
 const DAMAGED: u8 = 4;
@@ -39,6 +41,14 @@ impl Failure {
     pub(crate) fn usage(message: impl fmt::Display) -> Self {
         Self {
             code: USAGE,
+            ..Self::new(message)
+        }
+    }
+
+    /// A comparison found differences; scripts tell them from failures by the exit code.
+    pub(crate) fn differs(message: impl fmt::Display) -> Self {
+        Self {
+            code: DIFFERS,
             ..Self::new(message)
         }
     }

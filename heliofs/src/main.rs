@@ -3,6 +3,7 @@
 //! - [`cli`]: flags that all commands share, and the list of commands; [`commands`]: one file per command
 //! - [`failure`]: errors with a hint and an exit code
 //! - [`passphrase`]: of encrypted volumes; [`connect`]: META-URL and token to a cluster; [`mounts`]: which mounts run on this machine
+//! - [`mirror_target`]: a metadata node as a mirror
 //! - [`background`]: `-d`; [`fstab`]: `mount.heliofs`; [`signals`]; [`serve_metrics`]; [`log`]
 //! - [`units`], [`output`], [`progress`]: sizes, times and tables as people write and read them
 
@@ -13,6 +14,7 @@ mod connect;
 mod failure;
 mod fstab;
 mod log;
+mod mirror_target;
 mod mounts;
 mod output;
 mod passphrase;

@@ -451,7 +451,7 @@ impl Watcher for Heard {
 
     fn forget_all(&self) {}
 
-    fn recalled(&self, _: u64) {}
+    fn recalled(&self, _: meta_client::Recalled) {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -72,6 +72,11 @@ impl SessionId {
     pub fn new(cluster: ClusterId, number: u32) -> Self {
         Self(u64::from(cluster.0) << 32 | u64::from(number))
     }
+
+    /// Which cluster began it.
+    pub fn cluster(self) -> ClusterId {
+        ClusterId((self.0 >> 32) as u32)
+    }
 }
 
 /// Epoch and counter in one number; `None` when either is out of range.

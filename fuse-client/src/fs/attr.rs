@@ -105,6 +105,7 @@ impl Fs {
             let mut state = inode.lock();
             if let Some(size) = change.size {
                 state.pieces.cut(size..u64::MAX);
+                state.drop_empty_batches();
                 let before = state.moved(&attr, changed.at, |content| {
                     content.extents.truncate(content.size.min(size));
                 });

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockstore::SegmentStore;
+use heliofs_proto::error::FsError;
 use heliofs_proto::ids::{Ino, SegmentId};
 use heliofs_proto::v1::{self, maintain::Ask, maintained::Answer};
-use meta_client::{Event, Session};
+use meta_client::{ClientError, Event, Session};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
@@ -47,6 +48,10 @@ impl Fs {
 
     pub(crate) fn segment_ids(&self) -> &SegmentIds {
         &self.segment_ids
+    }
+
+    pub(crate) fn upload_turns(&self) -> &tokio::sync::Semaphore {
+        &self.upload_turns
     }
 
     pub(crate) fn packer(&self) -> &Packer {
@@ -146,10 +151,19 @@ impl Fs {
                 return;
             }
             tracing::error!(%why, "the session is gone; beginning another one");
-            let Some(session) = self.renew(&session).await else {
-                return;
-            };
-            self.adopt(session).await;
+            let mut last = session;
+            loop {
+                let Some(renewed) = self.renew(&last).await else {
+                    return;
+                };
+                match self.adopt(&renewed).await {
+                    Ok(()) => break,
+                    Err(why) => {
+                        tracing::error!(%why, "the new session is gone, too; beginning another one");
+                        last = renewed;
+                    }
+                }
+            }
         }
     }
 
@@ -173,40 +187,39 @@ impl Fs {
     /// Goes on with a new session: what is open or dirty here is opened there. Uncommitted data of files that nobody changed
     /// since is uploaded and committed again, under new segment ids. Locks and leases ended with the old session, so what others
     /// have written since stays, and ours is lost: whoever syncs or opens such a file learns it.
-    async fn adopt(&self, session: Session) {
+    ///
+    /// Errors: the new session ended meanwhile; nothing is lost by that.
+    async fn adopt(&self, session: &Session) -> Result<(), ClientError> {
+        // Nobody opens or closes meanwhile: each handle is to be counted once.
+        let _adoption = self.adoption.write().await;
         self.segment_ids.discard().await;
+        let mut lost = Vec::new();
         for inode in self.coherence.inodes.all() {
             // Not while a flush is under way under the old session.
             let _changing = inode.changing.lock().await;
             let (opens, base) = {
                 let mut state = inode.lock();
-                let base = state.base_seq;
                 state.forget();
-                (state.handles + state.owed_releases, base)
+                (state.handles + state.owed_releases, state.base_seq)
             };
-            let mut outcome = Ok(());
+            let mut changed = None;
             for _ in 0..opens {
-                match session.open(Ino(inode.ino), 0, false).await {
-                    Ok((opened, _)) => {
-                        let data_seq = opened.attr.map(|attr| attr.data_seq);
-                        if base.is_none() || data_seq != base {
-                            outcome = Err("others have written to it since");
-                        }
-                    }
-                    Err(error) => {
-                        tracing::warn!(ino = inode.ino, %error, "an open file could not be opened again");
-                        outcome = Err("it is gone");
-                        inode.lock().lost = Some(Errno::STALE);
-                    }
+                match self.open_again(session, inode.ino).await? {
+                    Some(data_seq) if base == Some(data_seq) => {}
+                    Some(_) => changed = Some("others have written to it since"),
+                    None => changed = Some("it is gone"),
                 }
             }
             let mut state = inode.lock();
+            if changed == Some("it is gone") {
+                state.lost = Some(Errno::STALE);
+            }
             if state.pieces.is_empty() {
                 continue;
             }
             state.batches.clear();
-            match outcome {
-                Ok(()) => {
+            match changed {
+                None => {
                     tracing::info!(
                         ino = inode.ino,
                         bytes = state.pieces.bytes(),
@@ -216,23 +229,48 @@ impl Fs {
                     state.retry = None;
                     state.failure = None;
                 }
-                Err(why) => {
-                    tracing::error!(
-                        ino = inode.ino,
-                        bytes = state.pieces.bytes(),
-                        why,
-                        "uncommitted data is lost"
-                    );
-                    state.pieces.clear();
-                    state.lost = Some(Errno::STALE);
+                Some(why) => {
+                    drop(state);
+                    lost.push((inode.clone(), why));
                 }
             }
         }
-        self.session.store(Arc::new(session));
-        for inode in self.coherence.inodes.all() {
+        self.session.store(Arc::new(session.clone()));
+        for (inode, why) in lost {
+            let mut state = inode.lock();
+            tracing::error!(
+                ino = inode.ino,
+                bytes = state.pieces.bytes(),
+                why,
+                "uncommitted data is lost"
+            );
+            state.pieces.clear();
+            state.lost = Some(Errno::STALE);
+            drop(state);
             self.settle(&inode);
         }
         tracing::info!("a new session goes on");
+        Ok(())
+    }
+
+    /// Opens a file once more, for as long as it takes. What identifies its content; `None`: it is gone.
+    async fn open_again(&self, session: &Session, ino: u64) -> Result<Option<u64>, ClientError> {
+        loop {
+            match session.open(Ino(ino), 0, false).await {
+                Ok((opened, _)) => {
+                    return Ok(Some(opened.attr.map_or(0, |attr| attr.data_seq)));
+                }
+                Err(ClientError::Verdict(FsError::Stale | FsError::NotFound)) => return Ok(None),
+                Err(gone @ ClientError::SessionGone(_)) => return Err(gone),
+                Err(error) => {
+                    tracing::warn!(ino, %error, "an open file could not be opened again yet");
+                    if self.stop.is_cancelled() {
+                        return Err(error);
+                    }
+                    tokio::time::sleep(RENEW_PAUSE).await;
+                }
+            }
+        }
     }
 
     /// Deletes segments that this mount has stored and that no commit will name: what they held was overwritten before.

@@ -83,6 +83,7 @@ impl Fs {
         if how.truncate {
             self.writable()?;
         }
+        let _adoption = self.adoption.read().await;
         let inode = self.coherence.inodes.acquire(ino);
         match self.open_at_server(&inode, how, caller).await {
             Ok(keep_pages) => Ok(Opened {
@@ -161,6 +162,7 @@ impl Fs {
             rdev: 0,
             target: bytes::Bytes::new(),
         };
+        let adoption = self.adoption.read().await;
         let made = self.make(parent, name, node, exclusive, true, caller).await;
         let (entry, created) = match made {
             // Something else than a file: it must be looked up and treated by its own rules.
@@ -171,6 +173,7 @@ impl Fs {
         if !created {
             // The kernel believed that there was no such name and has checked no permissions for it. Only root passes without
             // a check; for others it looks the name up again and opens by the usual way.
+            drop(adoption);
             let opened = if caller.uid == 0 {
                 self.open(ino, how, caller).await
             } else {
@@ -261,13 +264,15 @@ impl Fs {
             // It stays buffered, the flusher tries again, and the open at the server stays with it.
             tracing::warn!(ino = inode.ino, %error, "a closed file's data is not stored yet");
         }
-        if let Some(owner) = flock_owner {
-            self.release_locks(inode.ino, owner, true).await?;
-        }
+        let unlocked = match flock_owner {
+            Some(owner) => self.release_locks(inode.ino, owner, true).await,
+            None => Ok(()),
+        };
+        let _adoption = self.adoption.read().await;
         if self.coherence.inodes.release(inode) {
             self.session().release(Ino(inode.ino));
         }
-        Ok(())
+        unlocked
     }
 
     /// Closes every file that is still open: the kernel is gone and will not.

@@ -228,9 +228,12 @@ impl Fs {
         Ok(())
     }
 
-    /// An inode lost its last name: data that nobody has open can be forgotten.
+    /// An inode lost its last name: data that nobody has open can be forgotten. Without the write lease somebody else may have it
+    /// open.
     fn orphaned(&self, ino: u64) {
-        if let Some(inode) = self.coherence.inodes.get(ino) {
+        if self.session.load().holds_write_lease(Ino(ino))
+            && let Some(inode) = self.coherence.inodes.get(ino)
+        {
             {
                 let mut state = inode.lock();
                 if state.handles > 0 {

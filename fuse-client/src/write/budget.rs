@@ -1,5 +1,6 @@
 //! Memory that uncommitted data of all files may take; writers wait when it is used up.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Notify;
@@ -8,6 +9,7 @@ use tokio::sync::Notify;
 #[derive(Debug)]
 pub struct Budget {
     used: AtomicU64,
+    uploading: AtomicU64,
     bytes_max: u64,
     freed: Notify,
     pressed: Notify,
@@ -18,6 +20,7 @@ impl Budget {
     pub fn new(bytes_max: u64) -> Self {
         Self {
             used: AtomicU64::new(0),
+            uploading: AtomicU64::new(0),
             bytes_max,
             freed: Notify::new(),
             pressed: Notify::new(),
@@ -32,7 +35,19 @@ impl Budget {
     /// Whether a write may go ahead. One that is larger than the whole budget may when nothing else is held.
     pub fn has_room(&self, bytes: u64) -> bool {
         let used = self.used();
-        used == 0 || used + bytes <= self.bytes_max
+        let uploading = self.uploading.load(Ordering::Acquire);
+        let held = used.max(uploading);
+        held == 0 || held + bytes <= self.bytes_max
+    }
+
+    /// Counts bytes of an upload as long as the guard lives. They are mostly those of buffers, but stay when a buffer's bytes
+    /// are overwritten or cut off meanwhile; so memory stays below twice the budget.
+    pub fn upload(self: &Arc<Self>, bytes: u64) -> Uploading {
+        self.uploading.fetch_add(bytes, Ordering::AcqRel);
+        Uploading {
+            budget: self.clone(),
+            bytes,
+        }
     }
 
     /// A buffer grew from `before` to `after` bytes, or shrank.
@@ -74,10 +89,25 @@ impl Budget {
     }
 }
 
+/// See [`Budget::upload`].
+#[derive(Debug)]
+pub struct Uploading {
+    budget: Arc<Budget>,
+    bytes: u64,
+}
+
+impl Drop for Uploading {
+    fn drop(&mut self) {
+        self.budget
+            .uploading
+            .fetch_sub(self.bytes, Ordering::AcqRel);
+        self.budget.freed.notify_waiters();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     #[tokio::test]
     async fn a_writer_waits_for_room_and_is_woken_by_it() {
@@ -93,6 +123,17 @@ mod tests {
         assert!(!waiter.is_finished());
         budget.moved(90, 10);
         waiter.await.unwrap();
+    }
+
+    #[test]
+    fn uploads_of_what_was_cut_off_since_still_count() {
+        let budget = Arc::new(Budget::new(100));
+        budget.moved(0, 80);
+        let upload = budget.upload(80);
+        budget.moved(80, 0);
+        assert!(!budget.has_room(30));
+        drop(upload);
+        assert!(budget.has_room(30));
     }
 
     #[test]

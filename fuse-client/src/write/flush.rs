@@ -325,8 +325,15 @@ impl Fs {
         {
             // Refused as a whole, say for lack of room: one by one, what can be committed is.
             for file in group.files {
+                // Not those of the others: what a commit brings and nothing names is freed at once.
+                let named = |segment: &v1::Segment| {
+                    file.extents
+                        .iter()
+                        .any(|extent| extent.segment == segment.id)
+                };
+                let segments = group.segments.iter().filter(|one| named(one));
                 let mut alone = Group {
-                    segments: group.segments.clone(),
+                    segments: segments.copied().collect(),
                     files: vec![file],
                     ..Group::default()
                 };
@@ -441,7 +448,9 @@ impl Fs {
             }
             state.failure = None;
             state.dirty_since = None;
-            dirty.remove(&inode.ino);
+            if dirty.get(&inode.ino).is_some_and(|known| inode.is(known)) {
+                dirty.remove(&inode.ino);
+            }
         }
         let owed = self.coherence().inodes.settled(inode);
         let session = self.session();

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use heliofs_proto::ids::Ino;
+use meta_client::Recalled;
+use tokio::sync::Semaphore;
 
+use crate::errno::Errno;
 use crate::fs::Fs;
 use crate::inode::Inode;
 
@@ -25,6 +27,9 @@ const DIRTY_FILES_MAX: usize = 8192;
 /// Recalls answered together.
 const RECALLS_MAX: usize = 256;
 
+/// Longest that somebody waits for a lease to be returned; well below the time that operations wait for an answer.
+const RECALL_WAIT: Duration = Duration::from_secs(10);
+
 /// First and longest pause between two attempts to store a file's data.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -35,6 +40,7 @@ impl Fs {
         let stop = self.stop_token();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let turns = Arc::new(Semaphore::new(PARALLEL));
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -45,10 +51,20 @@ impl Fs {
             self.metrics()
                 .buffered_bytes
                 .set(i64::try_from(budget.used()).unwrap_or(i64::MAX));
-            let due = chunks(self.due(), self.segment_bytes());
-            futures::stream::iter(due)
-                .for_each_concurrent(PARALLEL, |inodes| self.flush_in_background(inodes))
-                .await;
+            for inodes in chunks(self.due(), self.segment_bytes()) {
+                // Groups that are held up hold up no others; with all turns taken there is enough to do.
+                let Ok(turn) = Arc::clone(&turns).try_acquire_owned() else {
+                    break;
+                };
+                for inode in &inodes {
+                    inode.lock().flushing = true;
+                }
+                let fs = self.clone();
+                self.runtime().spawn(async move {
+                    fs.flush_in_background(inodes).await;
+                    drop(turn);
+                });
+            }
         }
     }
 
@@ -62,7 +78,7 @@ impl Fs {
             .values()
             .filter_map(|inode| {
                 let state = inode.lock();
-                if state.retry.is_some_and(|(at, _)| now < at) {
+                if state.flushing || state.retry.is_some_and(|(at, _)| now < at) {
                     return None;
                 }
                 let age = state.dirty_since.map_or(flush_age, |since| now - since);
@@ -89,11 +105,20 @@ impl Fs {
             .collect()
     }
 
-    async fn flush_in_background(self: &Arc<Self>, inodes: Vec<Arc<Inode>>) {
+    async fn flush_in_background(self: &Arc<Self>, mut inodes: Vec<Arc<Inode>>) {
+        // What somebody is at is left to the next look: others would wait for it.
+        inodes.retain(|inode| {
+            let free = inode.changing.try_lock().is_ok();
+            if !free {
+                inode.lock().flushing = false;
+            }
+            free
+        });
         let flushed = self.flush_many(&inodes).await;
         for (inode, flushed) in inodes.iter().zip(flushed) {
-            let Err(error) = flushed else { continue };
             let mut state = inode.lock();
+            state.flushing = false;
+            let Err(error) = flushed else { continue };
             let pause = state
                 .retry
                 .map_or(RETRY_MIN, |(_, pause)| (pause * 2).min(RETRY_MAX));
@@ -117,26 +142,75 @@ impl Fs {
                     return;
                 }
             }
-            let fs = self.clone();
-            self.runtime()
-                .spawn(async move { fs.answer_recalls(recalled).await });
+            recalled.sort_unstable();
+            recalled.dedup();
+            self.answer_recalls(recalled);
         }
     }
 
-    async fn answer_recalls(self: &Arc<Self>, mut recalled: Vec<u64>) {
-        recalled.sort_unstable();
-        recalled.dedup();
+    fn answer_recalls(self: &Arc<Self>, recalled: Vec<Recalled>) {
         let session = self.session();
-        let table = &self.coherence().inodes;
-        let inodes: Vec<Arc<Inode>> = recalled.iter().filter_map(|ino| table.get(*ino)).collect();
-        for (inode, flushed) in inodes.iter().zip(self.flush_many(&inodes).await) {
-            if let Err(error) = flushed {
-                // Who waits sees what was stored before, as after a close that failed; here, every later sync and open says so.
-                tracing::warn!(ino = inode.ino, %error, "a write lease is returned without its data");
+        let mut dirty = Vec::new();
+        for recall in recalled {
+            let held = self.coherence().inodes.get(recall.ino).and_then(|inode| {
+                let state = inode.lock();
+                // What can't be stored now is known as such here; who waits sees what was stored before.
+                let holds = !state.pieces.is_empty() && state.failure.is_none();
+                let bytes = state.pieces.bytes();
+                drop(state);
+                holds.then_some((inode, bytes))
+            });
+            match held {
+                Some((inode, bytes)) => dirty.push((inode, bytes, recall)),
+                None => session.return_lease(recall),
             }
         }
-        for ino in recalled {
-            session.return_lease(Ino(ino));
+        let sized = dirty
+            .iter()
+            .map(|(inode, bytes, _)| (inode.clone(), *bytes));
+        let groups = chunks(sized.collect(), self.segment_bytes());
+        let mut recalls = dirty.iter().map(|(_, _, recall)| *recall);
+        for inodes in groups {
+            let recalls: Vec<Recalled> = recalls.by_ref().take(inodes.len()).collect();
+            let (fs, session) = (self.clone(), session.clone());
+            self.runtime().spawn(async move {
+                fs.give_up(&inodes).await;
+                for recall in recalls {
+                    session.return_lease(recall);
+                }
+            });
+        }
+    }
+
+    /// Stores files that somebody waits for; gives up waiting, not storing, when that takes too long.
+    async fn give_up(self: &Arc<Self>, inodes: &[Arc<Inode>]) {
+        let (fs, wanted) = (self.clone(), inodes.to_vec());
+        let flush = self
+            .runtime()
+            .spawn(async move { fs.flush_many(&wanted).await });
+        let why = match tokio::time::timeout(RECALL_WAIT, flush).await {
+            Ok(Ok(flushed)) => {
+                for (inode, flushed) in inodes.iter().zip(flushed) {
+                    if let Err(error) = flushed {
+                        tracing::warn!(ino = inode.ino, %error, "a write lease is returned without its data");
+                    }
+                }
+                return;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "storing it takes too long".to_owned(),
+        };
+        // As after a close that failed: here every later sync and open tries again, and says so if it fails.
+        for inode in inodes {
+            let mut state = inode.lock();
+            if !state.pieces.is_empty() {
+                tracing::warn!(
+                    ino = inode.ino,
+                    why,
+                    "a write lease is returned without its data"
+                );
+                state.failure.get_or_insert(Errno::IO);
+            }
         }
     }
 

@@ -40,12 +40,20 @@ impl Fs {
             let batch = if inline {
                 Batch::Inline(Arc::new(frames))
             } else if bytes < self.segment_bytes() {
-                Batch::Segment(self.packer().add(frames))
+                let memory = self.coherence().budget.upload(bytes);
+                Batch::Segment(self.packer().add(frames, memory))
             } else {
+                let memory = self.coherence().budget.upload(bytes);
                 let (sender, receiver) = watch::channel(None);
                 let (fs, inode) = (self.clone(), inode.clone());
                 self.runtime().spawn(async move {
+                    // Before its bytes are copied into a segment, and some may not be wanted any more by then.
+                    let turn = fs.upload_turns().acquire().await;
+                    if turn.is_err() || sender.is_closed() {
+                        return;
+                    }
                     let uploaded = fs.upload(frames).await;
+                    drop((turn, memory));
                     let stored = uploaded.is_ok();
                     // Nobody listens when the batch was dropped with its inode.
                     sender.send_replace(Some(Arc::new(uploaded)));

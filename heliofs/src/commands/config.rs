@@ -86,7 +86,7 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     if options.keys.given() {
         (storage.access_key, storage.secret_key) = options.keys.find()?;
         // Keys that don't open the bucket would leave every mount without data.
-        let bucket = Bucket::open(&storage, &volume.name, &StoreOptions::default())?;
+        let bucket = Bucket::open(&storage, prefix(&volume), &StoreOptions::default())?;
         bucket.check_marker(&storage.uuid).await?;
     }
     let storage = (storage != unchanged).then_some(storage);
@@ -113,6 +113,30 @@ pub(crate) async fn find(cluster: &meta_client::Cluster, name: &str) -> Outcome<
         Err(ClusterError::NotFound(_)) => Err(Failure::no_volume(name)),
         other => Ok(other?),
     }
+}
+
+/// The prefix of a volume's objects in its bucket: its name where it was created.
+pub(crate) fn prefix(volume: &Volume) -> &str {
+    match &volume.mirror {
+        Some(mirror) => &mirror.prefix,
+        None => &volume.name,
+    }
+}
+
+/// Refuses what would change the objects of a volume that is a mirror: they are the source's, which has newer ones than the
+/// mirror knows of.
+pub(crate) fn not_a_mirror(volume: &Volume) -> Outcome {
+    let Some(mirror) = &volume.mirror else {
+        return Ok(());
+    };
+    Err(Failure::new(format!(
+        "{} is a mirror: its objects are the source's",
+        volume.name
+    ))
+    .hint(format!(
+        "do it at the source: {}/{}",
+        mirror.source, mirror.volume
+    )))
 }
 
 fn print(volume: &Volume) -> Outcome {

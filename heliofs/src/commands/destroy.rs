@@ -55,6 +55,16 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     // objects that nobody refers to, and the marker that tells whose they were.
     let bucket = Bucket::open(&storage, &volume.name, &StoreOptions::default());
     target.cluster.destroy_volume(volume.id.into()).await?;
+    if volume.mirror.is_some() {
+        // The objects are the source's.
+        if json {
+            return output::print_json(&json!({ "destroyed": volume.name, "objects_deleted": 0 }));
+        }
+        return output::line(format_args!(
+            "destroyed the mirror {}; the source and its objects stay",
+            volume.name
+        ));
+    }
     let objects = match bucket {
         Ok(bucket) => bucket.delete_all().await,
         Err(error) => Err(error),

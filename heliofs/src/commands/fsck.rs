@@ -132,7 +132,11 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
 async fn check(options: &Options, target: &Target, places: &[Place], json: bool) -> Outcome<bool> {
     let volume = config::find(&target.cluster, &target.volume).await?;
     let storage = volume.storage.clone().unwrap_or_default();
-    let bucket = segments::bucket(&storage, &volume.name).await?;
+    if options.repair {
+        config::not_a_mirror(&volume)?;
+    }
+    let prefix = config::prefix(&volume);
+    let bucket = segments::bucket(&storage, prefix).await?;
     let session = target.session(!options.repair).await?;
     let check = Check {
         options,
@@ -142,7 +146,7 @@ async fn check(options: &Options, target: &Target, places: &[Place], json: bool)
         session: &session,
         volume: session.volume_id(),
     };
-    let outcome = check.run(&target.volume, places).await;
+    let outcome = check.run(prefix, places).await;
     session.detach().await;
     outcome
 }

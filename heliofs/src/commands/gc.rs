@@ -54,6 +54,7 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         .access
         .target(&options.url, options.name.as_deref())?;
     let volume = config::find(&target.cluster, &target.volume).await?;
+    config::not_a_mirror(&volume)?;
     let storage = volume.storage.clone().unwrap_or_default();
     let bucket = segments::bucket(&storage, &volume.name).await?;
     let session = target.session(true).await?;

@@ -1,5 +1,6 @@
 //! `heliofs meta`: runs one metadata node until it is told to stop.
 
+mod mirror;
 mod settings;
 
 use std::net::SocketAddr;
@@ -59,11 +60,21 @@ pub(crate) struct Options {
     /// A mount that was silent for this long has lost its session [default: 30s].
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     session_timeout: Option<Duration>,
+    #[command(flatten)]
+    mirror: mirror::Options,
+}
+
+/// What a node is started with.
+struct Resolved {
+    config: NodeConfig,
+    token: Token,
+    metrics: Option<SocketAddr>,
+    mirror: Option<mirror::Source>,
 }
 
 impl Options {
     /// File, then flags, then checks. The token comes from the flag, the file's token_file, or the environment.
-    fn resolve(mut self) -> Outcome<(NodeConfig, Token, Option<SocketAddr>)> {
+    fn resolve(mut self) -> Outcome<Resolved> {
         let file = match &self.config {
             Some(path) => FileSettings::read(path)?,
             None => FileSettings::default(),
@@ -107,24 +118,29 @@ impl Options {
             }
         }
         settings::check(&config)?;
-        Ok((config, token, metrics))
+        Ok(Resolved {
+            mirror: self.mirror.resolve(&token)?,
+            config,
+            token,
+            metrics,
+        })
     }
 }
 
 pub(crate) fn run(options: Options, json: bool, verbose: u8) -> Outcome {
     log::start(Role::Service, verbose, None)?;
     let init = options.init;
-    let (config, token, metrics) = options.resolve()?;
-    runtime(service_threads())?.block_on(serve(config, token, metrics, init, json))
+    let resolved = options.resolve()?;
+    runtime(service_threads())?.block_on(serve(resolved, init, json))
 }
 
-async fn serve(
-    config: NodeConfig,
-    token: Token,
-    metrics: Option<SocketAddr>,
-    init: bool,
-    json: bool,
-) -> Outcome {
+async fn serve(resolved: Resolved, init: bool, json: bool) -> Outcome {
+    let Resolved {
+        config,
+        token,
+        metrics,
+        mirror,
+    } = resolved;
     let mut stop = Stop::catch()?;
     let id = config.node_id;
     let node = start(config).await?;
@@ -143,6 +159,9 @@ async fn serve(
         }
         None => None,
     };
+    if let Some(source) = mirror {
+        source.follow(&node);
+    }
     if init {
         form(&address.to_string(), token).await?;
     }
@@ -210,6 +229,7 @@ mod tests {
             election_min: None,
             election_max: None,
             session_timeout: Some(Duration::from_secs(7)),
+            mirror: mirror::Options::default(),
         }
     }
 
@@ -226,7 +246,7 @@ mod tests {
              [cache]\nblock_cache = \"64M\"\n"
         );
         std::fs::write(&file, text).unwrap();
-        let (config, _, _) = options(file).resolve().unwrap();
+        let config = options(file).resolve().unwrap().config;
         assert_eq!(config.node_id.0, 3);
         assert_eq!(config.sessions.timeout, Duration::from_secs(7));
         assert_eq!(config.sessions.lease, Duration::from_millis(500));

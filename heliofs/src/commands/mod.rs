@@ -10,6 +10,7 @@ pub(crate) mod fsck;
 pub(crate) mod gc;
 pub(crate) mod info;
 pub(crate) mod meta;
+pub(crate) mod mirror;
 pub(crate) mod mount;
 pub(crate) mod objbench;
 pub(crate) mod raft;
@@ -59,6 +60,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Restore(options) => wait(restore::run(options, json)),
         Command::Rmr(options) => wait(rmr::run(options, json)),
         Command::Changelog(options) => wait(changelog::run(options, json)),
+        Command::Mirror(command) => wait(mirror::run(command, json)),
         Command::Version => version::run(json),
         Command::Up(_) | Command::Meta(_) | Command::Mount(_) => unreachable!("handled above"),
     }

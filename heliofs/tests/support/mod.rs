@@ -3,6 +3,7 @@
 //!
 //! - [`process`]: a process and its log; [`spawner`]: who starts it; [`cluster`]: metadata nodes; [`mount`]: a mounted volume
 //! - [`s3`]: SeaweedFS; [`disk`]: ext4 on a loop device; [`net`]: replies that get lost; [`lan`]: links that are cut
+//! - [`mirror`]: a second region; [`relay`]: the link between
 //! - [`load`]: writers that know what was acknowledged, and check it later
 
 // Each test file uses a part of it.
@@ -18,9 +19,11 @@ pub mod cluster;
 pub mod disk;
 pub mod lan;
 pub mod load;
+pub mod mirror;
 pub mod mount;
 pub mod net;
 pub mod process;
+pub mod relay;
 pub mod s3;
 pub mod spawner;
 
@@ -31,6 +34,7 @@ pub use load::{Acknowledged, Load};
 pub use mount::Mount;
 pub use net::LostReplies;
 pub use process::Process;
+pub use relay::Relay;
 pub use s3::S3;
 
 use std::net::TcpListener;

@@ -36,6 +36,7 @@ macro_rules! call {
             .await
     }};
 }
+pub(crate) use call;
 
 impl Cluster {
     /// Status as the first node that answers sees it.

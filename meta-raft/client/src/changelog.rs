@@ -74,6 +74,34 @@ impl ChangelogFollower {
                 }
                 continue;
             }
+            let Some(frame) = self.receive().await? else {
+                return Ok(None);
+            };
+            let entries = frame.entries.into_iter().map(ChangelogItem::Entry);
+            self.items.extend(entries);
+            self.items.extend(frame.beat.map(ChangelogItem::Beat));
+        }
+    }
+
+    /// The next frame whole, with what the replica says of itself; what was seen before is taken out. For those who call nothing
+    /// else; otherwise as [`ChangelogFollower::next`].
+    pub async fn next_frame(&mut self) -> Result<Option<v1::ChangelogFrame>, ClusterError> {
+        let Some(mut frame) = self.receive().await? else {
+            return Ok(None);
+        };
+        let mut entries = Vec::with_capacity(frame.entries.len());
+        for entry in frame.entries {
+            if let Some(ChangelogItem::Entry(entry)) = self.admit(ChangelogItem::Entry(entry))? {
+                entries.push(entry);
+            }
+        }
+        frame.entries = entries;
+        Ok(Some(frame))
+    }
+
+    /// A frame of whichever replica serves.
+    async fn receive(&mut self) -> Result<Option<v1::ChangelogFrame>, ClusterError> {
+        loop {
             if self.stream.is_none() {
                 self.connect().await?;
             }
@@ -81,11 +109,7 @@ impl ChangelogFollower {
                 continue;
             };
             match tokio::time::timeout(SILENCE_MAX, stream.message()).await {
-                Ok(Ok(Some(frame))) => {
-                    let entries = frame.entries.into_iter().map(ChangelogItem::Entry);
-                    self.items.extend(entries);
-                    self.items.extend(frame.beat.map(ChangelogItem::Beat));
-                }
+                Ok(Ok(Some(frame))) => return Ok(Some(frame)),
                 Ok(Ok(None)) if !self.follow => return Ok(None),
                 Ok(Ok(None)) => self.leave("it ended the stream"),
                 Ok(Err(status)) => match judge(self.peer.as_deref().unwrap_or(""), &status) {
@@ -120,7 +144,7 @@ impl ChangelogFollower {
         if position.seq <= self.after.seq {
             return Ok(None);
         }
-        if position.seq != self.after.seq + 1 {
+        if position.seq != self.after.seq + 1 || position.epoch < self.after.epoch {
             return Err(ClusterError::Invalid(format!(
                 "{} sent position {position} after {}: entries are missing",
                 self.peer.as_deref().unwrap_or("the replica"),

@@ -4,6 +4,7 @@
 //! - [`token`]: the cluster's token
 //! - [`cluster`]: [`Cluster`], the peers and the calls that need no session; [`admin`] are the typed calls
 //! - [`changelog`]: follows a volume's history from any replica
+//! - `mirror`: slots, copies of volumes, status of mirrors
 //! - [`session`]: [`Session`], one long-lived stream to the leader that survives reconnects and failovers
 //! - [`error`]: what went wrong, by what the caller should do about it
 
@@ -12,6 +13,7 @@ pub mod changelog;
 pub mod cluster;
 mod dial;
 pub mod error;
+mod mirror;
 pub mod session;
 pub mod token;
 pub mod url;
@@ -19,6 +21,7 @@ pub mod url;
 pub use changelog::{ChangelogFollower, ChangelogItem};
 pub use cluster::{Cluster, ClusterOptions};
 pub use error::{AttachError, ClientError, ClusterError, ErrorKind};
-pub use session::{CacheTicket, Event, Session, SessionOptions, Watcher, position_of};
+pub use mirror::VolumeCopy;
+pub use session::{CacheTicket, Event, Recalled, Session, SessionOptions, Watcher, position_of};
 pub use token::{Token, TokenError};
 pub use url::{MetaUrl, UrlError};

@@ -86,6 +86,24 @@ impl Default for SessionOptions {
     }
 }
 
+/// A write lease that the server wants back.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Recalled {
+    /// The file.
+    pub ino: u64,
+    /// Which of its grants.
+    pub grant: u64,
+}
+
+impl From<v1::WriteLease> for Recalled {
+    fn from(lease: v1::WriteLease) -> Self {
+        Self {
+            ino: lease.ino,
+            grant: lease.grant,
+        }
+    }
+}
+
 /// A cache that must not outlive what the server said. Called on the task that reads the stream: must not block, must not
 /// call the session, and hands notifications of the kernel to another thread.
 pub trait Watcher: Send + Sync {
@@ -98,7 +116,7 @@ pub trait Watcher: Send + Sync {
 
     /// The write lease of a file is wanted back: commit what was written under it, then call [`Session::return_lease`].
     /// Somebody waits.
-    fn recalled(&self, ino: u64);
+    fn recalled(&self, recall: Recalled);
 }
 
 /// What happens to a session besides answers. Events are for acting on, not for ordering: see [`Watcher`].
@@ -263,8 +281,8 @@ impl Session {
     }
 
     /// Answers a recall: everything that was written under the lease is committed, or can't be.
-    pub fn return_lease(&self, ino: Ino) {
-        self.shared().return_lease(ino.0);
+    pub fn return_lease(&self, recall: Recalled) {
+        self.shared().return_lease(recall);
     }
 
     fn shared(&self) -> &Arc<Shared> {

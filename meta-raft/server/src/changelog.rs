@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
 use heliofs_proto::v1::{self, changelog_server::Changelog, local_command, log_item::Item};
+use meta_core::query;
 use openraft::EntryPayload;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use crate::damage::Damage;
 use crate::grpc::status;
 use crate::node::NodeContext;
 use crate::observer::{AppliedItem, ApplyObserver};
@@ -55,6 +57,11 @@ impl Applies {
     /// What the apply task calls.
     pub fn observer(&self) -> Arc<dyn ApplyObserver> {
         self.shared.clone()
+    }
+
+    /// Changes whenever something was applied.
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.shared.rung.subscribe()
     }
 }
 
@@ -104,6 +111,17 @@ impl ChangelogService {
         found.ok_or_else(|| Status::not_found(format!("no volume `{name}` in this cluster")))
     }
 
+    /// A volume that is complete here.
+    async fn served(&self, name: &str) -> Result<v1::Volume, Status> {
+        let record = self.volume(name).await?;
+        match &record.mirror {
+            Some(mirror) if mirror.state() == v1::MirrorState::Loading => Err(Status::unavailable(
+                format!("volume `{name}` is a mirror that is being loaded"),
+            )),
+            _ => Ok(record),
+        }
+    }
+
     /// Where to begin reading. Errors: `OUT_OF_RANGE` before what the log has and after what there is.
     async fn place(&self, volume: VolumeId, after: Position) -> Result<Place, Status> {
         let head = || {
@@ -115,11 +133,17 @@ impl ChangelogService {
         if after > head() {
             self.ctx.gate.linearizable().await.map_err(status::read)?;
         }
-        let head = head();
-        if after > head {
+        let at = head();
+        if after > at {
             return Err(Status::out_of_range(format!(
-                "position {after} lies in the future: the volume is at {head}"
+                "position {after} lies in the future: the volume is at {at}"
             )));
+        }
+        if let Some(next) = self.ctx.state.next_place(volume)
+            && next.seq == after.seq + 1
+        {
+            // Nothing is missing, wherever the last command is in the log.
+            return Ok(next);
         }
         let place = self
             .ctx
@@ -133,6 +157,54 @@ impl ChangelogService {
     }
 }
 
+/// Sends a volume's records until all are sent or nobody listens. Blocks.
+fn copy(
+    state: &State,
+    damage: &Damage,
+    record: v1::Volume,
+    frames: &mpsc::Sender<Result<v1::CopyFrame, Status>>,
+) {
+    let volume = VolumeId(record.id);
+    let counters = state.snapshot_view(|view| query::counters(view, volume));
+    let inodes = counters.map_or(0, |counters| counters.used_inodes);
+    let send = |frame: v1::CopyFrame| frames.blocking_send(Ok(frame)).is_ok();
+    let begin = |position: Position| {
+        send(v1::CopyFrame {
+            begin: Some(v1::CopyBegin {
+                position: Some(position.into()),
+                volume: Some(record),
+                // An inode, its two entries, and about one extent with its segment.
+                records_about: inodes * 4,
+            }),
+            ..Default::default()
+        })
+    };
+    let page = |records| {
+        send(v1::CopyFrame {
+            records,
+            ..Default::default()
+        })
+    };
+    match state.copy(volume, begin, page) {
+        Ok(None) => {}
+        Ok(Some(copied)) => {
+            let end = v1::CopyEnd {
+                digest: copied.digest.to_le_bytes().to_vec().into(),
+                head: copied.head,
+                records: copied.records,
+            };
+            send(v1::CopyFrame {
+                end: Some(end),
+                ..Default::default()
+            });
+        }
+        Err(found) => {
+            let status = status::corrupt(damage, "a volume that is copied", &found);
+            frames.blocking_send(Err(status)).ok();
+        }
+    }
+}
+
 fn trimmed(after: Position) -> Status {
     Status::out_of_range(format!(
         "this node's log no longer reaches back to position {after}: begin with a copy of the volume as it is now"
@@ -141,6 +213,22 @@ fn trimmed(after: Position) -> Status {
 
 #[tonic::async_trait]
 impl Changelog for ChangelogService {
+    type CopyStream = ReceiverStream<Result<v1::CopyFrame, Status>>;
+
+    async fn copy(
+        &self,
+        request: Request<v1::CopyRequest>,
+    ) -> Result<Response<Self::CopyStream>, Status> {
+        let name = request.into_inner().volume;
+        // Not older than what anybody was told, so that a slot made before is not older either.
+        self.ctx.gate.linearizable().await.map_err(status::read)?;
+        let record = self.served(&name).await?;
+        let (frames, receiver) = mpsc::channel(FRAMES_MAX);
+        let (state, damage) = (self.ctx.state.clone(), self.ctx.damage.clone());
+        tokio::task::spawn_blocking(move || copy(&state, &damage, record, &frames));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
     type FollowStream = ReceiverStream<Result<v1::ChangelogFrame, Status>>;
 
     async fn follow(
@@ -152,7 +240,7 @@ impl Changelog for ChangelogService {
             after,
             follow,
         } = request.into_inner();
-        let record = self.volume(&volume).await?;
+        let record = self.served(&volume).await?;
         let id = VolumeId(record.id);
         let after = after.map(Position::from).unwrap_or_default();
         if !follow {
@@ -244,17 +332,25 @@ impl Follower {
         if entries.first().map(|entry| entry.log_id.index) != Some(self.next_index) {
             return Err(trimmed(self.projection.last()));
         }
-        let mut found = Vec::new();
+        let mut found = Found::default();
         for entry in &entries {
             self.projection.entry(entry, &mut found)?;
             self.next_index = entry.log_id.index + 1;
         }
-        while !found.is_empty() {
-            let rest = found.split_off(found.len().min(FRAME_ENTRIES_MAX));
-            let entries = std::mem::replace(&mut found, rest);
+        while !found.entries.is_empty() || !found.digests.is_empty() {
+            let rest = found
+                .entries
+                .split_off(found.entries.len().min(FRAME_ENTRIES_MAX));
+            let entries = std::mem::replace(&mut found.entries, rest);
             let frame = v1::ChangelogFrame {
                 entries,
                 beat: None,
+                // With the last entries: what they are of comes before.
+                digests: match found.entries.is_empty() {
+                    true => std::mem::take(&mut found.digests),
+                    false => Vec::new(),
+                },
+                head: self.head(),
             };
             if self.frames.send(Ok(frame)).await.is_err() {
                 return Ok(false);
@@ -264,6 +360,16 @@ impl Follower {
             return Err(Status::not_found("the volume was destroyed"));
         }
         Ok(true)
+    }
+
+    /// How far this replica is, and when that was.
+    fn head(&self) -> Option<v1::ChangelogHead> {
+        let now = crate::proposer::now();
+        let (position, _) = self.state.head(self.projection.volume)?;
+        Some(v1::ChangelogHead {
+            position: Some(position.into()),
+            now,
+        })
     }
 
     /// Says that nothing happened. `false`: the follower is gone.
@@ -285,11 +391,19 @@ impl Follower {
             digest: beat.digest,
         };
         let frame = v1::ChangelogFrame {
-            entries: Vec::new(),
             beat: Some(beat),
+            head: self.head(),
+            ..Default::default()
         };
         self.frames.send(Ok(frame)).await.is_ok()
     }
+}
+
+/// What log entries hold of one volume.
+#[derive(Default)]
+struct Found {
+    entries: Vec<v1::ChangelogEntry>,
+    digests: Vec<v1::Beat>,
 }
 
 /// Which entries of the log are whose commands, and under which positions. Pure.
@@ -330,7 +444,7 @@ impl Projection {
         met.max(self.after)
     }
 
-    fn entry(&mut self, entry: &Entry, found: &mut Vec<v1::ChangelogEntry>) -> Result<(), Status> {
+    fn entry(&mut self, entry: &Entry, found: &mut Found) -> Result<(), Status> {
         let EntryPayload::Normal(data) = &entry.payload else {
             return Ok(());
         };
@@ -342,12 +456,18 @@ impl Projection {
         Ok(())
     }
 
-    fn batch(&mut self, batch: &v1::LogBatch, found: &mut Vec<v1::ChangelogEntry>) {
+    fn batch(&mut self, batch: &v1::LogBatch, found: &mut Found) {
         for item in &batch.items {
             let born = self.next.seq > 1;
             match &item.item {
                 Some(Item::Command(command)) if command.volume == self.volume.0 && born => {
                     self.command(item.time, command.clone(), found);
+                }
+                Some(Item::Replay(replay)) if replay.volume == self.volume.0 => {
+                    self.replay(replay, found);
+                }
+                Some(Item::Beat(beat)) if beat.volume == self.volume.0 && born => {
+                    found.digests.push(beat.clone());
                 }
                 // A volume's first command is not in the log as such: it follows from its creation.
                 Some(Item::Local(v1::LocalCommand {
@@ -366,10 +486,22 @@ impl Projection {
         }
     }
 
-    fn command(&mut self, time: i64, command: v1::Command, found: &mut Vec<v1::ChangelogEntry>) {
+    /// What a mirror replays is what it has to tell; like the state, it takes each position once.
+    fn replay(&mut self, replay: &v1::Replay, found: &mut Found) {
+        for entry in &replay.entries {
+            if entry.position.map(Position::from) == Some(self.next)
+                && let Some(command) = &entry.command
+            {
+                self.command(entry.time, command.clone(), found);
+            }
+        }
+        found.digests.extend(replay.beats.iter().cloned());
+    }
+
+    fn command(&mut self, time: i64, command: v1::Command, found: &mut Found) {
         self.time = self.time.max(UnixNanos(time));
         if self.next > self.after {
-            found.push(v1::ChangelogEntry {
+            found.entries.push(v1::ChangelogEntry {
                 position: Some(self.next.into()),
                 time: self.time.0,
                 command: Some(command),
@@ -417,9 +549,10 @@ mod tests {
     }
 
     fn told(projection: &mut Projection, items: Vec<v1::LogItem>) -> Vec<(u64, i64, u64)> {
-        let mut found = Vec::new();
+        let mut found = Found::default();
         projection.batch(&v1::LogBatch { items }, &mut found);
         found
+            .entries
             .iter()
             .map(|entry| {
                 let sequence = entry.command.as_ref().unwrap().sequence;

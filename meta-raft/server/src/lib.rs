@@ -5,6 +5,7 @@
 //! - [`store`]: the two RocksDB instances (log and state), views, the one batch
 //! - [`proposer`]: group commit; [`read_gate`]: linearizable reads; [`leadership`]: who leads
 //! - [`observer`]: who watches what is applied; [`damage`]: what a read met that makes the node stop
+//! - [`mirrors`]: what the followers of mirrored volumes say of themselves
 //! - [`auth`]: the cluster token on every call
 //! - `grpc`, `sessions`, `drivers`, `changelog`, `metrics`: what clients and operators talk to
 
@@ -16,6 +17,7 @@ pub mod drivers;
 pub mod grpc;
 pub mod leadership;
 pub mod metrics;
+pub mod mirrors;
 pub mod node;
 pub mod observer;
 pub mod proposer;

@@ -25,6 +25,7 @@ use crate::config::{NodeConfig, ReadMode};
 use crate::damage::Damage;
 use crate::leadership::{Leadership, Peer};
 use crate::metrics::Shown;
+use crate::mirrors::MirrorBoard;
 use crate::observer::Observers;
 use crate::proposer::Proposer;
 use crate::raft::Raft;
@@ -103,6 +104,8 @@ pub struct NodeContext {
     pub observers: Observers,
     /// Where damaged records are reported.
     pub damage: Damage,
+    /// What the followers of this node's mirrors say of themselves.
+    pub mirrors: MirrorBoard,
     /// Checks the cluster token: wrap every service in it.
     pub token: TokenCheck,
     /// Ends all tasks and streams of this node.
@@ -252,6 +255,7 @@ impl Node {
             raft: admin,
             observers,
             damage: Damage::default(),
+            mirrors: MirrorBoard::default(),
             token: token.clone(),
             cancel: cancel.clone(),
             tasks,

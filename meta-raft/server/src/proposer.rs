@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::FutureExt;
-use heliofs_proto::ids::{ClusterId, NodeId, VolumeId};
+use heliofs_proto::ids::{ClusterId, NodeId, Position, VolumeId};
 use heliofs_proto::v1;
 use openraft::errors::{ClientWriteError, ForwardToLeader};
 use openraft::raft::ClientWriteResult;
@@ -49,7 +49,7 @@ pub enum Proposed {
 }
 
 /// What a local command or a beat answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum LocalReply {
     /// Done; nothing to tell.
     Done,
@@ -63,6 +63,14 @@ pub enum LocalReply {
     Cluster(ClusterId),
     /// A deletion queue lost this many entries.
     DeletionsDone(u64),
+    /// A mirror's volume is at this position.
+    Replayed(Position),
+    /// The number of the load that begins.
+    Load(u64),
+    /// A slot as it is now; `true`: it was made by this command.
+    Slot(Box<v1::MirrorSlot>, bool),
+    /// No slot has this name.
+    NoSuchSlot,
     /// The command makes no sense; says why.
     Invalid(String),
 }
@@ -169,7 +177,7 @@ impl Proposer {
 }
 
 /// Nanoseconds since 1970 by this node's clock.
-fn now() -> i64 {
+pub(crate) fn now() -> i64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

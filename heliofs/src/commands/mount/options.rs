@@ -338,6 +338,10 @@ impl Serving {
         registry: prometheus::Registry,
     ) -> Outcome<Mounted> {
         let storage = session.storage();
+        let welcome = session.welcome();
+        // The server refuses changes of a mirror; the kernel says so at once.
+        let read_only = self.read_only || welcome.mirror;
+        let prefix = welcome.prefix.as_str();
         let store_options = StoreOptions {
             deadline: self.io_timeout,
             // Three attempts at least, so that one lost answer is no error.
@@ -370,7 +374,7 @@ impl Serving {
             attempt_timeout: Duration::from_secs(5),
             ..StoreOptions::default()
         };
-        let bucket = blockstore::Bucket::open(&storage, volume, &quick)?;
+        let bucket = blockstore::Bucket::open(&storage, prefix, &quick)?;
         bucket.check_marker(&storage.uuid).await.map_err(|error| match error {
             blockstore::StoreError::NotFound { .. } => Failure::new(format!(
                 "the bucket {} does not hold the volume {volume}: its marker object is missing",
@@ -381,11 +385,11 @@ impl Serving {
                 .hint("was the bucket restored or copied from elsewhere? `heliofs config` shows where it should be"),
             other => other.into(),
         })?;
-        let store = SegmentStore::open(&storage, volume, session.volume_id(), store_options)?;
+        let store = SegmentStore::open(&storage, prefix, session.volume_id(), store_options)?;
         let options = MountOptions {
             volume: volume.to_owned(),
             fs: FsOptions {
-                read_only: self.read_only,
+                read_only,
                 atime: self.atime.into(),
                 segment_bytes: storage.segment_bytes,
                 delete_segments: !self.no_bgjob,

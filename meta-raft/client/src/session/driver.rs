@@ -17,7 +17,7 @@ use tonic::{Code, Status, Streaming};
 use super::lease::Lease;
 use super::state::{AnswerReceiver, State, Ticket};
 use super::wire::Outgoing;
-use super::{Event, SessionOptions};
+use super::{Event, Recalled, SessionOptions};
 use crate::cluster::{Answer, Cluster, judge, root_cause};
 use crate::dial::race;
 use crate::error::{AttachError, ClientError, ClusterError};
@@ -82,9 +82,9 @@ impl Shared {
         wake(state);
     }
 
-    pub(super) fn return_lease(&self, ino: u64) {
+    pub(super) fn return_lease(&self, recall: Recalled) {
         let mut state = self.state.lock();
-        state.return_lease(ino);
+        state.return_lease(recall);
         wake(state);
     }
 
@@ -396,8 +396,9 @@ impl Driver {
         for response in frame.responses {
             gone |= state.answered(response, now, &mut completions);
         }
-        for &ino in &frame.recalls {
-            state.lease_recalled(ino);
+        let recalls: Vec<Recalled> = frame.recalls.into_iter().map(Recalled::from).collect();
+        for recall in &recalls {
+            state.lease_recalled(*recall);
         }
         let sent = (frame.pong != 0).then(|| state.pong(frame.pong)).flatten();
         if state.can_go_on() || state.has_queued() {
@@ -412,10 +413,10 @@ impl Driver {
         if let Some(sent) = sent {
             shared.renew_lease(sent);
         }
-        for ino in frame.recalls {
+        for recall in recalls {
             match &shared.options.watcher {
-                Some(watcher) => watcher.recalled(ino),
-                None => shared.return_lease(ino),
+                Some(watcher) => watcher.recalled(recall),
+                None => shared.return_lease(recall),
             }
         }
         if gone {

@@ -2,6 +2,10 @@
 
 use std::collections::HashMap;
 
+use heliofs_proto::v1;
+
+use super::Recalled;
+
 #[derive(Default)]
 struct OpenInode {
     count: u32,
@@ -17,9 +21,10 @@ struct OpenInode {
 enum WriteLease {
     #[default]
     None,
-    Held,
+    /// By the grant of this number.
+    Held(u64),
     /// It is to be returned; until then the server makes others wait.
-    Recalled,
+    Recalled(u64),
 }
 
 /// What the last change makes necessary.
@@ -112,24 +117,26 @@ impl Opens {
     }
 
     /// The server granted the write lease with its answer to an open or a create.
-    pub(super) fn lease_granted(&mut self, ino: u64) {
-        if let Some(open) = self.inodes.get_mut(&ino)
-            && open.lease == WriteLease::None
-        {
-            open.lease = WriteLease::Held;
+    pub(super) fn lease_granted(&mut self, ino: u64, grant: u64) {
+        if let Some(open) = self.inodes.get_mut(&ino) {
+            open.lease = WriteLease::Held(grant);
         }
     }
 
     /// The server wants the lease back.
-    pub(super) fn lease_recalled(&mut self, ino: u64) {
-        if let Some(open) = self.inodes.get_mut(&ino) {
-            open.lease = WriteLease::Recalled;
+    pub(super) fn lease_recalled(&mut self, recall: Recalled) {
+        if let Some(open) = self.inodes.get_mut(&recall.ino)
+            && open.lease == WriteLease::Held(recall.grant)
+        {
+            open.lease = WriteLease::Recalled(recall.grant);
         }
     }
 
     /// Everything that was written under it is committed.
-    pub(super) fn lease_returned(&mut self, ino: u64) {
-        if let Some(open) = self.inodes.get_mut(&ino) {
+    pub(super) fn lease_returned(&mut self, recall: Recalled) {
+        if let Some(open) = self.inodes.get_mut(&recall.ino)
+            && open.lease == WriteLease::Recalled(recall.grant)
+        {
             open.lease = WriteLease::None;
         }
     }
@@ -137,16 +144,20 @@ impl Opens {
     /// Whether data may be kept back under the file's write lease.
     pub(super) fn holds_lease(&self, ino: u64) -> bool {
         let open = self.inodes.get(&ino);
-        open.is_some_and(|open| open.lease == WriteLease::Held)
+        open.is_some_and(|open| matches!(open.lease, WriteLease::Held(_)))
     }
 
-    /// Files whose lease this session did not return yet, ascending.
-    pub(super) fn leases(&self) -> Vec<u64> {
-        let leased = |open: &OpenInode| open.lease != WriteLease::None && open.registered;
-        let leases = self.inodes.iter().filter(|(_, open)| leased(open));
-        let mut inos: Vec<u64> = leases.map(|(ino, _)| *ino).collect();
-        inos.sort_unstable();
-        inos
+    /// Leases that this session did not return yet, ascending by inode.
+    pub(super) fn leases(&self) -> Vec<v1::WriteLease> {
+        let leased = |(ino, open): (&u64, &OpenInode)| match open.lease {
+            WriteLease::Held(grant) | WriteLease::Recalled(grant) if open.registered => {
+                Some(v1::WriteLease { ino: *ino, grant })
+            }
+            _ => None,
+        };
+        let mut leases: Vec<_> = self.inodes.iter().filter_map(leased).collect();
+        leases.sort_unstable_by_key(|lease| lease.ino);
+        leases
     }
 
     /// Whether the server is known to have it registered.
@@ -218,22 +229,25 @@ mod tests {
     #[test]
     fn a_lease_lasts_until_its_recall_and_is_named_until_it_is_returned() {
         let mut opens = Opens::default();
+        let recall = |grant| Recalled { ino: 7, grant };
         opens.created(7, true);
         assert!(!opens.holds_lease(7));
-        opens.lease_granted(7);
+        opens.lease_granted(7, 1);
         assert!(opens.holds_lease(7));
-        assert_eq!(opens.leases(), [7]);
-        opens.lease_recalled(7);
+        opens.lease_recalled(recall(1));
         assert!(!opens.holds_lease(7));
-        assert_eq!(opens.leases(), [7], "others wait for it");
-        opens.lease_granted(7);
-        assert!(!opens.holds_lease(7), "an answer that was on its way");
-        opens.lease_returned(7);
+        let named = v1::WriteLease { ino: 7, grant: 1 };
+        assert_eq!(opens.leases(), [named], "others wait for it");
+        opens.lease_returned(recall(1));
         assert!(opens.leases().is_empty());
-        opens.lease_granted(7);
+        opens.lease_granted(7, 2);
+        // Of an earlier grant, which a release ended before the recall came.
+        opens.lease_recalled(recall(1));
+        opens.lease_returned(recall(1));
+        assert!(opens.holds_lease(7));
         opens.release(7);
         assert!(!opens.holds_lease(7));
-        opens.lease_granted(8);
+        opens.lease_granted(8, 3);
         assert!(!opens.holds_lease(8), "it is not open");
     }
 

@@ -13,11 +13,11 @@ use heliofs_proto::v1::request::Body;
 use prost::Message;
 use tokio::sync::oneshot;
 
-use super::SessionOptions;
 use super::locks::HeldLocks;
 use super::opens::{Need, Opens};
 use super::pulse::Pulse;
 use super::window::Window;
+use super::{Recalled, SessionOptions};
 use crate::error::ClientError;
 
 /// A frame takes no further request beyond this; the rest travels in the next one. Well below the largest message, since a
@@ -91,7 +91,7 @@ impl Pending {
 enum Out {
     Request(u64),
     Release(u64),
-    ReturnLease(u64),
+    ReturnLease(Recalled),
     Cancel(u64),
 }
 
@@ -231,8 +231,8 @@ impl State {
     }
 
     /// The server wants a file's write lease back; it gets it through [`State::return_lease`].
-    pub(super) fn lease_recalled(&mut self, ino: u64) {
-        self.opens.lease_recalled(ino);
+    pub(super) fn lease_recalled(&mut self, recall: Recalled) {
+        self.opens.lease_recalled(recall);
     }
 
     /// Whether data may be kept back under the file's write lease, as far as the leader said.
@@ -241,9 +241,9 @@ impl State {
     }
 
     /// Answers a recall. Said again by the next hello when it is lost with the stream.
-    pub(super) fn return_lease(&mut self, ino: u64) {
-        self.opens.lease_returned(ino);
-        self.push(Out::ReturnLease(ino));
+    pub(super) fn return_lease(&mut self, recall: Recalled) {
+        self.opens.lease_returned(recall);
+        self.push(Out::ReturnLease(recall));
     }
 
     fn meet(&mut self, need: Need, ino: u64, now: Instant) {
@@ -436,10 +436,14 @@ impl State {
                     let body = Some(Body::Release(v1::Release { ino }));
                     frame.requests.push(v1::Request { id, body });
                 }
-                Out::ReturnLease(ino) => {
+                Out::ReturnLease(recall) => {
                     let id = self.next_id;
                     self.next_id += 1;
-                    let body = Some(Body::ReturnLease(v1::ReturnLease { ino }));
+                    let lease = Some(v1::WriteLease {
+                        ino: recall.ino,
+                        grant: recall.grant,
+                    });
+                    let body = Some(Body::ReturnLease(v1::ReturnLease { lease }));
                     frame.requests.push(v1::Request { id, body });
                 }
                 Out::Cancel(id) => frame.cancels.push(id),
@@ -528,18 +532,19 @@ impl State {
                     if let Some(ino) = created_file(command, reply) {
                         let used = pending.caller.as_ref().is_some_and(|c| !c.is_closed());
                         let need = self.opens.created(ino, pending.keeps_open && used);
-                        if response.write_lease {
-                            self.opens.lease_granted(ino);
+                        if response.write_lease != 0 {
+                            self.opens.lease_granted(ino, response.write_lease);
                         }
                         self.meet(need, ino, now);
                     }
                 }
             }
             Body::Open(open) => {
-                let need = self.opens.opened(open.ino, id, ok);
-                if response.write_lease {
-                    self.opens.lease_granted(open.ino);
+                // Not the answer to an open that was released since, which ended its lease.
+                if response.write_lease != 0 && self.opens.is_opening(open.ino, id) {
+                    self.opens.lease_granted(open.ino, response.write_lease);
                 }
+                let need = self.opens.opened(open.ino, id, ok);
                 self.meet(need, open.ino, now);
             }
             // An unlock that nobody waits for is still wanted.

@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Event, Session, SessionOptions, Watcher};
+use super::{Event, Recalled, Session, SessionOptions, Watcher};
 use crate::cluster::{Cluster, ClusterOptions};
 use crate::error::{AttachError, ClientError, ClusterError};
 use crate::token::Token;
@@ -579,7 +579,7 @@ impl Watcher for Recorder {
         self.0.lock().push("forget".into());
     }
 
-    fn recalled(&self, _: u64) {}
+    fn recalled(&self, _: Recalled) {}
 }
 
 #[tokio::test]

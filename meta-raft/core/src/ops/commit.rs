@@ -227,19 +227,23 @@ fn commit_file<V: View>(
     if file.kill_suidgid {
         privileges::kill_suidgid(&mut inode);
     }
-    inode.mtime = mtime(inode.mtime, UnixNanos(file.mtime), txn.time);
-    inode.ctime = txn.time;
+    // When the write was made, not when it is committed: nobody could see the file in between without asking for the commit.
+    let written = match UnixNanos(file.mtime) {
+        UnixNanos(0) => txn.time,
+        written => written.min(txn.time),
+    };
+    inode.mtime = mtime(inode.mtime, written, txn.time);
+    inode.ctime = match file.kill_suidgid {
+        true => txn.time,
+        false => inode.ctime.max(written),
+    };
     txn.put_inode(ino, &inode)?;
     Ok(inode.attr(ino))
 }
 
-/// The time of the write, but not later than the command's. Somebody else's change in between stays visible, so that mtime does
-/// not go back; only a time in the future, which somebody set by hand, is replaced as any write replaces it.
+/// The time of the write, which is not later than the command's. Somebody else's change in between stays visible, so that mtime
+/// does not go back; only a time in the future, which somebody set by hand, is replaced as any write replaces it.
 fn mtime(current: UnixNanos, written: UnixNanos, now: UnixNanos) -> UnixNanos {
-    let written = match written {
-        UnixNanos(0) => now,
-        written => written.min(now),
-    };
     if current <= now {
         written.max(current)
     } else {

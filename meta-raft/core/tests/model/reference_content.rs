@@ -166,7 +166,10 @@ impl Reference {
         } else {
             written.max(node.mtime)
         };
-        node.ctime = now;
+        node.ctime = match file.kill_suidgid {
+            true => now,
+            false => node.ctime.max(written),
+        };
     }
 
     pub(crate) fn fallocate(&mut self, op: &v1::Fallocate) -> Result<(), FsError> {

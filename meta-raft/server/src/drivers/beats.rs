@@ -22,6 +22,10 @@ pub(super) async fn run(ctx: Context) {
         ticks.tick().await;
         tick = tick.wrapping_add(1);
         for volume in ctx.hub.volumes() {
+            if ctx.state.is_mirror(volume.id) {
+                // The source's digests are replayed.
+                continue;
+            }
             let Some(beat) = ctx.state.beat(volume.id) else {
                 continue;
             };

@@ -2,6 +2,7 @@
 //!
 //! - [`reign`]: makes the soft state when a term begins, runs the drivers, drops all when it ends
 //! - [`reap`]: removes orphans that nobody has open; [`work`]: goes on with erasures and tree removals
+//! - [`slots`]: gives up what is kept for mirrors that are too far behind
 //! - [`trash`]: removes hours of the trash that are over
 //! - [`expiry`]: ends sessions that are silent; [`beats`]: says how far a volume is, and its digest
 //!
@@ -12,6 +13,7 @@ pub mod beats;
 pub mod expiry;
 pub mod reap;
 pub mod reign;
+pub mod slots;
 pub mod trash;
 pub mod work;
 

@@ -53,6 +53,10 @@ pub(super) async fn run(ctx: Context) {
 
 /// Reaps what can be reaped now.
 async fn serve(ctx: &Context, volume: &VolumeSessions) -> Step {
+    if ctx.state.is_mirror(volume.id) {
+        // The source reaps.
+        return Step::Idle;
+    }
     if volume.soft().rests(Instant::now()) {
         // The expiry driver wakes us when the rest is over.
         return Step::Idle;

@@ -50,6 +50,10 @@ pub(super) async fn run(ctx: Context) {
 
 /// The trash and the hours of it that are over.
 fn expired(ctx: &Context, volume: &VolumeSessions) -> Result<Vec<(Ino, Bytes)>, Corruption> {
+    if ctx.state.is_mirror(volume.id) {
+        // The source's removals are replayed.
+        return Ok(Vec::new());
+    }
     ctx.state.snapshot_view(|view| {
         let days = query::settings(view, volume.id)?.map_or(0, |settings| settings.trash_days);
         if days == 0 {

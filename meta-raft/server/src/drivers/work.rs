@@ -45,6 +45,10 @@ pub(super) async fn run(ctx: Context) {
 
 /// One step of the first erasure and one of the first tree removal.
 async fn step(ctx: &Context, volume: &VolumeSessions) -> Result<Step, Corruption> {
+    if ctx.state.is_mirror(volume.id) {
+        // The source's steps are replayed.
+        return Ok(Step::Idle);
+    }
     let (erase, intent) = ctx.state.snapshot_view(|view| {
         let erase = query::erases(view, volume.id, Ino(0), 1)?;
         let intent = query::intents(view, volume.id, 0, 1)?;

@@ -7,9 +7,11 @@ use meta_core::{limits::CORE_LEVEL_MAX, query};
 use tonic::{Request, Response, Status};
 
 use super::status;
+use crate::changelog::Applies;
 use crate::proposer::{LocalReply, Proposed};
 use crate::raft::admin::{AdminError, RaftAdmin};
 use crate::sessions::Context;
+use crate::store::LogStore;
 
 /// Segments are this large unless the volume says otherwise: large enough that a request's overhead does not count, small
 /// enough that a retry does not hurt.
@@ -18,11 +20,13 @@ const SEGMENT_BYTES: u64 = 4 << 20;
 /// The service.
 #[derive(Clone)]
 pub struct AdminService {
-    ctx: Context,
+    pub(super) ctx: Context,
     raft: RaftAdmin,
+    pub(super) log: LogStore,
+    pub(super) applies: Applies,
 }
 
-type Answer<T> = Result<Response<T>, Status>;
+pub(super) type Answer<T> = Result<Response<T>, Status>;
 
 fn admin_status(error: AdminError) -> Status {
     match error {
@@ -35,7 +39,7 @@ fn admin_status(error: AdminError) -> Status {
 
 /// JuiceFS's rule, so that a name can be a bucket's prefix and a host's label: 3 to 63 lower-case letters, digits and
 /// dashes, no dash at either end.
-fn check_name(name: &str) -> Result<(), Status> {
+pub(super) fn check_name(name: &str) -> Result<(), Status> {
     let fits = (3..=63).contains(&name.len())
         && name
             .bytes()
@@ -65,22 +69,28 @@ fn check_core_level(settings: Option<&v1::VolumeSettings>) -> Result<(), Status>
     }
 }
 
-fn no_volume(what: impl std::fmt::Display) -> Status {
+pub(super) fn no_volume(what: impl std::fmt::Display) -> Status {
     Status::not_found(format!("no volume `{what}` in this cluster"))
 }
 
-fn unexpected(answer: &dyn std::fmt::Debug) -> Status {
+pub(super) fn unexpected(answer: &dyn std::fmt::Debug) -> Status {
     tracing::error!(?answer, "a proposal was answered with something else");
     Status::internal(format!("unexpected answer {answer:?}"))
 }
 
 impl AdminService {
     /// Over the node's parts.
-    pub fn new(ctx: Context, raft: RaftAdmin) -> Self {
-        Self { ctx, raft }
+    pub fn new(ctx: Context, raft: RaftAdmin, applies: Applies) -> Self {
+        let log = raft.log.clone();
+        Self {
+            ctx,
+            raft,
+            log,
+            applies,
+        }
     }
 
-    async fn propose_local(&self, op: local_command::Op) -> Result<LocalReply, Status> {
+    pub(super) async fn propose_local(&self, op: local_command::Op) -> Result<LocalReply, Status> {
         let item = Item::Local(v1::LocalCommand { op: Some(op) });
         match self
             .ctx
@@ -95,7 +105,7 @@ impl AdminService {
         }
     }
 
-    fn named(&self, name: &str) -> Result<v1::Volume, Status> {
+    pub(super) fn named(&self, name: &str) -> Result<v1::Volume, Status> {
         self.ctx
             .state
             .volume_named(name)
@@ -127,7 +137,7 @@ impl AdminService {
         })
     }
 
-    async fn current(&self) -> Result<(), Status> {
+    pub(super) async fn current(&self) -> Result<(), Status> {
         self.ctx.gate.linearizable().await.map_err(status::read)
     }
 }
@@ -265,6 +275,11 @@ impl Admin for AdminService {
                 other => return Err(unexpected(&other)),
             }
         }
+        if settings.is_some() && record.mirror.is_some() {
+            return Err(Status::invalid_argument(format!(
+                "volume `{name}` is a mirror: its settings are changed at the source"
+            )));
+        }
         if settings.is_some() {
             let command = v1::Command {
                 volume: record.id,
@@ -346,6 +361,49 @@ impl Admin for AdminService {
             sums: bytes.into(),
             diverged: self.ctx.state.diverged(id).map(Into::into),
         }))
+    }
+
+    async fn create_slot(&self, ask: Request<v1::CreateSlotRequest>) -> Answer<v1::MirrorSlot> {
+        self.slot_created(ask.into_inner()).await
+    }
+
+    async fn list_slots(
+        &self,
+        ask: Request<v1::ListSlotsRequest>,
+    ) -> Answer<v1::ListSlotsResponse> {
+        self.slots_listed(ask.into_inner()).await
+    }
+
+    async fn change_slot(
+        &self,
+        ask: Request<v1::ChangeSlotRequest>,
+    ) -> Answer<v1::ChangeSlotResponse> {
+        self.slot_changed(ask.into_inner()).await
+    }
+
+    async fn report_slot(&self, ask: Request<v1::SlotReport>) -> Answer<v1::MirrorSlot> {
+        self.slot_reported(ask.into_inner()).await
+    }
+
+    async fn mirror_status(
+        &self,
+        ask: Request<v1::MirrorStatusRequest>,
+    ) -> Answer<v1::MirrorStatusResponse> {
+        self.mirrors_shown(ask.into_inner()).await
+    }
+
+    async fn mirror_wait(
+        &self,
+        ask: Request<v1::MirrorWaitRequest>,
+    ) -> Answer<v1::MirrorWaitResponse> {
+        self.position_awaited(ask.into_inner()).await
+    }
+
+    async fn mirror_reload(
+        &self,
+        ask: Request<v1::MirrorReloadRequest>,
+    ) -> Answer<v1::MirrorReloadResponse> {
+        self.reload(ask.into_inner()).await
     }
 }
 

@@ -1,9 +1,10 @@
 //! The services that clients and operators call.
 //!
-//! - [`admin`]: cluster and volumes; [`status`]: how failures look
+//! - [`admin`]: cluster and volumes; [`mirrors`]: slots and mirrors; [`status`]: how failures look
 //! - elsewhere: [`crate::sessions::attach`], [`crate::changelog`], and between nodes [`crate::raft::service`]
 
 pub mod admin;
+pub mod mirrors;
 pub mod status;
 
 use heliofs_proto::limits::MESSAGE_BYTES_MAX;
@@ -15,6 +16,7 @@ use tonic::service::interceptor::InterceptedService;
 
 use crate::changelog::ChangelogService;
 use crate::drivers::reign;
+use crate::drivers::slots::SlotDriver;
 use crate::node::NodeContext;
 use crate::sessions::Context;
 use crate::sessions::attach::SessionsService;
@@ -41,9 +43,12 @@ pub fn start(node: &NodeContext) -> (Routes, metrics::Shown) {
         leadership: node.leadership.clone(),
         hub,
         damage: node.damage.clone(),
+        mirrors: node.mirrors.clone(),
     };
     node.tasks
         .spawn(reign::run(ctx.clone(), node.cancel.clone()));
+    let slots = SlotDriver::new(ctx.clone(), node.log.clone());
+    node.tasks.spawn(slots.run(node.cancel.clone()));
     let shown = metrics::Shown {
         metrics,
         hub: ctx.hub.clone(),
@@ -53,7 +58,7 @@ pub fn start(node: &NodeContext) -> (Routes, metrics::Shown) {
     let sessions = SessionsServer::new(SessionsService::new(ctx.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let admin = admin::AdminService::new(ctx.clone(), node.raft.clone());
+    let admin = admin::AdminService::new(ctx.clone(), node.raft.clone(), applies.clone());
     let admin = AdminServer::new(admin).max_encoding_message_size(MESSAGE_BYTES_MAX);
     let follow = ChangelogService::new(ctx, node, applies);
     let follow = ChangelogServer::new(follow).max_encoding_message_size(MESSAGE_BYTES_MAX);

@@ -13,6 +13,7 @@ use super::snapshot::SnapshotData;
 use super::types::{BatchReply, Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::observer::Observers;
 use crate::store::State;
+use crate::store::group::stands_alone;
 
 /// Entries applied as one group at most: bounds memory when a long log is applied again.
 const GROUP_ENTRIES_MAX: usize = 512;
@@ -94,10 +95,15 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let mut group_bytes = 0;
             while let Some(item) = next.take() {
                 let (entry, responder) = item?;
+                let alone = stands_alone(&entry);
+                if alone && !group.is_empty() {
+                    self.apply_group(&group, std::mem::take(&mut responders))?;
+                    group.clear();
+                }
                 group_bytes += bytes(&entry);
                 group.push(entry);
                 responders.push(responder);
-                if group.len() < GROUP_ENTRIES_MAX && group_bytes < GROUP_BYTES_MAX {
+                if !alone && group.len() < GROUP_ENTRIES_MAX && group_bytes < GROUP_BYTES_MAX {
                     // What can be had without waiting joins the group.
                     next = entries.next().now_or_never().flatten();
                 }

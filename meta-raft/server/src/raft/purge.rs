@@ -74,6 +74,8 @@ struct Extent {
     /// Index of the last entry that was applied.
     applied: u64,
     oldest_held: Option<u64>,
+    /// The first entry that a mirror's slot needs. Slots have caps of their own, past which they are invalidated.
+    slots: Option<u64>,
 }
 
 /// Up to which index the log should be trimmed; `None`: it is short enough.
@@ -91,7 +93,10 @@ fn purge_upto(retention: &LogRetention, log: Extent) -> Option<u64> {
         }
     };
     let keep = retention.entries_min.min(by_bytes).max(1);
-    let upto = log.applied.checked_sub(keep)?;
+    let mut upto = log.applied.checked_sub(keep)?;
+    if let Some(slots) = log.slots {
+        upto = upto.min(slots.checked_sub(1)?);
+    }
     let over = log.entries > CAPS_HELD * retention.entries_max
         || log.bytes > CAPS_HELD.saturating_mul(retention.bytes_max);
     match log.oldest_held {
@@ -140,6 +145,10 @@ impl PurgeDriver {
             bytes: self.log.bytes(),
             applied: applied.index,
             oldest_held: self.holds.oldest(),
+            slots: self
+                .state
+                .slots_index()
+                .map_err(|error| error.to_string())?,
         };
         let Some(upto) = purge_upto(&self.retention, extent) else {
             return Ok(());
@@ -188,6 +197,7 @@ mod tests {
             bytes,
             applied: 1_000,
             oldest_held: None,
+            slots: None,
         }
     }
 
@@ -213,6 +223,12 @@ mod tests {
             purge_upto(&retention, held),
             Some(900),
             "past the cap nobody holds it back"
+        );
+        held.slots = Some(800);
+        assert_eq!(
+            purge_upto(&retention, held),
+            Some(799),
+            "but for slots, which have caps of their own"
         );
     }
 

@@ -121,6 +121,11 @@ impl SessionsService {
                 .collect(),
             node: self.ctx.node.0,
             term,
+            mirror: volume.mirror.is_some(),
+            prefix: match &volume.mirror {
+                Some(mirror) => mirror.prefix.clone(),
+                None => volume.name.clone(),
+            },
         })
     }
 }
@@ -164,6 +169,14 @@ impl Sessions for SessionsService {
         let record = self.ctx.state.volume_named(&hello.volume).ok_or_else(|| {
             Status::not_found(format!("no volume `{}` in this cluster", hello.volume))
         })?;
+        if let Some(mirror) = &record.mirror
+            && mirror.state() == v1::MirrorState::Loading
+        {
+            return Err(Status::unavailable(format!(
+                "volume `{}` is a mirror that is being loaded",
+                hello.volume
+            )));
+        }
         let volume = self
             .ctx
             .hub
@@ -175,7 +188,15 @@ impl Sessions for SessionsService {
             .state
             .cluster_id()
             .ok_or_else(|| Status::unavailable("the cluster was not formed yet"))?;
+        let mirror = record.mirror.is_some();
         let session = match hello.session {
+            new_or_known if mirror => {
+                let id = SessionId(new_or_known);
+                if new_or_known != 0 && id.cluster() != cluster {
+                    return Ok(ended());
+                }
+                volume.admit_to_mirror(cluster, term, new_or_known)
+            }
             0 => self.begin(&volume, cluster.0).await?,
             resumed if self.exists(volume.id, resumed).await? => resumed,
             _ => return Ok(ended()),
@@ -192,7 +213,7 @@ impl Sessions for SessionsService {
             session,
             stream,
             outbox,
-            read_only: hello.read_only,
+            read_only: hello.read_only || mirror,
         };
         tracing::debug!(session, volume = %hello.volume, host = %hello.host, "a session attached");
         tokio::spawn(stream.run(inbound));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use heliofs_proto::ids::{Position, SessionId, VolumeId};
+use heliofs_proto::ids::{ClusterId, Position, SessionId, VolumeId};
 use heliofs_proto::v1;
 use meta_core::{Corruption, query};
 use parking_lot::{Mutex, MutexGuard, RwLock};
@@ -31,6 +31,8 @@ const SESSIONS_PAGE: usize = 1000;
 pub struct VolumeSessions {
     /// The volume.
     pub id: VolumeId,
+    /// Which load of a mirror this is the soft state of; 0: the volume is no mirror.
+    load: u64,
     soft: Mutex<Soft>,
     /// Seq up to which effects are known to `soft`.
     seen: watch::Sender<u64>,
@@ -45,12 +47,31 @@ pub struct VolumeSessions {
     pub(crate) work_wanted: AtomicBool,
     /// Seq at the last beat.
     pub(crate) beaten: AtomicU64,
+    /// Sessions that this leader began, of a mirror.
+    admitted: AtomicU64,
 }
 
 impl VolumeSessions {
     /// The soft state. Held for moments only, never over a wait.
     pub fn soft(&self) -> MutexGuard<'_, Soft> {
         self.soft.lock()
+    }
+
+    /// A session of a mirror, which is soft state alone: nothing of it may be in the records, which are the source's. `session`
+    /// is 0 for a new one.
+    pub fn admit_to_mirror(&self, cluster: ClusterId, term: u64, session: u64) -> u64 {
+        let mut soft = self.soft();
+        let mut id = session;
+        while id == 0 {
+            // Terms differ, so that no two leaders give the same id, unless one gives more than 65,536.
+            let number = self.admitted.fetch_add(1, Ordering::Relaxed) as u32;
+            let candidate = SessionId::new(cluster, (term as u32) << 16 ^ number).0;
+            if !soft.knows(candidate) {
+                id = candidate;
+            }
+        }
+        soft.admit(id, Instant::now());
+        id
     }
 
     /// A session came back, with everything that it holds.
@@ -202,11 +223,19 @@ impl Hub {
 
     fn make(&self, id: VolumeId, began: Instant) -> Result<Arc<VolumeSessions>, Corruption> {
         let state = &self.shared.state;
-        let known = state.snapshot_view(|view| known_sessions(view, id))?;
+        let mirror = state.mirror(id);
+        let known = match &mirror {
+            // Those of the records are the source's.
+            Some(_) => Vec::new(),
+            None => state.snapshot_view(|view| known_sessions(view, id))?,
+        };
         let grace = Grace::new(known.iter().copied(), began, self.shared.timings.timeout);
+        let mut soft = Soft::new(&known, grace, INODES_TOLD_MAX);
+        soft.of_mirror(mirror.is_some());
         let made = Arc::new(VolumeSessions {
             id,
-            soft: Mutex::new(Soft::new(&known, grace, INODES_TOLD_MAX)),
+            load: mirror.map_or(0, |mirror| mirror.load),
+            soft: Mutex::new(soft),
             seen: watch::Sender::new(0),
             caches_known: AtomicBool::new(false),
             returned: Notify::new(),
@@ -214,6 +243,7 @@ impl Hub {
             reap_wanted: AtomicBool::new(false),
             work_wanted: AtomicBool::new(false),
             beaten: AtomicU64::new(0),
+            admitted: AtomicU64::new(1),
         });
         let made = Arc::clone(self.shared.volumes.write().entry(id).or_insert(made));
         // From here on every command is seen. What was applied before is in the records, so that reads of up to this
@@ -237,27 +267,37 @@ impl Hub {
 
     /// Makes what is missing and drops volumes that were destroyed, with their sessions.
     pub fn follow_volumes(&self) -> Result<(), Corruption> {
-        let now: Vec<VolumeId> = self
+        // Of mirrors those that are complete, with the number of their load.
+        let now: HashMap<VolumeId, u64> = self
             .shared
             .state
             .volumes()
             .iter()
-            .map(|volume| VolumeId(volume.id))
+            .filter_map(|volume| match &volume.mirror {
+                Some(mirror) if mirror.state() == v1::MirrorState::Loading => None,
+                Some(mirror) => Some((VolumeId(volume.id), mirror.load)),
+                None => Some((VolumeId(volume.id), 0)),
+            })
             .collect();
-        for id in &now {
-            self.volume(*id)?;
-        }
         let gone: Vec<_> = {
             let mut volumes = self.shared.volumes.write();
             let gone: Vec<VolumeId> = volumes
-                .keys()
-                .filter(|id| !now.contains(id))
-                .copied()
+                .values()
+                .filter(|volume| now.get(&volume.id) != Some(&volume.load))
+                .map(|volume| volume.id)
                 .collect();
             gone.iter().filter_map(|id| volumes.remove(id)).collect()
         };
+        for id in now.keys() {
+            self.volume(*id)?;
+        }
         for volume in gone {
-            volume.soft().end_all();
+            if volume.load == 0 && self.shared.state.volume(volume.id).is_none() {
+                volume.soft().end_all();
+            } else {
+                // It comes back with other records, in which these sessions have nothing.
+                volume.soft().move_all("");
+            }
         }
         Ok(())
     }

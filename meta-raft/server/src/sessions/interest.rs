@@ -237,27 +237,31 @@ impl Interest {
         }
     }
 
-    /// Attributes and content of a file are to be asked for anew by everybody but `by`.
-    pub fn forget_file(
+    /// Attributes and content of a file are to be asked for anew by everybody but `by`. They stay told: an answer that is on its
+    /// way may be taken for newer than this, and is corrected by the change that comes.
+    pub fn outdate(
         &mut self,
         ino: u64,
         by: Option<StreamId>,
         mut send: impl FnMut(StreamId, v1::Invalidation),
     ) {
-        let Some(holders) = self.inodes.peek_mut(&ino) else {
-            return;
-        };
         let effect = Effect {
             attr: true,
             content: true,
             ..Effect::default()
         };
-        for holder in holders {
-            if Some(holder.stream) != by
-                && self.streams.contains(&holder.stream)
-                && let Some(message) = invalidate(ino, &effect, holder, false)
+        let followers = self
+            .followers
+            .iter()
+            .map(|(stream, _)| (*stream, Holder::of_all(*stream).what));
+        let holders = self.inodes.peek(&ino).into_iter().flatten();
+        let holders = holders.map(|holder| (holder.stream, holder.what));
+        for (stream, what) in followers.chain(holders) {
+            if Some(stream) != by
+                && self.streams.contains(&stream)
+                && let Some(message) = invalidate(ino, &effect, &mut Holder { stream, what }, false)
             {
-                send(holder.stream, message);
+                send(stream, message);
             }
         }
     }

@@ -29,6 +29,7 @@ use tokio::sync::watch;
 
 use crate::damage::Damage;
 use crate::leadership::Leadership;
+use crate::mirrors::MirrorBoard;
 use crate::proposer::{ProposeError, Proposed, Proposer};
 use crate::read_gate::ReadGate;
 use crate::store::State;
@@ -51,10 +52,18 @@ pub struct Context {
     pub hub: Hub,
     /// Where damaged records are reported.
     pub damage: Damage,
+    /// What the followers of this node's mirrors say of themselves.
+    pub mirrors: MirrorBoard,
 }
 
 /// Ends a session that is marked as ending: by a command, whose application drops the soft state on the way.
 pub(crate) async fn end_session(ctx: &Context, volume: &VolumeSessions, session: u64) {
+    if ctx.state.is_mirror(volume.id) {
+        // A mirror's sessions are soft state alone: its records are the source's.
+        let wake = volume.soft().end_session(session, Instant::now());
+        ctx.hub.wake(volume, wake);
+        return;
+    }
     loop {
         let op = Op::SessionEnd(v1::SessionEnd { session });
         match propose(ctx, volume, op).await {

@@ -39,8 +39,8 @@ pub enum Outgoing {
     Response(v1::Response),
     /// Something that the client must not trust any more.
     Invalidation(v1::Invalidation),
-    /// The write lease of this inode is to be returned.
-    Recall(u64),
+    /// This write lease is to be returned.
+    Recall(v1::WriteLease),
     /// The lease is renewed.
     Pong(u64),
     /// Last: the client finds its leader elsewhere (`host:port`, or empty).
@@ -187,7 +187,7 @@ impl Frames {
                     bytes += INVALIDATION_WEIGHT;
                     frame.invalidations.push(invalidation);
                 }
-                Outgoing::Recall(ino) => frame.recalls.push(ino),
+                Outgoing::Recall(lease) => frame.recalls.push(lease),
                 Outgoing::Pong(ping) => frame.pong = ping,
                 Outgoing::Moved(address) => frame.moved = Some(address),
                 Outgoing::SessionEnded => frame.session_ended = true,
@@ -331,11 +331,12 @@ mod tests {
     #[tokio::test]
     async fn a_recall_comes_behind_what_was_answered_before_it() {
         let (outbox, mut frames) = outbox();
-        for outgoing in [response(1), Outgoing::Recall(7), response(2)] {
+        let lease = v1::WriteLease { ino: 7, grant: 1 };
+        for outgoing in [response(1), Outgoing::Recall(lease), response(2)] {
             outbox.send(outgoing);
         }
         let frame = frames.next().await.unwrap().unwrap();
-        assert_eq!((frame.responses[0].id, frame.recalls), (1, vec![7]));
+        assert_eq!((frame.responses[0].id, frame.recalls), (1, vec![lease]));
         let frame = frames.next().await.unwrap().unwrap();
         assert_eq!((frame.responses[0].id, frame.recalls), (2, vec![]));
     }

@@ -19,7 +19,7 @@ use super::opens::Opens;
 use super::orphans::Orphans;
 use super::outbox::{Outbox, Outgoing};
 use super::reads;
-use super::write_leases::{Reasserted, Returned, WriteLeases};
+use super::write_leases::{Returned, WriteLeases};
 use crate::observer::AppliedItem;
 
 #[cfg(test)]
@@ -141,6 +141,8 @@ pub struct Soft {
     recent: VecDeque<(u64, Effects)>,
     seen: Position,
     orphans: Orphans,
+    /// The volume is a mirror: commands are of the source's sessions.
+    mirror: bool,
     /// Which dead segments are leased to whom.
     pub deletions: DeletionLeases,
     /// Which session compacts.
@@ -164,9 +166,27 @@ impl Soft {
             recent: VecDeque::new(),
             seen: Position::START,
             orphans: Orphans::default(),
+            mirror: false,
             deletions: DeletionLeases::default(),
             compaction: CompactionLease::default(),
         }
+    }
+
+    /// Of a mirror, commands change what is told and nothing else: whom they are of lives elsewhere.
+    pub fn of_mirror(&mut self, mirror: bool) {
+        self.mirror = mirror;
+    }
+
+    /// Whether there is such a session.
+    pub fn knows(&self, session: u64) -> bool {
+        self.sessions.contains_key(&session)
+    }
+
+    /// A session of a mirror, of which no record tells.
+    pub fn admit(&mut self, session: u64, now: Instant) {
+        self.sessions
+            .entry(session)
+            .or_insert_with(|| Session::silent_since(now));
     }
 
     /// The effects of all positions up to this one are known here.
@@ -226,15 +246,17 @@ impl Soft {
         &mut self,
         session: u64,
         opens: &[u64],
-        leases: &[u64],
+        leases: &[v1::WriteLease],
         locks: &[v1::Lock],
     ) -> Wake {
         let freed = self.opens.reassert(session, opens);
         let is_alone = |ino| self.opens.is_alone(session, ino);
-        for (ino, lease) in self.leases.reassert(session, leases, is_alone) {
-            if lease == Reasserted::Recalled {
-                self.send(session, Outgoing::Recall(ino));
-            }
+        let (held, recalled) = self.leases.reassert(session, leases, is_alone);
+        for ino in held {
+            self.outdate(session, ino);
+        }
+        for lease in recalled {
+            self.send(session, Outgoing::Recall(lease));
         }
         // What it does not name it does not hold: an unlock may have been lost with the stream.
         let granted = self.locks.end_session(session);
@@ -431,12 +453,19 @@ impl Soft {
         if !known.facts.takes_leases || !self.opens.is_alone(session, ino) {
             return;
         }
-        self.leases.grant(session, ino);
-        // From here on nothing that others know of the file's size and times is sure: they are to ask, which recalls the lease.
-        let own = known.attached.as_ref().map(|attached| attached.stream);
+        if self.leases.grant(session, ino) {
+            self.outdate(session, ino);
+        }
+    }
+
+    /// From here on nothing that others know of the file's size and times is sure: they are to ask, which recalls the lease.
+    fn outdate(&mut self, holder: u64, ino: u64) {
+        let known = self.sessions.get(&holder);
+        let own = known.and_then(|known| known.attached.as_ref());
+        let own = own.map(|attached| attached.stream);
         let streams = &self.streams;
         let position = Some(v1::Position::from(self.seen));
-        self.interest.forget_file(ino, own, |stream, message| {
+        self.interest.outdate(ino, own, |stream, message| {
             if let Some((_, outbox)) = streams.get(&stream) {
                 outbox.send(Outgoing::Invalidation(v1::Invalidation {
                     position,
@@ -449,9 +478,9 @@ impl Soft {
     /// Recalls the write lease that another session holds of `ino`. `None`: there is none; otherwise wait, then look again.
     pub fn recall(&mut self, by: u64, ino: u64) -> Option<Returned> {
         let recall = self.leases.recall(by, ino)?;
-        if let Some(holder) = recall.ask {
+        if let Some((holder, lease)) = recall.ask {
             // One that is away is asked when it is back.
-            self.send(holder, Outgoing::Recall(ino));
+            self.send(holder, Outgoing::Recall(lease));
         }
         Some(recall.returned)
     }
@@ -465,8 +494,8 @@ impl Soft {
     }
 
     /// A recall is answered.
-    pub fn return_lease(&mut self, session: u64, ino: u64) {
-        self.leases.end(session, ino);
+    pub fn return_lease(&mut self, session: u64, lease: v1::WriteLease) {
+        self.leases.give_back(session, lease);
     }
 
     /// Another session than `session` may know better what this file holds.
@@ -694,6 +723,9 @@ impl Soft {
             self.recent.pop_front();
         }
         self.recent.push_back((position.seq, effects));
+        if self.mirror {
+            return Wake::default();
+        }
 
         let reply = &applied.reply;
         let refused = reply.error() != FsError::None;
@@ -835,12 +867,22 @@ impl Soft {
                     .change_for(stream, effects, |message| send(stream, message));
             }
         }
+        // Leases that were granted since the answer was read.
+        let mut outdated = Vec::new();
+        if !self.leases.is_empty() {
+            let against = |told: &&Told| self.leases.is_held_against(*session, told.ino);
+            outdated.extend(told.iter().filter(against).map(|told| (*session, told.ino)));
+        }
         if let Some(mut response) = response.take() {
             if let Some(v1::response::Body::Opened(opened)) = &response.body {
                 let ino = opened.attr.as_ref().map_or(0, |attr| attr.ino);
                 response.write_lease = self.leases.holds(*session, ino);
             }
             own.send(Outgoing::Response(response));
+        }
+        for (session, ino) in outdated {
+            // What the answer tells lacks what the file's writer holds back: that is to come forth, and corrects it.
+            drop(self.recall(session, ino));
         }
         Telling::Told
     }

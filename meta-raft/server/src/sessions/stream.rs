@@ -10,7 +10,7 @@ use std::time::Instant;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
-use heliofs_proto::ids::VolumeId;
+use heliofs_proto::ids::{Position, VolumeId};
 use heliofs_proto::v1::{self, FsError, command::Op, log_item::Item, request::Body};
 use meta_core::Corruption;
 use tonic::Streaming;
@@ -179,8 +179,9 @@ impl SessionStream {
                         work.push(Box::pin(future));
                     }
                 }
-                Body::ReturnLease(lease) => {
-                    self.volume.soft().return_lease(self.session, lease.ino);
+                Body::ReturnLease(returned) => {
+                    let lease = returned.lease.unwrap_or_default();
+                    self.volume.soft().return_lease(self.session, lease);
                 }
                 Body::Release(release) => {
                     let wake = self.volume.soft().release(self.session, release.ino);
@@ -404,7 +405,12 @@ impl SessionStream {
                         .state
                         .snapshot_view(|view| answer_all(view, volume.id, &turn));
                     let (position, answers) = match answered {
-                        Ok(answered) => answered,
+                        Ok((Some(position), answers)) => (position, answers),
+                        // It is a mirror that is loaded anew.
+                        Ok((None, _)) if ctx.state.volume(volume.id).is_some() => {
+                            return Done::Leave(Leave::Moved(String::new()));
+                        }
+                        Ok((None, answers)) => (Position::START, answers),
                         Err(corruption) => return Done::Leave(Leave::Corrupt(corruption)),
                     };
                     for (read, (_, answer)) in turn.iter().zip(&answers) {
@@ -603,13 +609,17 @@ fn overtakes_writes(command: &v1::Command) -> Option<u64> {
     }
 }
 
-/// Answers reads from one view, with the position that it shows. Without the volume everything is stale.
+/// The position that a view shows, and answers from it by request.
+type Answered = (Option<Position>, Vec<(u64, Answer)>);
+
+/// Answers reads from one view, with the position that it shows. `None`, and everything is stale, without the volume.
 fn answer_all(
     view: &impl meta_core::View,
     volume: VolumeId,
     reads: &[Read],
-) -> Result<(heliofs_proto::ids::Position, Vec<(u64, Answer)>), Corruption> {
-    let position = reads::position(view, volume)?.unwrap_or_default();
+) -> Result<Answered, Corruption> {
+    let found = reads::position(view, volume)?;
+    let position = found.unwrap_or_default();
     let mut answers = Vec::with_capacity(reads.len());
     for read in reads {
         let was_held = read.opened.is_some_and(|registered| registered.was_held);
@@ -620,7 +630,7 @@ fn answer_all(
         answer.response.position = Some(position.into());
         answers.push((read.id, answer));
     }
-    Ok((position, answers))
+    Ok((found, answers))
 }
 
 fn leave_for(error: ReadError) -> Leave {

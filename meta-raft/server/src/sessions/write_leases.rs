@@ -3,8 +3,9 @@
 //! A session that is alone with a file gets its lease with the open. Whoever else wants to see the file recalls the lease and
 //! waits until the holder has committed what it has, or is gone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
+use heliofs_proto::v1;
 use tokio::sync::oneshot;
 
 /// Ends (without a value) when the lease that was waited for is over.
@@ -12,6 +13,7 @@ pub type Returned = oneshot::Receiver<()>;
 
 struct Lease {
     session: u64,
+    grant: u64,
     /// The holder was asked to return it, and who waits for that.
     recalled: Option<Vec<oneshot::Sender<()>>>,
 }
@@ -19,42 +21,42 @@ struct Lease {
 /// A lease that is in the way.
 #[derive(Debug)]
 pub struct Recall {
-    /// The session that is to be sent a recall, unless it was before.
-    pub ask: Option<u64>,
+    /// The session that is to be sent a recall of this grant, unless it was before.
+    pub ask: Option<(u64, v1::WriteLease)>,
     /// What to wait for.
     pub returned: Returned,
-}
-
-/// What a re-asserted lease becomes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Reasserted {
-    /// It goes on.
-    Held,
-    /// It goes on, and its recall must be sent again.
-    Recalled,
 }
 
 /// The leases of one volume.
 #[derive(Default)]
 pub struct WriteLeases {
     leases: HashMap<u64, Lease>,
+    /// The greatest grant's number so far.
+    grants: u64,
 }
 
 impl WriteLeases {
-    /// Gives `ino`'s lease to `session`, which is alone with the file, unless another session still holds it. A recalled lease
-    /// stays recalled.
-    pub fn grant(&mut self, session: u64, ino: u64) {
-        self.leases.entry(ino).or_insert(Lease {
+    /// Gives `ino`'s lease to `session`, which is alone with the file; false if it or another session holds one already. A
+    /// recalled lease stays recalled.
+    pub fn grant(&mut self, session: u64, ino: u64) -> bool {
+        if self.leases.contains_key(&ino) {
+            return false;
+        }
+        self.grants += 1;
+        let lease = Lease {
             session,
+            grant: self.grants,
             recalled: None,
-        });
+        };
+        self.leases.insert(ino, lease);
+        true
     }
 
-    /// Whether `session` may go by `ino`'s lease: it is its, and was not recalled.
-    pub fn holds(&self, session: u64, ino: u64) -> bool {
-        self.leases
-            .get(&ino)
-            .is_some_and(|lease| lease.session == session && lease.recalled.is_none())
+    /// The grant by which `session` may hold back data of `ino`; 0: none, or it was recalled.
+    pub fn holds(&self, session: u64, ino: u64) -> u64 {
+        let lease = self.leases.get(&ino);
+        let held = lease.filter(|lease| lease.session == session && lease.recalled.is_none());
+        held.map_or(0, |lease| lease.grant)
     }
 
     /// Whether a session other than `session` holds the lease, recalled or not.
@@ -71,11 +73,13 @@ impl WriteLeases {
             return None;
         }
         let (sender, returned) = oneshot::channel();
-        let ask = lease.recalled.is_none().then_some(lease.session);
+        let asked = lease.recalled.is_some();
         let waiters = lease.recalled.get_or_insert_default();
         // Those that gave up since (their streams ended) make room.
         waiters.retain(|waiter| !waiter.is_closed());
         waiters.push(sender);
+        let grant = lease.grant;
+        let ask = (!asked).then_some((lease.session, v1::WriteLease { ino, grant }));
         Some(Recall { ask, returned })
     }
 
@@ -85,47 +89,55 @@ impl WriteLeases {
         others.map(|(ino, _)| *ino).collect()
     }
 
-    /// `session` returns `ino`'s lease, or released the file. Who waits for it goes on.
+    /// `session` released the file. Who waits for its lease goes on.
     pub fn end(&mut self, session: u64, ino: u64) {
-        if self
-            .leases
-            .get(&ino)
-            .is_some_and(|lease| lease.session == session)
-        {
+        if self.is(session, ino, None) {
             self.leases.remove(&ino);
         }
     }
 
-    /// A resumed session says which leases it holds: those that it does not name end. Says what became of each that it names.
-    /// `is_alone`: no other session has the file open.
+    /// `session` returns a lease. Who waits for it goes on. Nothing happens when it is not of the grant that is held now.
+    pub fn give_back(&mut self, session: u64, lease: v1::WriteLease) {
+        if self.is(session, lease.ino, Some(lease.grant)) {
+            self.leases.remove(&lease.ino);
+        }
+    }
+
+    fn is(&self, session: u64, ino: u64, grant: Option<u64>) -> bool {
+        self.leases.get(&ino).is_some_and(|lease| {
+            lease.session == session && grant.is_none_or(|grant| grant == lease.grant)
+        })
+    }
+
+    /// A resumed session says which leases it holds: those that it does not name end. Returns those that go on as they were, and
+    /// those that are to be recalled (again). `is_alone`: no other session has the file open.
     pub fn reassert(
         &mut self,
         session: u64,
-        inos: &[u64],
+        named: &[v1::WriteLease],
         is_alone: impl Fn(u64) -> bool,
-    ) -> Vec<(u64, Reasserted)> {
-        let named: std::collections::HashSet<u64> = inos.iter().copied().collect();
+    ) -> (Vec<u64>, Vec<v1::WriteLease>) {
+        let inos: HashSet<u64> = named.iter().map(|lease| lease.ino).collect();
         self.leases
-            .retain(|ino, lease| lease.session != session || named.contains(ino));
-        let mut outcome = Vec::with_capacity(inos.len());
-        for &ino in inos {
-            let alone = is_alone(ino);
-            let lease = self.leases.entry(ino).or_insert(Lease {
+            .retain(|ino, lease| lease.session != session || inos.contains(ino));
+        let (mut held, mut recalled) = (Vec::new(), Vec::new());
+        for &named in named {
+            // Numbers of an earlier leader go on, and none of them comes twice.
+            self.grants = self.grants.max(named.grant);
+            let alone = is_alone(named.ino);
+            let lease = self.leases.entry(named.ino).or_insert(Lease {
                 session,
+                grant: named.grant,
                 // Somebody opened the file while the holder was away, and has seen what there was.
                 recalled: (!alone).then(Vec::new),
             });
-            let held = lease.session == session && lease.recalled.is_none();
-            outcome.push((
-                ino,
-                if held {
-                    Reasserted::Held
-                } else {
-                    Reasserted::Recalled
-                },
-            ));
+            if lease.session == session && lease.grant == named.grant && lease.recalled.is_none() {
+                held.push(named.ino);
+            } else {
+                recalled.push(named);
+            }
         }
-        outcome
+        (held, recalled)
     }
 
     /// All of a session's leases end.
@@ -163,61 +175,62 @@ mod tests {
         )
     }
 
+    fn lease(ino: u64, grant: u64) -> v1::WriteLease {
+        v1::WriteLease { ino, grant }
+    }
+
     #[test]
     fn the_holder_is_asked_once_and_everybody_waits_for_its_answer() {
         let mut leases = WriteLeases::default();
-        leases.grant(1, 7);
-        leases.grant(2, 7);
-        assert!(leases.holds(1, 7) && !leases.holds(2, 7));
+        assert!(leases.grant(1, 7));
+        assert!(!leases.grant(2, 7) && !leases.grant(1, 7));
+        assert_eq!((leases.holds(1, 7), leases.holds(2, 7)), (1, 0));
         assert!(leases.recall(1, 7).is_none(), "one's own is not in the way");
         let mut first = leases.recall(2, 7).unwrap();
         let mut second = leases.recall(3, 7).unwrap();
-        assert_eq!((first.ask, second.ask), (Some(1), None));
+        assert_eq!((first.ask, second.ask), (Some((1, lease(7, 1))), None));
         assert!(leases.is_waited_for(1) && !leases.is_waited_for(2));
-        assert!(!leases.holds(1, 7), "from the recall on it is of no use");
-        leases.grant(1, 7);
-        assert!(!leases.holds(1, 7), "nor is it granted again");
+        assert_eq!(leases.holds(1, 7), 0, "from the recall on it is of no use");
+        assert!(!leases.grant(1, 7), "nor is it granted again");
         leases.end(2, 7);
+        leases.give_back(2, lease(7, 1));
+        leases.give_back(1, lease(7, 9));
         assert!(!is_over(&mut first.returned), "only its holder ends it");
-        leases.end(1, 7);
+        leases.give_back(1, lease(7, 1));
         assert!(is_over(&mut first.returned) && is_over(&mut second.returned));
-        leases.grant(2, 7);
-        assert!(leases.holds(2, 7));
+        assert!(leases.grant(1, 7));
+        leases.give_back(1, lease(7, 1));
+        assert_eq!(leases.holds(1, 7), 2, "an answer to an earlier recall");
+        leases.end(1, 7);
+        assert!(leases.is_empty());
     }
 
     #[test]
     fn a_session_that_ends_holds_nobody_up() {
         let mut leases = WriteLeases::default();
-        leases.grant(1, 7);
-        leases.grant(1, 8);
-        leases.grant(2, 9);
+        assert!(leases.grant(1, 7) && leases.grant(1, 8) && leases.grant(2, 9));
         let mut waits = leases.recall(2, 8).unwrap().returned;
         leases.end_session(1);
         assert!(is_over(&mut waits));
-        assert_eq!(leases.len(), 1);
-        assert!(leases.holds(2, 9));
+        assert_eq!(leases.held_against(1), [9]);
     }
 
     #[test]
     fn a_resumed_session_goes_on_with_what_it_names() {
         let mut leases = WriteLeases::default();
-        (6..=8).for_each(|ino| leases.grant(1, ino));
+        assert!((6..=8).all(|ino| leases.grant(1, ino)));
         let mut kept = leases.recall(2, 7).unwrap().returned;
         let mut dropped = leases.recall(2, 8).unwrap().returned;
         // 9 was granted by an earlier leader, and 10 was opened by somebody else since.
-        let outcome = leases.reassert(1, &[6, 7, 9, 10], |ino| ino != 10);
-        assert_eq!(
-            outcome,
-            [
-                (6, Reasserted::Held),
-                (7, Reasserted::Recalled),
-                (9, Reasserted::Held),
-                (10, Reasserted::Recalled),
-            ]
-        );
+        let named = [lease(6, 1), lease(7, 2), lease(9, 50), lease(10, 51)];
+        let (held, recalled) = leases.reassert(1, &named, |ino| ino != 10);
+        assert_eq!(held, [6, 9]);
+        assert_eq!(recalled, [lease(7, 2), lease(10, 51)]);
         assert!(is_over(&mut dropped) && !is_over(&mut kept));
-        assert!(leases.holds(1, 9) && !leases.holds(1, 10));
-        leases.end(1, 7);
+        assert_eq!((leases.holds(1, 9), leases.holds(1, 10)), (50, 0));
+        leases.give_back(1, lease(7, 2));
         assert!(is_over(&mut kept));
+        assert!(leases.grant(1, 7));
+        assert_eq!(leases.holds(1, 7), 52);
     }
 }

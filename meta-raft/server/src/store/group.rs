@@ -1,5 +1,8 @@
 //! One applied group: any number of log entries, one overlay, one write batch.
 
+mod mirror;
+mod slots;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -105,6 +108,24 @@ impl AppliedGroup<'_> {
     }
 }
 
+/// Whether an entry must be a group of its own: it removes ranges of records, which reads of the same group would still see.
+pub fn stands_alone(entry: &Entry) -> bool {
+    let EntryPayload::Normal(data) = &entry.payload else {
+        return false;
+    };
+    // What can't be decoded is reported when it is applied.
+    data.batch().is_ok_and(|batch| {
+        batch.items.iter().any(|item| {
+            matches!(
+                &item.item,
+                Some(Item::Local(v1::LocalCommand {
+                    op: Some(Op::MirrorLoadBegin(_))
+                }))
+            )
+        })
+    })
+}
+
 struct Group<'g, 'e> {
     generation: &'g Generation,
     memory: &'g mut Memory,
@@ -113,6 +134,8 @@ struct Group<'g, 'e> {
     /// Sums to write: (volume, bucket).
     sums: BTreeSet<(VolumeId, u8)>,
     destroyed: BTreeSet<VolumeId>,
+    /// Loaded anew: the records go, what is local stays.
+    wiped: BTreeSet<VolumeId>,
     queues_changed: BTreeSet<VolumeId>,
     /// Freed in this group and not in the store yet.
     freed: BTreeMap<(VolumeId, SegmentId), UnixNanos>,
@@ -136,6 +159,7 @@ impl State {
             batch: WriteBatch::default(),
             sums: BTreeSet::new(),
             destroyed: BTreeSet::new(),
+            wiped: BTreeSet::new(),
             queues_changed: BTreeSet::new(),
             freed: BTreeMap::new(),
             items: Vec::new(),
@@ -178,9 +202,11 @@ impl<'e> Group<'_, 'e> {
         for item in &batch.items {
             let time = UnixNanos(item.time);
             outcomes.push(match &item.item {
-                Some(Item::Command(command)) => {
-                    self.command(index, time, Cow::Borrowed(command))?
-                }
+                Some(Item::Command(command)) => match self.read_only(command) {
+                    Some(refusal) => refusal,
+                    None => self.command(index, time, Cow::Borrowed(command))?,
+                },
+                Some(Item::Replay(replay)) => Outcome::local(self.replay(index, replay)?),
                 Some(Item::Beat(beat)) => {
                     let volume = VolumeId(beat.volume);
                     if let Some(known) = self.memory.volumes.get_mut(&volume) {
@@ -247,7 +273,7 @@ impl<'e> Group<'_, 'e> {
             });
         self.overlay.absorb(&applied.changes);
         for segment in applied.freed {
-            self.free(volume, segment, applied.time);
+            self.free(volume, segment, applied.time, applied.position);
         }
         self.items.push(AppliedItem {
             volume,
@@ -261,10 +287,16 @@ impl<'e> Group<'_, 'e> {
         Ok(Outcome::Item(self.items.len() - 1))
     }
 
-    fn free(&mut self, volume: VolumeId, segment: SegmentId, at: UnixNanos) {
+    fn free(&mut self, volume: VolumeId, segment: SegmentId, at: UnixNanos, position: Position) {
+        if self.in_anothers_bucket(volume) {
+            return;
+        }
         let local = self.generation.local();
-        self.batch
-            .put_cf(local, local::deletion(volume, at, segment), []);
+        self.batch.put_cf(
+            local,
+            local::deletion(volume, at, segment),
+            local::encode_freed(position),
+        );
         self.batch.put_cf(
             local,
             local::deletion_of(volume, segment),
@@ -289,6 +321,13 @@ impl<'e> Group<'_, 'e> {
             Some(Op::VolumeUpdate(update)) => self.volume_update(update),
             Some(Op::VolumeDestroy(destroy)) => self.volume_destroy(VolumeId(destroy.volume)),
             Some(Op::DeletionsDone(done)) => self.deletions_done(done)?,
+            Some(Op::MirrorLoadBegin(begin)) => self.load_begin(begin),
+            Some(Op::MirrorLoad(load)) => self.load(load),
+            Some(Op::MirrorLoadEnd(end)) => self.load_end(end),
+            Some(Op::MirrorStop(stop)) => self.mirror_stop(stop),
+            Some(Op::SlotCreate(create)) => self.slot_create(time, create),
+            Some(Op::SlotReport(report)) => self.slot_report(time, report),
+            Some(Op::SlotChange(change)) => self.slot_change(change),
             None => LocalReply::Invalid("this build does not know the command".to_owned()),
         })
     }
@@ -340,6 +379,7 @@ impl<'e> Group<'_, 'e> {
             digest: Digest::default(),
             waiting: 0,
             placed: None,
+            slots: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
         let outcome = self.command(index, time, Cow::Owned(init))?;
@@ -441,12 +481,11 @@ impl<'e> Group<'_, 'e> {
         let local = self.generation.local();
         let mut emptied = self.generation.emptied.lock();
         for change in self.overlay.into_changes() {
-            if let Some(volume) = change.key.first_chunk()
-                && self
-                    .destroyed
-                    .contains(&VolumeId(u32::from_be_bytes(*volume)))
-            {
-                continue;
+            if let Some(volume) = change.key.first_chunk() {
+                let volume = VolumeId(u32::from_be_bytes(*volume));
+                if self.destroyed.contains(&volume) || self.wiped.contains(&volume) {
+                    continue;
+                }
             }
             match change.new {
                 Some(new) => {
@@ -470,6 +509,13 @@ impl<'e> Group<'_, 'e> {
             if let Some(known) = self.memory.volumes.get(&volume) {
                 let waiting = known.waiting.to_be_bytes();
                 self.batch.put_cf(local, local::waiting(volume), waiting);
+            }
+        }
+        for volume in self.wiped {
+            let (from, to) = meta_core::keys::volume_range(volume);
+            self.batch.delete_range_cf(replicated, from, to);
+            for (from, to) in [local::sums(volume), local::places(volume)] {
+                self.batch.delete_range_cf(local, from, to);
             }
         }
         for volume in self.destroyed {

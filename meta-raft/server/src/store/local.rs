@@ -8,12 +8,13 @@
 //! | `next-volume` | id of the next volume, u32 |
 //! | `V` volume | Volume: name, storage, settings as created |
 //! | `S` volume, bucket (1) | digest sum, u128 little endian |
-//! | `D` volume, freed-at (i64, sign flipped), segment | in the deletion queue since |
+//! | `D` volume, freed-at (i64, sign flipped), segment | in the deletion queue since; epoch (u32) and seq (u64) of the freeing command, nothing in old stores |
 //! | `d` volume, segment | freed-at: finds the record above |
+//! | `L` volume, name | MirrorSlot: what is kept for a mirror |
 //! | `W` volume | length of the deletion queue, u64 |
 //! | `P` volume, seq | log index (u64), epoch (u32), time (i64): `seq` is the volume's first command in that entry; sparse |
 
-use heliofs_proto::ids::{Epoch, SegmentId, UnixNanos, VolumeId};
+use heliofs_proto::ids::{Epoch, Position, SegmentId, UnixNanos, VolumeId};
 
 /// The last entry applied.
 pub const APPLIED: &[u8] = b"applied";
@@ -30,9 +31,10 @@ const DELETION: u8 = b'D';
 const DELETION_OF: u8 = b'd';
 const WAITING: u8 = b'W';
 const PLACE: u8 = b'P';
+const SLOT: u8 = b'L';
 
 /// The tags of all records of one volume.
-const TAGS: [u8; 6] = [VOLUME, SUM, DELETION, DELETION_OF, WAITING, PLACE];
+const TAGS: [u8; 7] = [VOLUME, SUM, DELETION, DELETION_OF, WAITING, PLACE, SLOT];
 
 fn key(tag: u8, volume: VolumeId, rest: &[&[u8]]) -> Vec<u8> {
     let mut key = Vec::with_capacity(24);
@@ -90,6 +92,38 @@ pub fn deletions_before(volume: VolumeId, time: UnixNanos) -> (Vec<u8>, Vec<u8>)
 pub fn deletion_segment(key: &[u8]) -> Option<SegmentId> {
     key.last_chunk()
         .map(|bytes| SegmentId(u64::from_be_bytes(*bytes)))
+}
+
+/// Value of a deletion: the position of the command that freed the segment.
+pub fn encode_freed(position: Position) -> [u8; 12] {
+    let mut value = [0; 12];
+    value[..4].copy_from_slice(&position.epoch.0.to_be_bytes());
+    value[4..].copy_from_slice(&position.seq.to_be_bytes());
+    value
+}
+
+/// The position in a deletion's value; the start for queues of builds that knew no mirrors.
+pub fn decode_freed(value: &[u8]) -> Position {
+    match (
+        value.first_chunk(),
+        value.get(4..).and_then(<[u8]>::first_chunk),
+    ) {
+        (Some(epoch), Some(seq)) => Position {
+            epoch: Epoch(u32::from_be_bytes(*epoch)),
+            seq: u64::from_be_bytes(*seq),
+        },
+        _ => Position::START,
+    }
+}
+
+/// A mirror's slot.
+pub fn slot(volume: VolumeId, name: &str) -> Vec<u8> {
+    key(SLOT, volume, &[name.as_bytes()])
+}
+
+/// All slots of a volume.
+pub fn slots(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(SLOT, volume)
 }
 
 /// When a segment was freed.

@@ -6,6 +6,7 @@
 //! - [`view`]: reads of the replicated records; `emptied`: what its scans need not walk over
 //! - [`local`]: records of the cluster that no volume's history holds
 //! - [`group`]: one applied group, written as one batch
+//! - `mirrors`: what the state knows of mirrors of its volumes, and of those that are mirrors
 //! - [`digests`]: sums per volume, kept as changes are applied
 //! - [`directory`]: which `state-<n>` is live, and how another takes its place
 
@@ -16,6 +17,7 @@ pub mod group;
 pub mod identity;
 pub mod local;
 pub mod log;
+mod mirrors;
 pub mod state;
 pub mod view;
 mod writer;

@@ -100,6 +100,8 @@ pub(super) struct Known {
     pub waiting: u64,
     /// Entry of the last place written.
     pub placed: Option<u64>,
+    /// What is kept for mirrors, by their names.
+    pub slots: BTreeMap<String, v1::MirrorSlot>,
 }
 
 struct Inner {
@@ -313,18 +315,24 @@ impl State {
         Some((digest.position, digest.time))
     }
 
-    /// The oldest `segments_max` segments of the deletion queue that lost their last reference before `freed_before`.
+    /// The oldest `segments_max` segments of the deletion queue that lost their last reference before `freed_before`, and that no
+    /// mirror may still need.
     pub fn deletions(
         &self,
         volume: VolumeId,
         freed_before: UnixNanos,
         segments_max: usize,
     ) -> std::io::Result<Vec<SegmentId>> {
+        let horizon = self.slots_horizon(volume);
         let generation = self.generation();
         let (from, to) = local::deletions_before(volume, freed_before);
         let mut segments = Vec::new();
         for item in generation.local_range(from, to).take(segments_max) {
-            let (key, _) = item.map_err(io_error)?;
+            let (key, value) = item.map_err(io_error)?;
+            // In the order of positions, too: a volume's time never goes back.
+            if horizon.is_some_and(|horizon| local::decode_freed(&value) > horizon) {
+                break;
+            }
             segments.extend(local::deletion_segment(&key));
         }
         Ok(segments)
@@ -611,6 +619,13 @@ fn load_volume(
                 .map_err(|error| bad("length of the deletion queue", error))?,
         ),
     };
+    let mut slots = BTreeMap::new();
+    let (from, to) = local::slots(volume);
+    for item in generation.local_range(from, to) {
+        let (_, value) = item.map_err(|error| bad("slots", error))?;
+        let slot = v1::MirrorSlot::decode(value.as_ref()).map_err(|error| bad("a slot", error))?;
+        slots.insert(slot.name.clone(), slot);
+    }
     let mut placed = None;
     let (from, to) = local::places(volume);
     let mut options = ReadOptions::default();
@@ -639,5 +654,6 @@ fn load_volume(
         digest: Digest::new(position, time, sums),
         waiting,
         placed,
+        slots,
     })
 }

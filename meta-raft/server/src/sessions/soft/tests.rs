@@ -291,7 +291,7 @@ async fn a_write_lease_makes_others_ask_and_a_silent_holder_is_given_up_early() 
     assert!(soft.is_leased_against(2, 7));
     let returned = soft.recall(2, 7).unwrap();
     let frame = writer.next().await.unwrap().unwrap();
-    assert_eq!(frame.recalls, [7]);
+    assert_eq!(frame.recalls, [v1::WriteLease { ino: 7, grant: 1 }]);
     let later = now + LEASE_WAIT;
     soft.heard(2, later);
     assert!(
@@ -319,9 +319,10 @@ async fn nobody_is_granted_a_lease_beside_others() {
     assert!(!soft.no_leases());
     // While the holder was away, somebody opened the file: it is told at once.
     soft.open(2, 9, false).unwrap();
-    let _ = soft.reassert(1, &[7, 9], &[7, 9], &[]);
+    let lease = |ino, grant| v1::WriteLease { ino, grant };
+    let _ = soft.reassert(1, &[7, 9], &[lease(7, 1), lease(9, 2)], &[]);
     let frame = first.next().await.unwrap().unwrap();
-    assert_eq!(frame.recalls, [9]);
+    assert_eq!(frame.recalls, [lease(9, 2)]);
     let _ = soft.release(1, 7);
     assert!(!soft.is_leased_against(2, 7));
 }

@@ -1,0 +1,230 @@
+//! Compares a mirror with its source, record by record, at one position.
+
+use std::cmp::Ordering;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use heliofs_proto::ids::Position;
+use heliofs_proto::v1::{CopyBegin, StoredRecord};
+use meta_client::{Cluster, VolumeCopy};
+use meta_core::keys::{self, Tag};
+use serde_json::{Value, json};
+
+use crate::cli::Access;
+use crate::failure::{Failure, Outcome};
+use crate::{output, units};
+
+/// Differences that are told.
+const TOLD_MAX: usize = 100;
+
+/// Which mirror, and of what.
+#[derive(Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    access: Access,
+    /// The mirror: helio://HOST[:PORT][,HOST[:PORT]…][/VOLUME]
+    #[arg(value_name = "META-URL")]
+    url: String,
+    /// The volume.
+    name: Option<String>,
+    /// The source, if it is reached under another address than the mirror's nodes use.
+    #[arg(long, value_name = "META-URL")]
+    source: Option<String>,
+    /// File with the source's cluster token [default: the mirror's].
+    #[arg(long, value_name = "FILE")]
+    source_token_file: Option<std::path::PathBuf>,
+    /// While the source changes, both must be caught at one position: gives up after this long.
+    #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
+    timeout: Duration,
+}
+
+/// One side's records, in key order.
+struct Side {
+    copy: VolumeCopy,
+    begin: CopyBegin,
+    records: VecDeque<StoredRecord>,
+    ended: bool,
+}
+
+impl Side {
+    async fn open(cluster: &Cluster, volume: &str) -> Outcome<Self> {
+        let mut copy = cluster.copy_volume(volume).await?;
+        let first = copy.next().await?;
+        let begin = first.and_then(|frame| frame.begin);
+        let begin =
+            begin.ok_or_else(|| Failure::new("a copy does not begin with what it is of"))?;
+        Ok(Self {
+            copy,
+            begin,
+            records: VecDeque::new(),
+            ended: false,
+        })
+    }
+
+    fn position(&self) -> Position {
+        self.begin.position.map(Position::from).unwrap_or_default()
+    }
+
+    /// Makes sure that the next record is there, if there is one.
+    async fn fill(&mut self) -> Outcome {
+        while self.records.is_empty() && !self.ended {
+            let frame = self.copy.next().await?;
+            let frame = frame.ok_or_else(|| Failure::new("a copy broke off; try again"))?;
+            self.records.extend(frame.records);
+            self.ended = frame.end.is_some();
+        }
+        Ok(())
+    }
+}
+
+/// What a key is of, as people would say it.
+fn name(key: &bytes::Bytes) -> String {
+    let Some(tag) = Tag::of(key) else {
+        return format!("unknown key {}", units::hex(key));
+    };
+    let number = |index| keys::number(key, index).unwrap_or_default();
+    let text = || String::from_utf8_lossy(&keys::name_of(key)).into_owned();
+    match tag {
+        Tag::Head => "head".to_owned(),
+        Tag::Settings => "settings".to_owned(),
+        Tag::Counters => "counters".to_owned(),
+        Tag::Inode => format!("inode {}", number(0)),
+        Tag::Name => format!("entry `{}` of directory {}", text(), number(0)),
+        Tag::Cookie => format!("entry {} of directory {}", number(1), number(0)),
+        Tag::Extent => format!("extent of inode {} at {}", number(0), number(1)),
+        Tag::Symlink => format!("symlink {}", number(0)),
+        Tag::Xattr => format!("attribute `{}` of inode {}", text(), number(0)),
+        Tag::Erase => format!("erased ranges of inode {}", number(0)),
+        Tag::Segment => format!("segment {:016x}", number(0)),
+        Tag::SegmentBlock => format!("segment block {:x}", number(0)),
+        Tag::Orphan => format!("orphan {}", number(0)),
+        Tag::RemoveTree => format!("tree removal {} at directory {}", number(0), number(1)),
+        Tag::Session => format!("session {:016x}", number(0)),
+        Tag::Reply => format!("reply {} of session {:016x}", number(1), number(0)),
+    }
+}
+
+/// What a comparison came to.
+#[derive(Default)]
+struct Found {
+    records: u64,
+    differ: u64,
+    told: Vec<Value>,
+}
+
+impl Found {
+    fn differs(&mut self, key: &bytes::Bytes, how: &str) {
+        self.differ += 1;
+        if self.told.len() < TOLD_MAX {
+            self.told.push(json!({
+                "record": name(key),
+                "key": units::hex(key),
+                "bucket": meta_core::digest::bucket(key),
+                "how": how,
+            }));
+        }
+    }
+}
+
+async fn compare(source: &mut Side, mirror: &mut Side) -> Outcome<Found> {
+    let mut found = Found::default();
+    loop {
+        source.fill().await?;
+        mirror.fill().await?;
+        let order = match (source.records.front(), mirror.records.front()) {
+            (None, None) => return Ok(found),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some(one), Some(other)) => one.key.cmp(&other.key),
+        };
+        found.records += 1;
+        let one = match order {
+            Ordering::Less | Ordering::Equal => source.records.pop_front(),
+            Ordering::Greater => None,
+        };
+        let other = match order {
+            Ordering::Greater | Ordering::Equal => mirror.records.pop_front(),
+            Ordering::Less => None,
+        };
+        match (one, other) {
+            (Some(one), Some(other)) if one.value != other.value => {
+                found.differs(&one.key, "another value");
+            }
+            (Some(one), None) => found.differs(&one.key, "missing at the mirror"),
+            (None, Some(other)) => found.differs(&other.key, "only at the mirror"),
+            _ => {}
+        }
+    }
+}
+
+pub(super) async fn run(options: Options, json: bool) -> Outcome {
+    let target = options
+        .access
+        .target(&options.url, options.name.as_deref())?;
+    let status = target.cluster.mirror_status(Some(&target.volume)).await?;
+    let mirror = status.into_iter().next().and_then(|status| status.mirror);
+    let mirror = mirror.ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))?;
+    let access = Access {
+        token_file: options.source_token_file.or(options.access.token_file),
+    };
+    let source = access.connect(options.source.as_ref().unwrap_or(&mirror.source))?;
+    let begun = Instant::now();
+    let (mut one, mut other) = loop {
+        // The source's copy stays at its position while the mirror comes to it.
+        let one = Side::open(&source.cluster, &mirror.volume).await?;
+        let left = options.timeout.saturating_sub(begun.elapsed());
+        let waited = target
+            .cluster
+            .mirror_wait(&target.volume, one.position(), left);
+        let (reached, at) = waited.await?;
+        if !reached {
+            return Err(Failure::new(format!(
+                "the mirror is at {at} and does not reach the source's {} within {:?}",
+                one.position(),
+                options.timeout
+            )));
+        }
+        let other = Side::open(&target.cluster, &target.volume).await?;
+        if one.position() == other.position() {
+            break (one, other);
+        }
+        if begun.elapsed() > options.timeout {
+            return Err(Failure::new(format!(
+                "the source changes too quickly: both were never at one position within {:?}",
+                options.timeout
+            ))
+            .hint("digests are compared all the time: `heliofs mirror status` shows if one did not agree"));
+        }
+    };
+    let found = compare(&mut one, &mut other).await?;
+    let position = one.position().to_string();
+    if json {
+        output::print_json(&json!({
+            "volume": target.volume,
+            "position": position,
+            "records": found.records,
+            "differ": found.differ,
+            "differences": found.told,
+        }))?;
+    } else {
+        for difference in &found.told {
+            let text = |key: &str| difference[key].as_str().unwrap_or_default().to_owned();
+            output::line(format_args!("{}: {}", text("record"), text("how")))?;
+        }
+    }
+    if found.differ > 0 {
+        return Err(Failure::differs(format!(
+            "{} of {} records of {} differ at position {position}",
+            found.differ, found.records, target.volume
+        ))
+        .hint("`heliofs mirror reload` loads the volume anew"));
+    }
+    if json {
+        return Ok(());
+    }
+    output::line(format_args!(
+        "{} records of {} are the source's at position {position}",
+        found.records, target.volume
+    ))
+}

@@ -1,0 +1,169 @@
+//! Calls about mirrors, of both sides: slots and copies of volumes at a source, status and waiting at a mirror.
+
+use std::time::Duration;
+
+use heliofs_proto::ids::Position;
+use heliofs_proto::limits::MESSAGE_BYTES_MAX;
+use heliofs_proto::v1;
+use heliofs_proto::v1::changelog_client::ChangelogClient;
+use tokio::time::Instant;
+use tonic::Streaming;
+
+use crate::admin::call;
+use crate::cluster::{Answer, Cluster, Search, judge, root_cause};
+use crate::error::ClusterError;
+
+/// A copy's replica reads its disk all the time; one that is silent for this long is not going to go on.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// A server answers a wait after at most four seconds; below the time that an attempt may take.
+const WAIT: Duration = Duration::from_secs(3);
+
+/// All records of a volume, on their way from one replica.
+pub struct VolumeCopy {
+    stream: Streaming<v1::CopyFrame>,
+    peer: String,
+}
+
+impl VolumeCopy {
+    /// The replica that is copied from.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// The next frame; `None` at the end. A copy that breaks must begin anew.
+    ///
+    /// Errors: `NoNode` when the stream broke or fell silent; what the replica refuses.
+    pub async fn next(&mut self) -> Result<Option<v1::CopyFrame>, ClusterError> {
+        let broken = |detail: String| ClusterError::NoNode {
+            peers: self.peer.clone(),
+            detail,
+        };
+        match tokio::time::timeout(SILENCE_MAX, self.stream.message()).await {
+            Ok(Ok(frame)) => Ok(frame),
+            Ok(Err(status)) => Err(match judge(&self.peer, &status) {
+                Answer::Refused(error) => error,
+                Answer::Elsewhere(_, detail)
+                | Answer::Unreachable(detail)
+                | Answer::Broken(detail) => broken(detail),
+            }),
+            Err(_) => Err(broken("it was silent".to_owned())),
+        }
+    }
+}
+
+impl Cluster {
+    /// Begins to copy all records of a volume from some replica.
+    ///
+    /// Errors: `NotFound` without such a volume; `NoNode`, `NoLeader` when none serves within the deadline.
+    pub async fn copy_volume(&self, volume: &str) -> Result<VolumeCopy, ClusterError> {
+        let mut search = Search::new(self);
+        loop {
+            for peer in self.order(None) {
+                match self.ask_for_copy(&peer, volume).await {
+                    Ok(stream) => return Ok(VolumeCopy { stream, peer }),
+                    Err(Answer::Refused(error)) => return Err(error),
+                    Err(Answer::Elsewhere(_, detail)) => search.note(&peer, &detail, true),
+                    Err(Answer::Unreachable(detail)) | Err(Answer::Broken(detail)) => {
+                        search.note(&peer, &detail, false);
+                    }
+                }
+            }
+            search.check()?;
+            tokio::time::sleep(search.pace()).await;
+        }
+    }
+
+    async fn ask_for_copy(
+        &self,
+        peer: &str,
+        volume: &str,
+    ) -> Result<Streaming<v1::CopyFrame>, Answer> {
+        let channel = self.channel(peer).map_err(Answer::Refused)?;
+        let mut client = ChangelogClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let request = self.request(v1::CopyRequest {
+            volume: volume.to_owned(),
+        });
+        let timeout = self.options().attempt_timeout;
+        match tokio::time::timeout(timeout, client.copy(request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(judge(peer, &status)),
+            Err(elapsed) => Err(Answer::Broken(root_cause(&elapsed))),
+        }
+    }
+
+    /// Makes a slot for a mirror; one that exists is returned as it is unless it is to begin anew. Repeating it is safe.
+    pub async fn create_slot(
+        &self,
+        slot: v1::CreateSlotRequest,
+    ) -> Result<v1::MirrorSlot, ClusterError> {
+        call!(self, create_slot, mutates = false, slot)
+    }
+
+    /// The slots of a volume, or of all.
+    pub async fn list_slots(
+        &self,
+        volume: Option<&str>,
+    ) -> Result<Vec<v1::SlotStatus>, ClusterError> {
+        let body = v1::ListSlotsRequest {
+            volume: volume.unwrap_or_default().to_owned(),
+        };
+        Ok(call!(self, list_slots, mutates = false, body)?.slots)
+    }
+
+    /// Pauses, resumes or deletes a slot. Pausing and resuming twice is harmless; a slot that was deleted is `NotFound`.
+    pub async fn change_slot(&self, change: v1::ChangeSlotRequest) -> Result<(), ClusterError> {
+        call!(self, change_slot, mutates = false, change).map(drop)
+    }
+
+    /// A mirror says how far it is. Late and repeated reports change nothing.
+    pub async fn report_slot(
+        &self,
+        report: v1::SlotReport,
+    ) -> Result<v1::MirrorSlot, ClusterError> {
+        call!(self, report_slot, mutates = false, report)
+    }
+
+    /// How a volume's mirror is, or all of the cluster's.
+    pub async fn mirror_status(
+        &self,
+        volume: Option<&str>,
+    ) -> Result<Vec<v1::MirrorStatus>, ClusterError> {
+        let body = v1::MirrorStatusRequest {
+            volume: volume.unwrap_or_default().to_owned(),
+        };
+        Ok(call!(self, mirror_status, mutates = false, body)?.mirrors)
+    }
+
+    /// Waits until a mirror has applied `position`; `false`: it had not when `within` was over. The position it has then.
+    pub async fn mirror_wait(
+        &self,
+        volume: &str,
+        position: Position,
+        within: Duration,
+    ) -> Result<(bool, Position), ClusterError> {
+        let until = Instant::now() + within;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let body = v1::MirrorWaitRequest {
+                volume: volume.to_owned(),
+                position: Some(position.into()),
+                wait_ms: left.min(WAIT).as_millis() as u32,
+                data: false,
+            };
+            let answer = call!(self, mirror_wait, mutates = false, body)?;
+            if answer.reached || left.is_zero() {
+                let applied = answer.applied.map(Position::from).unwrap_or_default();
+                return Ok((answer.reached, applied));
+            }
+        }
+    }
+
+    /// Makes a mirror load a volume anew.
+    pub async fn mirror_reload(&self, volume: &str) -> Result<(), ClusterError> {
+        let body = v1::MirrorReloadRequest {
+            volume: volume.to_owned(),
+        };
+        call!(self, mirror_reload, mutates = true, body).map(drop)
+    }
+}

@@ -1,0 +1,238 @@
+//! Calls about mirrors: slots at the source; status, waiting and reloading at the mirror.
+
+use std::time::Duration;
+
+use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::v1::{self, change_slot_request, local_command::Op, slot_change};
+use tokio::time::Instant;
+use tonic::{Response, Status};
+
+use super::admin::{AdminService, Answer, no_volume, unexpected};
+use super::status;
+use crate::drivers::slots::bytes_from;
+use crate::proposer::{LocalReply, now};
+
+/// Bytes of log that are kept for a mirror unless its slot says otherwise.
+pub const LOG_BYTES_MAX: u64 = 1 << 30;
+
+/// One wait lasts at most this long; clients ask again.
+const WAIT_MAX: Duration = Duration::from_secs(4);
+
+fn no_slot(volume: &str, mirror: &str) -> Status {
+    Status::not_found(format!("volume `{volume}` has no slot `{mirror}`"))
+}
+
+impl AdminService {
+    fn leads(&self) -> Result<(), Status> {
+        let now = self.ctx.leadership.borrow();
+        match now.leading() {
+            Some(_) => Ok(()),
+            None => Err(status::not_leader(now.other_leader())),
+        }
+    }
+
+    async fn named_now(&self, name: &str) -> Result<v1::Volume, Status> {
+        self.current().await?;
+        self.named(name)
+    }
+
+    pub(super) async fn slot_created(&self, ask: v1::CreateSlotRequest) -> Answer<v1::MirrorSlot> {
+        super::admin::check_name(&ask.mirror)?;
+        let volume = self.named_now(&ask.volume).await?;
+        let create = v1::SlotCreate {
+            slot: Some(v1::MirrorSlot {
+                volume: volume.id,
+                name: ask.mirror.clone(),
+                log_bytes_max: match ask.log_bytes_max {
+                    0 => LOG_BYTES_MAX,
+                    bytes => bytes,
+                },
+                cluster_id: ask.cluster_id,
+                ..Default::default()
+            }),
+            reset: ask.reset,
+        };
+        match self.propose_local(Op::SlotCreate(create)).await? {
+            LocalReply::Slot(slot, created) => {
+                if created {
+                    tracing::info!(volume = ask.volume, mirror = ask.mirror, "a slot was made");
+                }
+                Ok(Response::new(*slot))
+            }
+            LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(super) async fn slots_listed(
+        &self,
+        ask: v1::ListSlotsRequest,
+    ) -> Answer<v1::ListSlotsResponse> {
+        self.current().await?;
+        let volumes = match ask.volume.as_str() {
+            "" => self.ctx.state.volumes(),
+            name => vec![self.named(name)?],
+        };
+        let now = now();
+        let mut slots = Vec::new();
+        for volume in volumes {
+            let id = VolumeId(volume.id);
+            let head = self.ctx.state.head(id).map(|(head, _)| head.into());
+            for slot in self.ctx.state.slots(id) {
+                let index = match slot.invalid.is_empty() {
+                    true => self.ctx.state.slot_index(&slot),
+                    false => Ok(None),
+                };
+                let index = index.map_err(|error| Status::internal(error.to_string()))?;
+                slots.push(v1::SlotStatus {
+                    volume: volume.name.clone(),
+                    head,
+                    log_bytes: index.map_or(0, |index| bytes_from(&self.log, index)),
+                    silent_ms: u64::try_from((now - slot.reported) / 1_000_000).unwrap_or(0),
+                    slot: Some(slot),
+                });
+            }
+        }
+        Ok(Response::new(v1::ListSlotsResponse { slots }))
+    }
+
+    pub(super) async fn slot_changed(
+        &self,
+        ask: v1::ChangeSlotRequest,
+    ) -> Answer<v1::ChangeSlotResponse> {
+        let volume = self.named_now(&ask.volume).await?;
+        let change = match ask.change {
+            Some(change_slot_request::Change::Pause(pause)) => slot_change::Change::Pause(pause),
+            Some(change_slot_request::Change::Delete(_)) => slot_change::Change::Delete(true),
+            None => return Err(Status::invalid_argument("no change is named")),
+        };
+        let change = v1::SlotChange {
+            volume: volume.id,
+            name: ask.mirror.clone(),
+            change: Some(change),
+        };
+        match self.propose_local(Op::SlotChange(change)).await? {
+            LocalReply::Slot(..) | LocalReply::Done => Ok(Response::new(v1::ChangeSlotResponse {})),
+            LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
+            LocalReply::NoSuchSlot => Err(no_slot(&ask.volume, &ask.mirror)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(super) async fn slot_reported(&self, report: v1::SlotReport) -> Answer<v1::MirrorSlot> {
+        let (volume, mirror) = (report.volume, report.name.clone());
+        match self.propose_local(Op::SlotReport(report)).await? {
+            LocalReply::Slot(slot, _) => Ok(Response::new(*slot)),
+            LocalReply::NoSuchVolume => Err(no_volume(volume)),
+            LocalReply::NoSuchSlot => Err(no_slot(&volume.to_string(), &mirror)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(super) async fn mirrors_shown(
+        &self,
+        ask: v1::MirrorStatusRequest,
+    ) -> Answer<v1::MirrorStatusResponse> {
+        self.current().await?;
+        self.leads()?;
+        let volumes = match ask.volume.as_str() {
+            "" => self.ctx.state.volumes(),
+            name => vec![self.named(name)?],
+        };
+        let mirrors = volumes.into_iter().filter_map(|volume| {
+            let id = VolumeId(volume.id);
+            let mirror = volume.mirror?;
+            let told = self
+                .ctx
+                .mirrors
+                .status(id)
+                .unwrap_or_else(|| v1::MirrorStatus {
+                    doing: "starting".to_owned(),
+                    ..Default::default()
+                });
+            let (applied, time) = self.ctx.state.head(id).unwrap_or_default();
+            Some(v1::MirrorStatus {
+                volume: volume.id,
+                name: volume.name,
+                mirror: Some(mirror),
+                applied: Some(applied.into()),
+                applied_time: time.0,
+                complete: Some(told.complete.unwrap_or(applied.into())),
+                digests_agreed: self.ctx.state.beats_agreed(id),
+                ..told
+            })
+        });
+        let mirrors: Vec<_> = mirrors.collect();
+        if mirrors.is_empty() && !ask.volume.is_empty() {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` is no mirror",
+                ask.volume
+            )));
+        }
+        Ok(Response::new(v1::MirrorStatusResponse { mirrors }))
+    }
+
+    /// Waits for a position on the leader, which is where reads are answered.
+    pub(super) async fn position_awaited(
+        &self,
+        ask: v1::MirrorWaitRequest,
+    ) -> Answer<v1::MirrorWaitResponse> {
+        let volume = self.named_now(&ask.volume).await?;
+        self.leads()?;
+        let id = VolumeId(volume.id);
+        let wanted = ask.position.map(Position::from).unwrap_or_default();
+        let wait = Duration::from_millis(ask.wait_ms.into()).min(WAIT_MAX);
+        let until = Instant::now() + wait;
+        let mut rung = self.applies.subscribe();
+        loop {
+            rung.borrow_and_update();
+            let loading = self
+                .ctx
+                .state
+                .mirror(id)
+                .is_some_and(|mirror| mirror.state() == v1::MirrorState::Loading);
+            let applied = self
+                .ctx
+                .state
+                .head(id)
+                .map_or(Position::START, |(head, _)| head);
+            let reached = !loading && applied >= wanted;
+            let late = !reached
+                && matches!(
+                    tokio::time::timeout_at(until, rung.changed()).await,
+                    Err(_) | Ok(Err(_))
+                );
+            if reached || late {
+                return Ok(Response::new(v1::MirrorWaitResponse {
+                    reached,
+                    applied: Some(applied.into()),
+                }));
+            }
+        }
+    }
+
+    pub(super) async fn reload(
+        &self,
+        ask: v1::MirrorReloadRequest,
+    ) -> Answer<v1::MirrorReloadResponse> {
+        let volume = self.named_now(&ask.volume).await?;
+        let Some(mirror) = volume.mirror else {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` is no mirror",
+                ask.volume
+            )));
+        };
+        // The follower sees a load that is not its own and begins one.
+        let begin = v1::MirrorLoadBegin {
+            volume: volume.id,
+            name: volume.name,
+            storage: volume.storage,
+            settings: volume.settings,
+            mirror: Some(mirror),
+        };
+        match self.propose_local(Op::MirrorLoadBegin(begin)).await? {
+            LocalReply::Load(_) => Ok(Response::new(v1::MirrorReloadResponse {})),
+            other => Err(unexpected(&other)),
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! A volume that is a mirror: it is loaded, then entries of the source's changelog are replayed, each once and in order.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use heliofs_proto::error::FsError;
+use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
+use heliofs_proto::v1::{self, MirrorState};
+use meta_core::records::{HeadRecord, Record};
+use meta_core::{Change, keys};
+
+use super::{ApplyError, Group, Outcome};
+use crate::proposer::{LocalReply, Proposed};
+use crate::store::digests::Digest;
+use crate::store::state::Known;
+
+fn invalid(why: impl Into<String>) -> LocalReply {
+    LocalReply::Invalid(why.into())
+}
+
+impl<'e> Group<'_, 'e> {
+    /// The refusal of a command whose volume is a mirror: it takes no position, since positions are the source's.
+    pub(super) fn read_only(&self, command: &v1::Command) -> Option<Outcome> {
+        let known = self.memory.volumes.get(&VolumeId(command.volume))?;
+        known.record.mirror.as_ref()?;
+        let reply = v1::Reply {
+            error: FsError::ReadOnly.into(),
+            position: Some(known.digest.position.into()),
+            ..v1::Reply::default()
+        };
+        Some(Outcome::Other(Box::new(Proposed::Reply(reply))))
+    }
+
+    /// The volume's objects are in a bucket from which another region deletes.
+    pub(super) fn in_anothers_bucket(&self, volume: VolumeId) -> bool {
+        let known = self.memory.volumes.get(&volume);
+        known.is_some_and(|known| known.record.mirror.is_some())
+    }
+
+    /// Applies what follows the volume's position; what it has is passed over; a gap stops the mirror.
+    pub(super) fn replay(
+        &mut self,
+        index: u64,
+        replay: &'e v1::Replay,
+    ) -> Result<LocalReply, ApplyError> {
+        let volume = VolumeId(replay.volume);
+        for entry in &replay.entries {
+            let Some(known) = self.memory.volumes.get(&volume) else {
+                return Ok(LocalReply::NoSuchVolume);
+            };
+            let state = known.record.mirror.as_ref().map(v1::MirrorOf::state);
+            if state != Some(MirrorState::Following) {
+                return Ok(invalid("the volume is no mirror that follows"));
+            }
+            let head = known.digest.position;
+            let position = entry.position.map(Position::from).unwrap_or_default();
+            if position.seq <= head.seq {
+                // Proposed twice, by a leader and by its successor.
+                continue;
+            }
+            if position != head.next() {
+                let why = format!("entry {position} came after {head}: entries are missing");
+                return Ok(self.stop_mirror(volume, why));
+            }
+            let Some(command) = &entry.command else {
+                let why = format!("entry {position} holds no command");
+                return Ok(self.stop_mirror(volume, why));
+            };
+            if command.volume != volume.0 {
+                let why = format!("entry {position} is of volume {}", command.volume);
+                return Ok(self.stop_mirror(volume, why));
+            }
+            // Its answer was the source's to give.
+            self.command(index, UnixNanos(entry.time), Cow::Borrowed(command))?;
+        }
+        let Some(known) = self.memory.volumes.get_mut(&volume) else {
+            return Ok(LocalReply::NoSuchVolume);
+        };
+        for beat in &replay.beats {
+            known.digest.compare(volume, beat);
+        }
+        Ok(LocalReply::Replayed(known.digest.position))
+    }
+
+    fn stop_mirror(&mut self, volume: VolumeId, why: String) -> LocalReply {
+        let Some(known) = self.memory.volumes.get_mut(&volume) else {
+            return LocalReply::NoSuchVolume;
+        };
+        let Some(mirror) = &mut known.record.mirror else {
+            return invalid("the volume is no mirror");
+        };
+        tracing::error!(%volume, why, "the mirror of this volume stops");
+        mirror.set_state(MirrorState::Stopped);
+        mirror.reason.clone_from(&why);
+        let record = known.record.clone();
+        self.put_volume(&record);
+        invalid(why)
+    }
+
+    pub(super) fn mirror_stop(&mut self, stop: &v1::MirrorStop) -> LocalReply {
+        match self.stop_mirror(VolumeId(stop.volume), stop.reason.clone()) {
+            LocalReply::Invalid(why) if why == stop.reason => LocalReply::Done,
+            other => other,
+        }
+    }
+
+    /// The entry stands alone in its group (see [`super::stands_alone`]).
+    pub(super) fn load_begin(&mut self, begin: &v1::MirrorLoadBegin) -> LocalReply {
+        let volume = VolumeId(begin.volume);
+        let Some(mirror) = &begin.mirror else {
+            return invalid("a mirror needs a source");
+        };
+        if volume.0 == 0 || begin.name.is_empty() {
+            return invalid("a mirror needs the volume's id and a name");
+        }
+        let mut others = self.memory.volumes.iter();
+        if let Some((other, _)) =
+            others.find(|(id, known)| **id != volume && known.record.name == begin.name)
+        {
+            return LocalReply::VolumeExists(*other);
+        }
+        let before = self.memory.volumes.get(&volume);
+        let load = match before.map(|known| known.record.mirror.as_ref()) {
+            None => 1,
+            Some(Some(known)) => known.load + 1,
+            Some(None) => {
+                return invalid(format!(
+                    "volume {volume} exists in this cluster and is no mirror: a mirrored volume keeps its id, so that this one \
+                     would have to be destroyed first"
+                ));
+            }
+        };
+        let record = v1::Volume {
+            id: volume.0,
+            name: begin.name.clone(),
+            storage: begin.storage.clone(),
+            settings: begin.settings,
+            mirror: Some(v1::MirrorOf {
+                state: MirrorState::Loading.into(),
+                reason: String::new(),
+                load,
+                parts: 0,
+                ..mirror.clone()
+            }),
+            ..v1::Volume::default()
+        };
+        let known = Known {
+            record: record.clone(),
+            digest: Digest::default(),
+            waiting: before.map_or(0, |known| known.waiting),
+            placed: None,
+            slots: before.map_or_else(BTreeMap::new, |known| known.slots.clone()),
+        };
+        self.memory.volumes.insert(volume, known);
+        self.wiped.insert(volume);
+        self.sums.retain(|(of, _)| *of != volume);
+        if self.memory.next_volume <= volume.0 {
+            self.memory.next_volume = volume.0 + 1;
+            let next = self.memory.next_volume.to_be_bytes();
+            self.put_local(crate::store::local::NEXT_VOLUME, &next);
+        }
+        self.put_volume(&record);
+        LocalReply::Load(load)
+    }
+
+    /// The mirror of a load that is under way, or why there is none.
+    fn loading(&mut self, volume: VolumeId, load: u64) -> Result<&mut Known, LocalReply> {
+        let known = self.memory.volumes.get_mut(&volume);
+        let known = known.ok_or(LocalReply::NoSuchVolume)?;
+        let mirror = known.record.mirror.as_ref();
+        if mirror.is_some_and(|m| m.state() == MirrorState::Loading && m.load == load) {
+            Ok(known)
+        } else {
+            Err(invalid(format!("load {load} is not under way")))
+        }
+    }
+
+    pub(super) fn load(&mut self, load: &v1::MirrorLoad) -> LocalReply {
+        let volume = VolumeId(load.volume);
+        let known = match self.loading(volume, load.load) {
+            Ok(known) => known,
+            Err(refusal) => return refusal,
+        };
+        let mirror = known.record.mirror.get_or_insert_default();
+        if load.part != mirror.parts {
+            let why = format!("part {} came instead of {}", load.part, mirror.parts);
+            return invalid(why);
+        }
+        let (from, to) = keys::volume_range(volume);
+        let head = keys::head(volume);
+        let fits =
+            |record: &v1::StoredRecord| from <= record.key && record.key < to && record.key != head;
+        if !load.records.iter().all(fits) {
+            return invalid("a record of another volume, or the head, which comes last");
+        }
+        mirror.parts += 1;
+        let record = known.record.clone();
+        let changes: Vec<Change> = load
+            .records
+            .iter()
+            .map(|record| Change {
+                key: Bytes::clone(&record.key),
+                old: None,
+                new: Some(Bytes::clone(&record.value)),
+            })
+            .collect();
+        let (position, time) = (known.digest.position, known.digest.time);
+        let mut summed = Vec::with_capacity(changes.len());
+        known.digest.absorb(position, time, &changes, |bucket| {
+            summed.push((volume, bucket));
+        });
+        self.sums.extend(summed);
+        self.overlay.absorb(&changes);
+        // Not `put_volume`: nothing that anybody watches has changed.
+        self.put_local(
+            &crate::store::local::volume(volume),
+            &prost::Message::encode_to_vec(&record),
+        );
+        LocalReply::Done
+    }
+
+    pub(super) fn load_end(&mut self, end: &v1::MirrorLoadEnd) -> LocalReply {
+        let volume = VolumeId(end.volume);
+        let known = match self.loading(volume, end.load) {
+            Ok(known) => known,
+            Err(refusal) => return refusal,
+        };
+        let mine = known.digest.total().to_le_bytes();
+        if end.digest != mine[..] {
+            return invalid("the records that arrived are not those that were sent");
+        }
+        let key = keys::head(volume);
+        let head = match HeadRecord::decode(&key, &end.head) {
+            Ok(head) => head,
+            Err(error) => return invalid(format!("the head that arrived: {error}")),
+        };
+        let sums = known.digest.sums.clone();
+        known.digest = Digest::new(head.position, head.time, sums);
+        let mirror = known.record.mirror.get_or_insert_default();
+        mirror.set_state(MirrorState::Following);
+        let record = known.record.clone();
+        self.overlay.absorb(&[Change {
+            key,
+            old: None,
+            new: Some(end.head.clone()),
+        }]);
+        self.put_volume(&record);
+        LocalReply::Replayed(head.position)
+    }
+}

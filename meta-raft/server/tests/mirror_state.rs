@@ -1,0 +1,563 @@
+//! A mirror's state, without a cluster: it is loaded from a copy, takes each entry once and in order, and stops before it
+//! diverges.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+use std::collections::BTreeMap;
+
+use heliofs_proto::ids::{Epoch, Position, SessionId, VolumeId};
+use heliofs_proto::v1::{
+    self, FileKind, FsError, MirrorState, command, local_command, log_item::Item,
+};
+use meta_core::{Stamp, View};
+use meta_server::config::CacheSizes;
+use meta_server::proposer::{LocalReply, Proposed};
+use meta_server::raft::LogData;
+use meta_server::raft::types::{Entry, LogId};
+use meta_server::store::State;
+use meta_server::store::group::stands_alone;
+use openraft::EntryPayload;
+use tempfile::TempDir;
+
+const VOLUME: VolumeId = VolumeId(1);
+
+/// A state and the log index that it is at.
+struct Region {
+    state: State,
+    index: u64,
+    dir: TempDir,
+}
+
+impl Region {
+    fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
+        Self {
+            state,
+            index: 0,
+            dir,
+        }
+    }
+
+    /// Each item in an entry of its own, all in one group.
+    fn apply(&mut self, items: Vec<v1::LogItem>) -> Vec<Proposed> {
+        let entries: Vec<Entry> = items
+            .into_iter()
+            .map(|item| {
+                self.index += 1;
+                Entry {
+                    log_id: LogId {
+                        leader_id: 1.into(),
+                        index: self.index,
+                    },
+                    payload: EntryPayload::Normal(LogData::new(v1::LogBatch { items: vec![item] })),
+                }
+            })
+            .collect();
+        let mut answers = Vec::new();
+        // As the state machine does it.
+        for group in entries.chunk_by(|a, b| !stands_alone(a) && !stands_alone(b)) {
+            let mut applied = self.state.apply(group).unwrap();
+            answers.extend(applied.replies().into_iter().flatten());
+        }
+        answers
+    }
+
+    fn local(&mut self, op: local_command::Op) -> LocalReply {
+        let item = Item::Local(v1::LocalCommand { op: Some(op) });
+        match self.apply(vec![stamped(item)]).pop().unwrap() {
+            Proposed::Local(reply) => reply,
+            Proposed::Reply(reply) => panic!("{reply:?}"),
+        }
+    }
+
+    fn head(&self) -> Position {
+        self.state.head(VOLUME).unwrap().0
+    }
+
+    fn digest(&self) -> u128 {
+        let (position, sums) = self.state.digest(VOLUME).unwrap();
+        assert_eq!(position, self.head());
+        let (scrubbed, again) = self.state.recompute(VOLUME).unwrap();
+        assert_eq!((scrubbed, again.total()), (position, sums.total()));
+        sums.total()
+    }
+
+    fn mirror(&self) -> v1::MirrorOf {
+        self.state.mirror(VOLUME).unwrap()
+    }
+}
+
+fn stamped(item: Item) -> v1::LogItem {
+    v1::LogItem {
+        time: 1_000,
+        item: Some(item),
+    }
+}
+
+fn create(name: &str) -> v1::Command {
+    v1::Command {
+        volume: VOLUME.0,
+        op: Some(command::Op::Create(v1::Create {
+            parent: 1,
+            name: name.to_owned().into(),
+            kind: FileKind::File.into(),
+            mode: 0o644,
+            ..Default::default()
+        })),
+        ..Default::default()
+    }
+}
+
+/// A source with a volume, the commands of whose history are kept.
+struct Source {
+    region: Region,
+    history: Vec<v1::ChangelogEntry>,
+}
+
+impl Source {
+    fn new() -> Self {
+        let mut region = Region::new();
+        let made = region.local(local_command::Op::VolumeCreate(v1::VolumeCreate {
+            name: "vol".to_owned(),
+            storage: Some(v1::StorageConfig::default()),
+            settings: Some(v1::VolumeSettings {
+                core_level: 1,
+                ..Default::default()
+            }),
+        }));
+        assert_eq!(made, LocalReply::VolumeCreated(VOLUME));
+        Self {
+            region,
+            history: Vec::new(),
+        }
+    }
+
+    fn create(&mut self, names: std::ops::Range<u32>) {
+        for n in names {
+            let command = create(&format!("file-{n}"));
+            let time = 1_000 + i64::from(n);
+            let item = v1::LogItem {
+                time,
+                item: Some(Item::Command(command.clone())),
+            };
+            self.region.apply(vec![item]);
+            self.history.push(v1::ChangelogEntry {
+                position: Some(self.region.head().into()),
+                time,
+                command: Some(command),
+            });
+        }
+    }
+
+    fn after(&self, position: Position) -> Vec<v1::ChangelogEntry> {
+        let mut entries = self.history.clone();
+        entries.retain(|entry| Position::from(entry.position.unwrap()) > position);
+        entries
+    }
+
+    /// The parts of a copy, and its end.
+    fn copy(&self) -> (Vec<Vec<v1::StoredRecord>>, v1::MirrorLoadEnd) {
+        let mut parts = Vec::new();
+        let send = |records: Vec<v1::StoredRecord>| {
+            parts.extend(records.chunks(7).map(<[_]>::to_vec));
+            true
+        };
+        let copied = self.region.state.copy(VOLUME, |_| true, send);
+        let copied = copied.unwrap().unwrap();
+        let end = v1::MirrorLoadEnd {
+            volume: VOLUME.0,
+            load: 0,
+            digest: copied.digest.to_le_bytes().to_vec().into(),
+            head: copied.head,
+        };
+        (parts, end)
+    }
+}
+
+fn begin() -> local_command::Op {
+    local_command::Op::MirrorLoadBegin(v1::MirrorLoadBegin {
+        volume: VOLUME.0,
+        name: "far".to_owned(),
+        mirror: Some(v1::MirrorOf {
+            volume: "vol".to_owned(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    })
+}
+
+fn load(mirror: &mut Region, source: &Source) {
+    let LocalReply::Load(load) = mirror.local(begin()) else {
+        panic!("the load does not begin")
+    };
+    assert_eq!(mirror.mirror().state(), MirrorState::Loading);
+    let (parts, end) = source.copy();
+    for (part, records) in (0..).zip(parts) {
+        let part = local_command::Op::MirrorLoad(v1::MirrorLoad {
+            volume: VOLUME.0,
+            load,
+            part,
+            records,
+        });
+        assert_eq!(mirror.local(part), LocalReply::Done);
+    }
+    let end = v1::MirrorLoadEnd { load, ..end };
+    let ended = mirror.local(local_command::Op::MirrorLoadEnd(end));
+    assert_eq!(ended, LocalReply::Replayed(source.region.head()));
+}
+
+fn replay(mirror: &mut Region, entries: Vec<v1::ChangelogEntry>) -> LocalReply {
+    let replay = v1::Replay {
+        volume: VOLUME.0,
+        entries,
+        beats: Vec::new(),
+    };
+    match mirror.apply(vec![stamped(Item::Replay(replay))]).pop() {
+        Some(Proposed::Local(reply)) => reply,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_mirror_is_loaded_and_replays_each_entry_once_and_in_order() {
+    let mut source = Source::new();
+    source.create(0..50);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    assert_eq!(mirror.digest(), source.region.digest());
+
+    let loaded = mirror.head();
+    source.create(50..80);
+    let entries = source.after(loaded);
+    let upto = replay(&mut mirror, entries[..20].to_vec());
+    assert_eq!(upto, LocalReply::Replayed(mirror.head()));
+    // By a leader and by its successor: what is there is passed over.
+    replay(&mut mirror, entries[10..].to_vec());
+    replay(&mut mirror, entries.clone());
+    assert_eq!(mirror.head(), source.region.head());
+    assert_eq!(mirror.digest(), source.region.digest());
+    assert_eq!(mirror.state.head(VOLUME), source.region.state.head(VOLUME));
+
+    // A restart loses what was not flushed and nothing else; here everything was.
+    mirror.state.flush().unwrap();
+    let Region { state, index, dir } = mirror;
+    drop(state);
+    let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
+    let mut mirror = Region { state, index, dir };
+    assert_eq!(mirror.digest(), source.region.digest());
+    source.create(80..85);
+    let head = mirror.head();
+    replay(&mut mirror, source.after(head));
+    assert_eq!(mirror.digest(), source.region.digest());
+}
+
+#[test]
+fn a_gap_stops_the_mirror_for_good_and_changes_nothing() {
+    let mut source = Source::new();
+    source.create(0..10);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let (head, digest) = (mirror.head(), mirror.digest());
+    source.create(10..20);
+    let entries = source.after(head);
+    let refused = replay(&mut mirror, entries[1..].to_vec());
+    let LocalReply::Invalid(why) = refused else {
+        panic!("{refused:?}")
+    };
+    assert!(why.contains("entries are missing"), "{why}");
+    assert_eq!((mirror.head(), mirror.digest()), (head, digest));
+    assert_eq!(mirror.mirror().state(), MirrorState::Stopped);
+    assert_eq!(mirror.mirror().reason, why);
+    // The right ones come too late.
+    let late = replay(&mut mirror, entries.clone());
+    assert!(matches!(late, LocalReply::Invalid(_)), "{late:?}");
+    assert_eq!(mirror.head(), head);
+    // Loaded anew it goes on.
+    load(&mut mirror, &source);
+    assert_eq!(mirror.digest(), source.region.digest());
+}
+
+#[test]
+fn an_entry_of_another_epoch_or_volume_stops_the_mirror() {
+    for wrong in [0, 1] {
+        let mut source = Source::new();
+        source.create(0..5);
+        let mut mirror = Region::new();
+        load(&mut mirror, &source);
+        let head = mirror.head();
+        source.create(5..6);
+        let mut entry = source.after(head).remove(0);
+        if wrong == 0 {
+            entry.position = Some(
+                Position {
+                    epoch: Epoch(7),
+                    ..head.next()
+                }
+                .into(),
+            );
+        } else {
+            entry.command.as_mut().unwrap().volume = 9;
+        }
+        let refused = replay(&mut mirror, vec![entry]);
+        assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
+        assert_eq!(mirror.head(), head);
+        assert_eq!(mirror.mirror().state(), MirrorState::Stopped);
+    }
+}
+
+#[test]
+fn a_load_that_is_damaged_or_mixed_up_does_not_come_to_life() {
+    let mut source = Source::new();
+    source.create(0..30);
+    let mut mirror = Region::new();
+    let first = mirror.local(begin());
+    assert_eq!(first, LocalReply::Load(1));
+    let (parts, end) = source.copy();
+    let part = |load, part, records: &[v1::StoredRecord]| {
+        local_command::Op::MirrorLoad(v1::MirrorLoad {
+            volume: VOLUME.0,
+            load,
+            part,
+            records: records.to_vec(),
+        })
+    };
+    let invalid = |reply: LocalReply| assert!(matches!(reply, LocalReply::Invalid(_)), "{reply:?}");
+    invalid(mirror.local(part(1, 1, &parts[0])));
+    assert_eq!(mirror.local(part(1, 0, &parts[0])), LocalReply::Done);
+    invalid(mirror.local(part(1, 0, &parts[0])));
+    let foreign = v1::StoredRecord {
+        key: meta_core::keys::counters(VolumeId(2)),
+        value: "x".into(),
+    };
+    invalid(mirror.local(part(1, 1, &[foreign])));
+    // Half of it.
+    let early = v1::MirrorLoadEnd {
+        load: 1,
+        ..end.clone()
+    };
+    invalid(mirror.local(local_command::Op::MirrorLoadEnd(early)));
+    assert!(
+        mirror
+            .state
+            .view()
+            .get(&meta_core::keys::head(VOLUME))
+            .unwrap()
+            .is_none()
+    );
+    // Another begins; what is left of the first is gone, and late parts of it are refused.
+    assert_eq!(mirror.local(begin()), LocalReply::Load(2));
+    assert_eq!(mirror.state.recompute(VOLUME).unwrap().1.total(), 0);
+    invalid(mirror.local(part(1, 1, &parts[1])));
+    for (number, records) in (0..).zip(&parts) {
+        assert_eq!(mirror.local(part(2, number, records)), LocalReply::Done);
+    }
+    let ended = mirror.local(local_command::Op::MirrorLoadEnd(v1::MirrorLoadEnd {
+        load: 2,
+        ..end
+    }));
+    assert_eq!(ended, LocalReply::Replayed(source.region.head()));
+    assert_eq!(mirror.digest(), source.region.digest());
+}
+
+#[test]
+fn a_load_whose_entries_are_applied_again_after_a_crash_ends_the_same() {
+    let mut source = Source::new();
+    source.create(0..20);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let before = mirror.digest();
+    // All in one run of the state machine: an old volume, its removal, parts, the end, and entries on top.
+    let loaded = mirror.head();
+    let (parts, end) = source.copy();
+    source.create(20..40);
+    let mut ops = vec![begin()];
+    ops.extend((0..).zip(parts).map(|(part, records)| {
+        local_command::Op::MirrorLoad(v1::MirrorLoad {
+            volume: VOLUME.0,
+            load: 2,
+            part,
+            records,
+        })
+    }));
+    ops.push(local_command::Op::MirrorLoadEnd(v1::MirrorLoadEnd {
+        load: 2,
+        ..end
+    }));
+    let mut items: Vec<v1::LogItem> = ops
+        .into_iter()
+        .map(|op| stamped(Item::Local(v1::LocalCommand { op: Some(op) })))
+        .collect();
+    items.push(stamped(Item::Replay(v1::Replay {
+        volume: VOLUME.0,
+        entries: source.after(loaded),
+        beats: Vec::new(),
+    })));
+    mirror.apply(items);
+    assert_ne!(mirror.digest(), before);
+    assert_eq!(mirror.digest(), source.region.digest());
+    assert_eq!(mirror.mirror().load, 2);
+}
+
+#[test]
+fn a_digest_of_the_source_that_differs_is_noticed_and_one_that_agrees_is_counted() {
+    let mut source = Source::new();
+    source.create(0..5);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let mut with = |beat: v1::Beat| {
+        let replay = v1::Replay {
+            volume: VOLUME.0,
+            entries: Vec::new(),
+            beats: vec![beat],
+        };
+        mirror.apply(vec![stamped(Item::Replay(replay))]);
+        (
+            mirror.state.beats_agreed(VOLUME),
+            mirror.state.diverged(VOLUME),
+        )
+    };
+    let beat = source.region.state.beat(VOLUME).unwrap();
+    assert_eq!(with(beat.clone()), (1, None));
+    let wrong = v1::Beat {
+        digest: vec![1; 16].into(),
+        ..beat
+    };
+    assert_eq!(with(wrong), (1, Some(source.region.head())));
+}
+
+#[test]
+fn commands_of_its_own_are_refused_by_a_mirror_and_take_no_position() {
+    let mut source = Source::new();
+    source.create(0..5);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let (head, digest) = (mirror.head(), mirror.digest());
+    let command = v1::Command {
+        session: SessionId::SYSTEM.0,
+        ..create("own")
+    };
+    match mirror.apply(vec![stamped(Item::Command(command))]).pop() {
+        Some(Proposed::Reply(reply)) => assert_eq!(reply.error(), FsError::ReadOnly),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!((mirror.head(), mirror.digest()), (head, digest));
+    assert_eq!(mirror.state.deletions_waiting(VOLUME), 0);
+}
+
+#[test]
+fn a_mirror_does_not_take_the_place_of_a_volume_of_its_own() {
+    let mut own = Source::new();
+    own.create(0..3);
+    let digest = own.region.digest();
+    let refused = own.region.local(begin());
+    assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
+    assert_eq!(own.region.digest(), digest);
+}
+
+#[test]
+fn slots_keep_what_they_need_until_they_are_given_up() {
+    let mut source = Source::new();
+    source.create(0..200);
+    let slot = |name: &str| v1::MirrorSlot {
+        volume: VOLUME.0,
+        name: name.to_owned(),
+        log_bytes_max: 1 << 20,
+        ..Default::default()
+    };
+    let make = |name: &str, reset| {
+        local_command::Op::SlotCreate(v1::SlotCreate {
+            slot: Some(slot(name)),
+            reset,
+        })
+    };
+    let made = source.region.local(make("east", false));
+    let LocalReply::Slot(made, true) = made else {
+        panic!("{made:?}")
+    };
+    let head = source.region.head();
+    assert_eq!(made.oldest.map(Position::from), Some(head));
+    assert_eq!(
+        source.region.state.slots_index().unwrap(),
+        None,
+        "it has everything"
+    );
+    source.create(200..400);
+    assert_eq!(source.region.state.slots_horizon(VOLUME), Some(head));
+    let index = source.region.state.slots_index().unwrap().unwrap();
+    assert!(index <= source.region.index - 199, "{index}");
+    // Making it again changes nothing; reports move it, late ones don't move it back.
+    let again = source.region.local(make("east", false));
+    assert!(matches!(again, LocalReply::Slot(_, false)), "{again:?}");
+    let report = |position: Position| {
+        local_command::Op::SlotReport(v1::SlotReport {
+            volume: VOLUME.0,
+            name: "east".to_owned(),
+            applied: Some(position.into()),
+            complete: Some(position.into()),
+            oldest: Some(position.into()),
+            cluster_id: 5,
+        })
+    };
+    let later = source.region.head();
+    source.region.local(report(later));
+    source.region.local(report(head));
+    assert_eq!(source.region.state.slots_horizon(VOLUME), Some(later));
+    let change = |change| {
+        local_command::Op::SlotChange(v1::SlotChange {
+            volume: VOLUME.0,
+            name: "east".to_owned(),
+            change: Some(change),
+        })
+    };
+    let why = v1::slot_change::Change::Invalidate("too far".to_owned());
+    source.region.local(change(why));
+    assert_eq!(source.region.state.slots_horizon(VOLUME), None);
+    assert_eq!(source.region.state.slots(VOLUME)[0].invalid, "too far");
+    source.region.local(make("east", true));
+    assert_eq!(source.region.state.slots(VOLUME)[0].invalid, "");
+    // Slots survive a restart, and go when they are deleted.
+    source.region.state.flush().unwrap();
+    let Region { state, index, dir } = source.region;
+    drop(state);
+    let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
+    let mut region = Region { state, index, dir };
+    assert_eq!(region.state.slots(VOLUME).len(), 1);
+    region.local(change(v1::slot_change::Change::Delete(true)));
+    assert!(region.state.slots(VOLUME).is_empty());
+}
+
+/// The model of what a mirror must be: the same commands, applied one by one to records in memory.
+#[test]
+fn a_mirror_equals_its_commands_applied_one_by_one() {
+    let mut source = Source::new();
+    source.create(0..40);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let mut records = BTreeMap::new();
+    let (parts, end) = source.copy();
+    for record in parts.into_iter().flatten() {
+        records.insert(record.key, record.value);
+    }
+    records.insert(meta_core::keys::head(VOLUME), end.head);
+    let head = mirror.head();
+    source.create(40..120);
+    for entry in source.after(head) {
+        let stamp = Stamp {
+            time: heliofs_proto::ids::UnixNanos(entry.time),
+        };
+        let applied = meta_core::apply(&records, stamp, entry.command.as_ref().unwrap()).unwrap();
+        for change in applied.changes {
+            match change.new {
+                Some(new) => records.insert(change.key, new),
+                None => records.remove(&change.key),
+            };
+        }
+    }
+    for chunk in source.after(head).chunks(13) {
+        replay(&mut mirror, chunk.to_vec());
+    }
+    let (from, to) = meta_core::keys::volume_range(VOLUME);
+    let found = mirror.state.view().scan(&from, &to, usize::MAX).unwrap();
+    assert_eq!(found, records.into_iter().collect::<Vec<_>>());
+}

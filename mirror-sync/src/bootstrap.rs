@@ -1,0 +1,133 @@
+//! Loads a volume from a copy at one position, in parts, while the source goes on. What was loaded by halves is never served
+//! and is loaded anew.
+
+use heliofs_proto::ids::VolumeId;
+use heliofs_proto::v1::{self, local_command::Op, log_item::Item};
+use meta_core::limits::CORE_LEVEL_MAX;
+use prost::Message;
+
+use crate::follow::{Failed, Follower};
+use crate::target::Answered;
+
+/// Bytes of one part: an entry of the log that takes some milliseconds to be applied.
+const PART_BYTES: usize = 256 << 10;
+
+fn local(op: Op) -> Item {
+    Item::Local(v1::LocalCommand { op: Some(op) })
+}
+
+impl Follower {
+    /// Loads the volume; returns its id.
+    pub(crate) async fn load(&mut self) -> Result<VolumeId, Failed> {
+        let mut copy = self.source.copy_volume(&self.names.source).await?;
+        let begin = match copy.next().await?.and_then(|frame| frame.begin) {
+            Some(begin) => begin,
+            None => return Err(Failed::retry("the copy does not begin with what it is of")),
+        };
+        let record = begin.volume.unwrap_or_default();
+        let level = record.settings.map_or(0, |settings| settings.core_level);
+        if level > CORE_LEVEL_MAX {
+            return Err(Failed::Upgrade(format!(
+                "upgrade me: the source works with core level {level}, this build knows {CORE_LEVEL_MAX}"
+            )));
+        }
+        let volume = VolumeId(record.id);
+        tracing::info!(
+            volume = self.names.local, peer = copy.peer(), position = ?begin.position,
+            "loading a copy of the volume"
+        );
+        let prefix = match record.mirror {
+            Some(mirror) => mirror.prefix,
+            None => record.name,
+        };
+        let begun = Op::MirrorLoadBegin(v1::MirrorLoadBegin {
+            volume: volume.0,
+            name: self.names.local.clone(),
+            storage: record.storage,
+            settings: record.settings,
+            mirror: Some(v1::MirrorOf {
+                source: self.names.url.clone(),
+                volume: self.names.source.clone(),
+                slot: self.names.slot.clone(),
+                prefix,
+                ..Default::default()
+            }),
+        });
+        let load = match self.target.propose(local(begun)).await? {
+            Answered::Load(load) => load,
+            Answered::NameTaken(other) => {
+                return Err(Failed::Refused(format!(
+                    "volume {other} of this cluster is already called `{}`: mirror it under another name \
+                     (--mirror-volume {}=NAME)",
+                    self.names.local, self.names.source
+                )));
+            }
+            Answered::Refused(why) => return Err(Failed::Refused(why)),
+            other => return Err(unexpected(&other)),
+        };
+        self.says.volume = volume.0;
+        self.says.loaded_records = 0;
+        self.say("loading", format!("from {}", copy.peer()));
+        let mut part = v1::MirrorLoad {
+            volume: volume.0,
+            load,
+            part: 0,
+            records: Vec::new(),
+        };
+        let mut bytes = 0;
+        while let Some(frame) = copy.next().await? {
+            for record in frame.records {
+                bytes += record.encoded_len();
+                part.records.push(record);
+                if bytes >= PART_BYTES {
+                    self.part(&mut part).await?;
+                    bytes = 0;
+                }
+            }
+            let Some(end) = frame.end else { continue };
+            if !part.records.is_empty() {
+                self.part(&mut part).await?;
+            }
+            let ended = Op::MirrorLoadEnd(v1::MirrorLoadEnd {
+                volume: volume.0,
+                load,
+                digest: end.digest,
+                head: end.head,
+            });
+            return match self.target.propose(local(ended)).await? {
+                Answered::Replayed(position) => {
+                    tracing::info!(volume = self.names.local, %position, records = end.records, "loaded");
+                    self.loads += 1;
+                    Ok(volume)
+                }
+                Answered::Refused(why) => Err(Failed::retry(why)),
+                other => Err(unexpected(&other)),
+            };
+        }
+        Err(Failed::retry("the copy broke off"))
+    }
+
+    async fn part(&mut self, part: &mut v1::MirrorLoad) -> Result<(), Failed> {
+        let next = v1::MirrorLoad {
+            volume: part.volume,
+            load: part.load,
+            part: part.part + 1,
+            records: Vec::new(),
+        };
+        let whole = std::mem::replace(part, next);
+        let records = whole.records.len() as u64;
+        match self.target.propose(local(Op::MirrorLoad(whole))).await? {
+            Answered::Done => {}
+            // Somebody began another load.
+            Answered::Refused(why) => return Err(Failed::retry(why)),
+            other => return Err(unexpected(&other)),
+        }
+        self.says.loaded_records += records;
+        self.say_again();
+        Ok(())
+    }
+}
+
+pub(crate) fn unexpected(answer: &Answered) -> Failed {
+    Failed::retry(format!("unexpected answer {answer:?}"))
+}

@@ -1,0 +1,18 @@
+//! Mirror regions: what a source commits is replayed into a cluster of its own, elsewhere.
+//!
+//! - [`target`]: what the mirror's own cluster must offer; its server does
+//! - [`supervise`]: while this node leads, one follower per mirrored volume
+//! - [`follow`]: one volume: slot, load if needed, then entry after entry; [`bootstrap`]: the load; [`report`]: how far it is,
+//!   said to the source
+//! - [`plan`]: frames of the changelog to proposals, pure; [`lag`]: how old what is applied is, pure
+
+pub mod bootstrap;
+pub mod follow;
+pub mod lag;
+pub mod plan;
+pub mod report;
+pub mod supervise;
+pub mod target;
+
+pub use supervise::{MirrorConfig, Supervisor};
+pub use target::{Answered, Target, TargetError};

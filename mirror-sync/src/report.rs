@@ -1,0 +1,70 @@
+//! Tells the source how far a mirror is, and hears whether it may go on.
+
+use std::time::Duration;
+
+use heliofs_proto::ids::VolumeId;
+use heliofs_proto::v1;
+use meta_client::{Cluster, ClusterError};
+use tokio::sync::watch;
+
+use crate::target::Target;
+
+/// How often.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// What the source thinks of the slot.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum SlotNews {
+    /// It is there.
+    Kept {
+        /// An operator stopped the mirror for a while.
+        paused: bool,
+    },
+    /// It is not kept any more, or gone: the volume must be loaded anew.
+    Lost(String),
+}
+
+/// Reports until dropped.
+pub(crate) async fn run(
+    source: Cluster,
+    target: &dyn Target,
+    volume: VolumeId,
+    slot: String,
+    cluster_id: u32,
+    news: watch::Sender<SlotNews>,
+) {
+    let mut ticks = tokio::time::interval(EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some((applied, _)) = target.head(volume) else {
+            continue;
+        };
+        let applied = Some(v1::Position::from(applied));
+        let report = v1::SlotReport {
+            volume: volume.0,
+            name: slot.clone(),
+            applied,
+            complete: applied,
+            oldest: applied,
+            cluster_id,
+        };
+        let heard = match source.report_slot(report).await {
+            Ok(kept) if kept.invalid.is_empty() => SlotNews::Kept {
+                paused: kept.paused,
+            },
+            Ok(lost) => SlotNews::Lost(lost.invalid),
+            Err(ClusterError::NotFound(why)) => SlotNews::Lost(why),
+            Err(error) => {
+                // The source is away; what it last said holds.
+                tracing::debug!(%error, "the source could not be told how far the mirror is");
+                continue;
+            }
+        };
+        news.send_if_modified(|before| {
+            let changed = *before != heard;
+            *before = heard;
+            changed
+        });
+    }
+}

@@ -1,0 +1,62 @@
+//! The mirror's own cluster, as a follower on its leader sees it.
+
+use async_trait::async_trait;
+use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
+use heliofs_proto::v1;
+
+/// Why a proposal has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// Another node leads: whatever is to be done, it does it.
+    #[error("this node does not lead the mirror any more")]
+    NotLeader,
+    /// The proposal may take effect or not.
+    #[error("the outcome of a proposal is not known: the lead may have been lost")]
+    Unknown,
+    /// The node has stopped.
+    #[error("the mirror's node has stopped: {0}")]
+    Stopped(String),
+}
+
+/// What applying a proposal answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answered {
+    /// Done.
+    Done,
+    /// The volume is at this position.
+    Replayed(Position),
+    /// This load has begun.
+    Load(u64),
+    /// Another volume, of this id, has the name.
+    NameTaken(VolumeId),
+    /// It makes no sense as things are; why.
+    Refused(String),
+}
+
+/// The cluster that a volume is mirrored into. Everything but [`Target::propose`] answers at once, from this node.
+#[async_trait]
+pub trait Target: Send + Sync + 'static {
+    /// Waits until this node leads.
+    async fn leads(&self);
+
+    /// Waits until this node does not lead.
+    async fn deposed(&self);
+
+    /// The id of the cluster; `None`: it was not formed.
+    fn cluster_id(&self) -> Option<u32>;
+
+    /// The volumes that are mirrors.
+    fn mirrors(&self) -> Vec<v1::Volume>;
+
+    /// How far a volume is, and its time there.
+    fn head(&self, volume: VolumeId) -> Option<(Position, UnixNanos)>;
+
+    /// The first position at which a digest of the source did not agree.
+    fn diverged(&self, volume: VolumeId) -> Option<Position>;
+
+    /// Logs, commits and applies. The order of calls is the order in the log.
+    async fn propose(&self, item: v1::log_item::Item) -> Result<Answered, TargetError>;
+
+    /// Shows how a follower is.
+    fn publish(&self, status: v1::MirrorStatus);
+}
