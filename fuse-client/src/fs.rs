@@ -24,10 +24,11 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use blockstore::SegmentStore;
-use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::ids::{Position, SegmentId, VolumeId};
 use heliofs_proto::v1;
 use meta_client::{ClientError, Session, Watcher};
 use parking_lot::Mutex;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
@@ -91,6 +92,8 @@ pub struct Fs {
     metrics: Metrics,
     clock: Clock,
     segment_ids: SegmentIds,
+    /// Takes segments that were stored and that no commit will name.
+    abandoned: UnboundedSender<SegmentId>,
     packer: Packer,
     /// Segments that are built and uploaded at once.
     upload_turns: tokio::sync::Semaphore,
@@ -127,7 +130,9 @@ impl Fs {
         options: FsOptions,
         metrics: Metrics,
     ) -> Arc<Self> {
+        let (abandoned, unnamed) = tokio::sync::mpsc::unbounded_channel();
         let fs = Arc::new(Self {
+            abandoned,
             volume: session.volume_id(),
             session: ArcSwap::from_pointee(session),
             store,
@@ -147,7 +152,7 @@ impl Fs {
             stop: CancellationToken::new(),
             naming: AtomicBool::new(false),
         });
-        fs.start_background();
+        fs.start_background(unnamed);
         fs
     }
 

@@ -14,6 +14,7 @@ use crate::errno::Errno;
 use crate::read::extents::ExtentMap;
 use crate::write::budget::Budget;
 use crate::write::pieces::{Frame, Pieces};
+use crate::write::stored::Stored;
 
 /// See the module.
 #[derive(Debug)]
@@ -49,7 +50,7 @@ pub enum Privileges {
 }
 
 /// An upload's result: the segment and its frames, in the order of the batch.
-pub type Uploaded = Result<(v1::Segment, Vec<FrameNumber>), Errno>;
+pub type Uploaded = Result<(Arc<Stored>, Vec<FrameNumber>), Errno>;
 
 /// Frozen data on its way.
 #[derive(Debug, Clone)]

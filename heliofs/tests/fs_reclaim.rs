@@ -396,3 +396,39 @@ fn compaction_by_hand_while_files_are_written() {
     deleter.unmount();
     fsck(&cluster, "handy", &["--level", "data"]).success();
 }
+
+#[test]
+fn what_was_uploaded_and_overwritten_before_a_commit_leaves_nothing() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    cluster.format_file("hasty", &["--deletion-grace", "0s"]);
+    let bucket = cluster.directory.join("bucket/hasty");
+    let mount = cluster.mount("hasty");
+    let last = content(12 << 20, 9);
+    let file = fs::File::create(mount.join("f")).unwrap();
+    for round in 0..10 {
+        file.set_len(0).unwrap();
+        // Full segments leave at once; no commit names them before they are cut off.
+        file.write_all_at(&content(12 << 20, round), 0).unwrap();
+    }
+    file.set_len(0).unwrap();
+    file.write_all_at(&last, 0).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    for n in 0..20 {
+        fs::write(mount.join(format!("short-lived-{n}")), content(5 << 20, n)).unwrap();
+        fs::remove_file(mount.join(format!("short-lived-{n}"))).unwrap();
+    }
+    wait_for("nothing but the file", Duration::from_secs(60), || {
+        (stored_bytes(&bucket) < 13 << 20).then_some(())
+    });
+    assert!(fs::read(mount.join("f")).unwrap() == last);
+    let url = cluster.volume_url("hasty");
+    let found = cluster.run(&["gc", &url, "--json"]).success().json();
+    assert_eq!(
+        (&found["open"], found["leaks"].as_array().unwrap().len()),
+        (&0.into(), 0),
+        "{found}"
+    );
+    mount.unmount();
+    fsck(&cluster, "hasty", &["--level", "data"]).success();
+}

@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use support::{Cluster, Mount, wait_for};
@@ -268,4 +268,32 @@ fn a_mount_that_lost_its_session_stores_what_nobody_has_changed_since() {
     fs::write(a.join("after"), b"again").unwrap();
     assert_eq!(fs::read(b.join("after")).unwrap(), b"again");
     assert!(fs::read(a.join("kept")).unwrap() == whole);
+}
+
+#[test]
+fn without_a_bucket_others_are_not_held_up_and_the_writer_learns_it() {
+    let two = Two::new(
+        "down",
+        1,
+        &["--flush-age", NEVER, "--io-timeout", "2s"],
+        &[],
+    );
+    let (a, b) = (&two.a, &two.b);
+    fs::write(a.join("file"), content(1, 100_000)).unwrap();
+    let bucket = two.cluster.directory.join("bucket");
+    let away = two.cluster.directory.join("bucket-away");
+    fs::rename(&bucket, &away).unwrap();
+    fs::write(&bucket, b"not a directory").unwrap();
+
+    // Below the time that operations wait for an answer, after which they fail.
+    let began = Instant::now();
+    assert_eq!(fs::metadata(b.join("file")).unwrap().len(), 0);
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    let refused = File::open(a.join("file")).expect_err("an open that hides lost data");
+    assert_eq!(refused.raw_os_error(), Some(libc::EIO));
+
+    fs::remove_file(&bucket).unwrap();
+    fs::rename(&away, &bucket).unwrap();
+    File::open(a.join("file")).unwrap();
+    assert!(fs::read(b.join("file")).unwrap() == content(1, 100_000));
 }

@@ -10,6 +10,7 @@ use heliofs_proto::ids::{Ino, SegmentId};
 use heliofs_proto::v1::{self, maintain::Ask, maintained::Answer};
 use meta_client::{ClientError, Event, Session};
 use parking_lot::Mutex;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
 use super::Fs;
@@ -26,6 +27,9 @@ const DELETIONS: u32 = 512;
 /// Pause between two questions for dead segments: after some were found, and the longest when none are.
 const DELETION_PAUSE_MIN: Duration = Duration::from_millis(500);
 const DELETION_PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// Abandoned segments deleted together.
+const ABANDONED: usize = 64;
 
 /// Sparse segments asked for at once, and how many are remembered until they are met again.
 const SPARSE: u32 = 256;
@@ -70,8 +74,13 @@ impl Fs {
         self.stop.clone()
     }
 
-    pub(super) fn start_background(self: &Arc<Self>) {
+    pub(crate) fn abandoned(&self) -> UnboundedSender<SegmentId> {
+        self.abandoned.clone()
+    }
+
+    pub(super) fn start_background(self: &Arc<Self>, unnamed: UnboundedReceiver<SegmentId>) {
         self.runtime.spawn(self.clone().run_events());
+        self.runtime.spawn(self.clone().run_abandoned(unnamed));
         if !self.options.read_only {
             self.runtime.spawn(self.clone().run_flusher());
             self.runtime.spawn(self.clone().run_recalls());
@@ -259,6 +268,27 @@ impl Fs {
                         return Err(error);
                     }
                     tokio::time::sleep(RENEW_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Deletes segments that this mount has stored and that no commit will name: what they held was overwritten before.
+    async fn run_abandoned(self: Arc<Self>, mut unnamed: UnboundedReceiver<SegmentId>) {
+        let mut ids = Vec::new();
+        loop {
+            ids.clear();
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                _ = unnamed.recv_many(&mut ids, ABANDONED) => {}
+            }
+            for (id, deleted) in self.store.delete(&ids).await {
+                match deleted {
+                    Ok(()) => self.metrics.deleted_segments.inc(),
+                    // Left for gc.
+                    Err(error) => {
+                        tracing::warn!(segment = id.0, %error, "an abandoned segment could not be deleted");
+                    }
                 }
             }
         }

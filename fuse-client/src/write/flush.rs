@@ -13,6 +13,7 @@ use heliofs_proto::v1::command::Op;
 use meta_client::ClientError;
 
 use super::pieces::{Frame, SentPiece};
+use super::stored::Stored;
 use crate::errno::{Errno, FsResult};
 use crate::fs::Fs;
 use crate::inode::{Batch, Inode};
@@ -61,9 +62,9 @@ impl<'a> Group<'a> {
 
     fn add(&mut self, inode: &'a Arc<Inode>, number: u64, placed: &Placed, part: &[SentPiece]) {
         if let Placed::Segment(segment, _) = placed
-            && !self.segments.iter().any(|known| known.id == segment.id)
+            && !self.segments.iter().any(|known| known.id == segment.id())
         {
-            self.segments.push(*segment);
+            self.segments.push(segment.name());
         }
         let extents: Vec<_> = part.iter().map(|piece| placed.extent(piece)).collect();
         self.extents += extents.len();
@@ -87,7 +88,7 @@ impl<'a> Group<'a> {
 
 /// Where a batch's frames ended up.
 enum Placed {
-    Segment(v1::Segment, Vec<blockstore::FrameNumber>),
+    Segment(Arc<Stored>, Vec<blockstore::FrameNumber>),
     Inline(Arc<Vec<Frame>>),
 }
 
@@ -100,7 +101,7 @@ impl Placed {
         };
         match self {
             Self::Segment(segment, frames) => {
-                extent.segment = segment.id;
+                extent.segment = segment.id();
                 extent.frame = frames[piece.sent.frame].0;
                 extent.frame_offset = piece.sent.frame_offset;
             }
@@ -469,7 +470,9 @@ async fn placed(batch: Batch) -> Result<Placed, Errno> {
                 Err(_) => None,
             };
             match uploaded.as_deref() {
-                Some(Ok((segment, frames))) => Ok(Placed::Segment(*segment, frames.clone())),
+                Some(Ok((segment, frames))) => {
+                    Ok(Placed::Segment(Arc::clone(segment), frames.clone()))
+                }
                 Some(Err(error)) => Err(*error),
                 None => Err(Errno::IO),
             }

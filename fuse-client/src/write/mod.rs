@@ -4,6 +4,7 @@
 //! - [`budget`]: how much of them all files together may hold
 //! - [`segment_ids`]: names for new segments
 //! - [`upload`]: bytes into the bucket; [`pack`]: small ones of all files together
+//! - [`stored`]: segments that no commit has named yet
 //! - [`flush`]: uploads what is left and commits everything in order
 //! - [`flusher`]: what flushes by age and under pressure
 
@@ -13,4 +14,5 @@ pub mod flusher;
 pub mod pack;
 pub mod pieces;
 pub mod segment_ids;
+pub mod stored;
 pub mod upload;

@@ -145,7 +145,7 @@ impl Fs {
         for (count, Part { done, .. }) in counts.into_iter().zip(parts) {
             let part = uploaded
                 .as_ref()
-                .map(|(segment, numbers)| (*segment, numbers[at..at + count].to_vec()))
+                .map(|(segment, numbers)| (Arc::clone(segment), numbers[at..at + count].to_vec()))
                 .map_err(|error| *error);
             at += count;
             // Nobody listens when the batch was dropped with its inode.

@@ -6,6 +6,7 @@ use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, INLINE_BYTES_MAX};
 use tokio::sync::watch;
 
 use super::pieces::Frame;
+use super::stored::Stored;
 use crate::errno::Errno;
 use crate::fs::Fs;
 use crate::inode::{Batch, Inode, InodeState, Uploaded};
@@ -79,7 +80,7 @@ impl Fs {
             tracing::warn!(segment = id.0, %error, "upload failed");
             Errno::from(error)
         })?;
-        Ok((record, numbers))
+        Ok((Arc::new(Stored::new(record, self.abandoned())), numbers))
     }
 
     /// Commits uploaded batches in the background once enough of them wait.

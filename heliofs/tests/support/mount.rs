@@ -45,6 +45,8 @@ impl Mount {
                     .arg(&path)
                     .arg("--cache-dir")
                     .arg(cache.map_or_else(|| scratch.path().join("cache"), Path::to_owned))
+                    // Tests of the cache must not depend on how full this machine's disk is.
+                    .args(["--free-space-ratio", "0"])
                     .arg("--token-file")
                     .arg(&cluster.token_file)
                     .args(flags);

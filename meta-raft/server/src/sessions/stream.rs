@@ -305,7 +305,7 @@ impl SessionStream {
         let session = self.session;
         Some(async move {
             volume.caches_known().await;
-            if let Some(ino) = overtakes_writes(&command) {
+            for ino in overtakes_writes(&command) {
                 // What the holder of the file's lease was told to be written comes first.
                 let returned = volume.soft().recall(session, ino);
                 if let Some(returned) = returned {
@@ -601,11 +601,14 @@ fn held_back_by_name(
     kept
 }
 
-/// The file whose length or time of change this command sets, so that what was written before must be committed before.
-fn overtakes_writes(command: &v1::Command) -> Option<u64> {
+/// The files whose content, length or time of change this command reads or sets, so that what was written before must be
+/// committed before. 0: none.
+fn overtakes_writes(command: &v1::Command) -> [u64; 2] {
     match &command.op {
-        Some(Op::SetAttr(op)) if op.size.is_some() || op.mtime.is_some() => Some(op.ino),
-        _ => None,
+        Some(Op::SetAttr(op)) if op.size.is_some() || op.mtime.is_some() => [op.ino, 0],
+        Some(Op::Fallocate(op)) => [op.ino, 0],
+        Some(Op::CopyRange(op)) => [op.source, op.target],
+        _ => [0, 0],
     }
 }
 
