@@ -180,7 +180,7 @@ fn those_who_wait_share_objects() {
     });
     let segments = two.segments();
     assert!(
-        (1..THREADS * EACH / 2).contains(&segments),
+        (1..THREADS * EACH).contains(&segments),
         "{} closes took {segments} objects",
         THREADS * EACH
     );
