@@ -44,6 +44,12 @@ struct Cluster {
 
 impl Cluster {
     async fn new(size: u64, adjust: impl Fn(&mut NodeConfig)) -> Self {
+        // `RUST_LOG=info` shows what the nodes do.
+        let log = tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_test_writer();
+        // Another test of this process may have been first.
+        log.try_init().ok();
         let dir = TempDir::new().unwrap();
         let mut cluster = Self {
             dir,

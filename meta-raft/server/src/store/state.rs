@@ -22,6 +22,7 @@ use rocksdb::{
 use super::digests::Digest;
 use super::directory::{StateDirectory, sync_tree};
 use super::emptied::Emptied;
+use super::identity::sync_directory;
 use super::local::{self, Place};
 use super::view::{LiveView, SnapshotView};
 use super::{OpenError, io_error};
@@ -182,7 +183,7 @@ impl State {
         let number = current.unwrap_or(1);
         let db = open_db(&directory.path(number), sizes, &cache, current.is_none())?;
         if current.is_none() {
-            sync_tree(&directory.path(number))
+            sync_directory(&directory.path(number))
                 .and_then(|()| directory.switch(number))
                 .map_err(OpenError::io("create the state"))?;
         }
@@ -482,10 +483,12 @@ impl State {
             }
         };
         let path = &directory.path(number);
+        // Before it is opened: RocksDB then removes files that are of no use any more, and syncs by itself what it writes.
+        sync_tree(path).map_err(OpenError::io("sync the received state"))?;
         let db = open_db(path, &self.inner.sizes, &self.inner.cache, false)?;
         let generation = Generation::new(db, number);
         let memory = load(&generation)?;
-        sync_tree(path)
+        sync_directory(path)
             .and_then(|()| self.inner.directory.switch(number))
             .map_err(OpenError::io("switch to the received state"))?;
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
