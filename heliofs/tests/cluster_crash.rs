@@ -159,12 +159,11 @@ fn a_cut_end_of_one_log_costs_no_acknowledged_write() {
         .unwrap();
     cluster.start_node(victim);
     load.wait_for_more(20, Duration::from_secs(30));
-    // The next leader compares logs anew.
+    // Whoever leads next: the node that forgot only if it was told again meanwhile.
     let leader = cluster.leader();
     assert_ne!(leader, victim);
     cluster.kill_node(leader);
     load.wait_for_more(20, Duration::from_secs(30));
-    assert_ne!(cluster.leader(), victim, "the node that forgot leads");
     cluster.start_node(leader);
     let acknowledged = load.stop();
     acknowledged.assert_no_errors();

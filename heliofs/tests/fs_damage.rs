@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use support::cluster::run;
 use support::{Cluster, Mount};
@@ -96,6 +97,10 @@ fn a_corrupt_cache_file_is_replaced_from_the_bucket() {
 
     let address = format!("127.0.0.1:{}", support::free_ports(1)[0]);
     let mount = Mount::with_cache(&cluster, "cached", Some(&cache), &["--metrics", &address]);
+    // What lies in the cache is found in the background.
+    support::wait_for("the cache to be found", Duration::from_secs(20), || {
+        (metric(&address, "heliofs_blockstore_disk_cache_bytes") > 0).then_some(())
+    });
     assert_eq!(fs::read(mount.join("file")).unwrap(), text);
     assert!(metric(&address, "heliofs_blockstore_corrupt_cache_files_total") > 0);
     assert!(mount.process.log().contains("corrupt cache file"));
