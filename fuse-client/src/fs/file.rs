@@ -128,6 +128,7 @@ impl Fs {
         let attr = opened.answer.attr.ok_or(Errno::IO)?;
         self.saw(generation, &attr, at);
         if let Some(page) = &opened.answer.extents {
+            self.store.note_elsewhere(&page.elsewhere);
             let mut state = inode.lock();
             state.learn(&attr, at, 0..page.complete_to, &page.extents);
         }

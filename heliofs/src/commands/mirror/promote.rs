@@ -99,7 +99,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         })?;
         let waited = target
             .cluster
-            .mirror_wait(&target.volume, at, options.timeout);
+            .mirror_wait(&target.volume, at, false, options.timeout);
         let (reached, applied) = waited.await?;
         if !reached {
             return Err(Failure::new(format!(

@@ -12,9 +12,11 @@ use fuse_client::{AtimePolicy, Coherence, CompactionOptions, FsOptions, MountOpt
 use meta_client::{Cluster, Session, SessionOptions};
 use tokio_util::sync::CancellationToken;
 
+use crate::buckets::BucketAccess;
 use crate::cli::Access;
 use crate::commands::version;
 use crate::connect::host_name;
+use crate::copying::{self, CopyMetrics};
 use crate::failure::{Failure, Outcome, While};
 use crate::mounts::MountNote;
 use crate::passphrase::PassphraseSource;
@@ -86,6 +88,8 @@ pub(crate) struct Serving {
     /// Time between two looks for sparse objects to compact.
     #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
     pub(crate) compact_interval: Duration,
+    #[command(flatten)]
+    pub(crate) buckets: BucketAccess,
     #[command(flatten)]
     pub(crate) passphrase: PassphraseSource,
     /// Serves /metrics and /ready here.
@@ -212,6 +216,7 @@ impl Serving {
             self.metrics.map(|address| address.to_string().into()),
         );
         arguments.extend(self.passphrase.to_arguments());
+        arguments.extend(self.buckets.to_arguments());
         for (name, value) in [
             ("--upload-limit", self.upload_limit.to_string()),
             ("--download-limit", self.download_limit.to_string()),
@@ -337,8 +342,10 @@ impl Serving {
         note: &MountNote,
         registry: prometheus::Registry,
     ) -> Outcome<Mounted> {
-        let storage = session.storage();
         let welcome = session.welcome();
+        let (storage, second) = self
+            .buckets
+            .apply(session.storage(), welcome.second.clone())?;
         // The server refuses changes of a mirror; the kernel says so at once.
         let read_only = self.read_only || welcome.mirror;
         let prefix = welcome.prefix.as_str();
@@ -385,7 +392,24 @@ impl Serving {
                 .hint("was the bucket restored or copied from elsewhere? `heliofs config` shows where it should be"),
             other => other.into(),
         })?;
-        let store = SegmentStore::open(&storage, prefix, session.volume_id(), store_options)?;
+        let id = session.volume_id();
+        let copies = match &second {
+            Some(second) if !self.no_bgjob => {
+                Some(copying::open(&storage, second, prefix, &store_options)?)
+            }
+            _ => None,
+        };
+        let (store, news) = match &second {
+            None => (
+                SegmentStore::open(&storage, prefix, id, store_options)?,
+                None,
+            ),
+            Some(second) => {
+                let (store, news) =
+                    SegmentStore::open_with_second(&storage, second, prefix, id, store_options)?;
+                (store, Some(news))
+            }
+        };
         let options = MountOptions {
             volume: volume.to_owned(),
             fs: FsOptions {
@@ -411,7 +435,7 @@ impl Serving {
             &runtime,
             session.clone(),
             coherence,
-            store,
+            store.clone(),
             &note.mount_point,
             options,
         )
@@ -421,6 +445,10 @@ impl Serving {
                 note.mount_point.display()
             ))
         })?;
+        if let (Some(buckets), Some(news)) = (copies, news) {
+            let metrics = CopyMetrics::new(&registry, volume);
+            copying::start(buckets, mounted.fs().clone(), store, news, metrics);
+        }
         if let Some(listen) = self.metrics {
             let exposed = Exposed {
                 metrics: Box::new(move || serve_metrics::encode(&registry)),
@@ -514,6 +542,7 @@ mod tests {
             free_space_ratio: 0.1,
             no_bgjob: false,
             compact_interval: Duration::from_secs(60),
+            buckets: BucketAccess::default(),
             passphrase: PassphraseSource::default(),
             metrics: None,
         }

@@ -413,6 +413,20 @@ impl Admin for AdminService {
         self.promoted(ask.into_inner()).await
     }
 
+    async fn set_bucket(
+        &self,
+        ask: Request<v1::SetBucketRequest>,
+    ) -> Answer<v1::SetBucketResponse> {
+        self.bucket_set(ask.into_inner()).await
+    }
+
+    async fn list_missing(
+        &self,
+        ask: Request<v1::ListMissingRequest>,
+    ) -> Answer<v1::ListMissingResponse> {
+        self.missing_listed(ask.into_inner()).await
+    }
+
     async fn mirror_reload(
         &self,
         ask: Request<v1::MirrorReloadRequest>,

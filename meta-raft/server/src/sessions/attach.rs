@@ -127,6 +127,7 @@ impl SessionsService {
                 None if volume.prefix.is_empty() => volume.name.clone(),
                 None => volume.prefix.clone(),
             },
+            second: volume.second.clone(),
         })
     }
 }

@@ -219,6 +219,7 @@ fn weight(response: &v1::Response) -> usize {
         Some(Body::Walk(walk)) => walk.attrs.len() * 96,
         Some(Body::Maintained(maintained)) => maintained_weight(maintained),
         Some(Body::Deletions(deletions)) => deletions.segments.len() * 8,
+        Some(Body::Copies(copies)) => copies.tasks.len() * 32,
         Some(
             Body::Reply(_) | Body::Attr(_) | Body::StatFs(_) | Body::Lock(_) | Body::Summary(_),
         )

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1::{self, FsError, LockKind};
 
-use super::deletions::DeletionLeases;
+use super::copies::CopyLeases;
+use super::deletions::SegmentLeases;
 use super::grace::Grace;
 use super::interest::{Effects, Interest, StreamId, Told, everything};
 use super::locks::{LockTable, Owner, Ticket, Verdict};
@@ -144,9 +145,11 @@ pub struct Soft {
     /// The volume is a mirror: commands are of the source's sessions.
     mirror: bool,
     /// Which dead segments are leased to whom.
-    pub deletions: DeletionLeases,
+    pub deletions: SegmentLeases,
     /// Which session compacts.
     pub compaction: CompactionLease,
+    /// Which copy tasks are leased to whom.
+    pub copies: CopyLeases,
 }
 
 impl Soft {
@@ -167,8 +170,9 @@ impl Soft {
             seen: Position::START,
             orphans: Orphans::default(),
             mirror: false,
-            deletions: DeletionLeases::default(),
+            deletions: SegmentLeases::default(),
             compaction: CompactionLease::default(),
+            copies: CopyLeases::default(),
         }
     }
 
@@ -408,6 +412,7 @@ impl Soft {
         let granted = self.locks.end_session(session);
         self.granted(granted);
         self.deletions.end_session(session);
+        self.copies.segments.end_session(session);
         self.compaction.end_session(session);
         self.leases.end_session(session);
         let freed = self.opens.end_session(session);

@@ -6,10 +6,12 @@
 //! - [`view`]: reads of the replicated records; `emptied`: what its scans need not walk over
 //! - [`local`]: records of the cluster that no volume's history holds
 //! - [`group`]: one applied group, written as one batch
+//! - `copies`: what this region's bucket lacks
 //! - `mirrors`: what the state knows of mirrors of its volumes, and of those that are mirrors
 //! - [`digests`]: sums per volume, kept as changes are applied
 //! - [`directory`]: which `state-<n>` is live, and how another takes its place
 
+mod copies;
 pub mod digests;
 pub mod directory;
 mod emptied;

@@ -71,7 +71,7 @@ impl Generation {
             .map_err(|error| OpenError::State(error.to_string()))
     }
 
-    fn local_range(
+    pub(super) fn local_range(
         &self,
         from: Vec<u8>,
         to: Vec<u8>,
@@ -103,6 +103,8 @@ pub(super) struct Known {
     pub placed: Option<u64>,
     /// What is kept for mirrors, by their names.
     pub slots: BTreeMap<String, v1::MirrorSlot>,
+    /// How far this region's bucket is.
+    pub copies: v1::CopyState,
 }
 
 struct Inner {
@@ -629,6 +631,11 @@ fn load_volume(
         let slot = v1::MirrorSlot::decode(value.as_ref()).map_err(|error| bad("a slot", error))?;
         slots.insert(slot.name.clone(), slot);
     }
+    let copies = match generation.local_get(&local::copies(volume))? {
+        None => v1::CopyState::default(),
+        Some(bytes) => v1::CopyState::decode(bytes.as_slice())
+            .map_err(|error| bad("state of the copies", error))?,
+    };
     let mut placed = None;
     let (from, to) = local::places(volume);
     let mut options = ReadOptions::default();
@@ -658,5 +665,6 @@ fn load_volume(
         waiting,
         placed,
         slots,
+        copies,
     })
 }
