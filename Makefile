@@ -11,7 +11,7 @@ NEXTEST := $(shell command -v cargo-nextest)
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-demo: ## A cluster, a mount, a leader killed in the middle of a copy, every byte compared
+demo: ## A cluster, a mount, a leader killed in the middle of a copy, every byte compared; a mirror region takes over
 	@.ci/demo
 
 test: ## The whole test suite

@@ -4,11 +4,13 @@ use std::ffi::OsString;
 
 use clap::Args;
 use heliofs_proto::v1::StorageConfig;
+use serde::{Deserialize, Serialize};
 
 use crate::failure::{Failure, Outcome};
 
 /// Addresses and keys from the command line or the environment; what is not given is as the cluster says.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct BucketAccess {
     /// Where the volume's bucket is, seen from here [default: as the metadata cluster says].
     #[arg(long, value_name = "BUCKET")]
@@ -101,6 +103,36 @@ impl BucketAccess {
             first.apply(storage),
             second.map(|second| other.apply(second)),
         ))
+    }
+
+    /// What is given here, and for the rest what `other` says.
+    pub(crate) fn or(self, other: Self) -> Self {
+        Self {
+            bucket: self.bucket.or(other.bucket),
+            access_key: self.access_key.or(other.access_key),
+            secret_key: self.secret_key.or(other.secret_key),
+            bucket2: self.bucket2.or(other.bucket2),
+            access_key2: self.access_key2.or(other.access_key2),
+            secret_key2: self.secret_key2.or(other.secret_key2),
+        }
+    }
+
+    /// With keys of the environment, to be saved.
+    ///
+    /// Errors: half a pair of keys.
+    pub(crate) fn with_environment(self) -> Outcome<Self> {
+        let first = Way::find(&self.bucket, &self.access_key, &self.secret_key, "")?;
+        let second = Way::find(&self.bucket2, &self.access_key2, &self.secret_key2, "2")?;
+        let (access_key, secret_key) = first.keys.unzip();
+        let (access_key2, secret_key2) = second.keys.unzip();
+        Ok(Self {
+            bucket: first.bucket,
+            access_key,
+            secret_key,
+            bucket2: second.bucket,
+            access_key2,
+            secret_key2,
+        })
     }
 
     /// As flags, for the background process. What came from the environment is there, too.

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::At;
 use crate::buckets::BucketAccess;
-use crate::commands::version;
+use crate::commands::{auth, version};
 use crate::connect::host_name;
 use crate::copying::{self, CopyMetrics, WorkerHost};
 use crate::failure::{Failure, Outcome};
@@ -83,7 +83,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
                 .hint("`heliofs mirror bucket` gives a mirror one"),
         );
     };
-    let (storage, second) = options.buckets.apply(session.storage(), Some(second))?;
+    let access = match auth::find(&at.url)? {
+        Some(saved) => options.buckets.clone().or(saved.buckets),
+        None => options.buckets.clone(),
+    };
+    let (storage, second) = access.apply(session.storage(), Some(second))?;
     let second = second.expect("it was given");
     let store_options = StoreOptions {
         uploads_max: options.threads.into(),

@@ -216,7 +216,6 @@ impl Serving {
             self.metrics.map(|address| address.to_string().into()),
         );
         arguments.extend(self.passphrase.to_arguments());
-        arguments.extend(self.buckets.to_arguments());
         for (name, value) in [
             ("--upload-limit", self.upload_limit.to_string()),
             ("--download-limit", self.download_limit.to_string()),

@@ -7,6 +7,7 @@
 //! - [`local`]: records of the cluster that no volume's history holds
 //! - [`group`]: one applied group, written as one batch
 //! - `copies`: what this region's bucket lacks
+//! - `scrub`: sums of the records, recomputed
 //! - `mirrors`: what the state knows of mirrors of its volumes, and of those that are mirrors
 //! - [`digests`]: sums per volume, kept as changes are applied
 //! - [`directory`]: which `state-<n>` is live, and how another takes its place
@@ -20,11 +21,13 @@ pub mod identity;
 pub mod local;
 pub mod log;
 mod mirrors;
+mod scrub;
 pub mod state;
 pub mod view;
 mod writer;
 
 pub use log::LogStore;
+pub use scrub::Scrubbed;
 pub use state::State;
 
 /// Why a store can't be opened.

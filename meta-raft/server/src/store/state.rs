@@ -508,28 +508,6 @@ impl State {
         }
         Ok(())
     }
-
-    /// Recomputes a volume's sums from its records, at one moment: what a scrub compares with [`State::digest`]. Blocks.
-    pub fn recompute(&self, volume: VolumeId) -> Result<(Position, Sums), meta_core::Corruption> {
-        use meta_core::View;
-        const PAGE: usize = 1024;
-        self.snapshot_view(|view| {
-            let mut sums = Sums::default();
-            let (mut from, to) = meta_core::keys::volume_range(volume);
-            loop {
-                let page = view.scan(&from, &to, PAGE)?;
-                for (key, value) in &page {
-                    sums.add(key, value);
-                }
-                match page.last() {
-                    Some((key, _)) if page.len() == PAGE => from = meta_core::keys::after(key),
-                    _ => break,
-                }
-            }
-            let position = query::head(view, volume)?.map_or(Position::START, |head| head.position);
-            Ok((position, sums))
-        })
-    }
 }
 
 pub(super) fn without_wal() -> WriteOptions {
