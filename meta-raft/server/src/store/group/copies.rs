@@ -15,7 +15,7 @@ use crate::proposer::LocalReply;
 use crate::store::local;
 
 /// Gaps that are told apart; beyond them the two oldest become one, which makes the watermark later and never wrong.
-const GAPS_MAX: usize = 1000;
+const GAPS_MAX: usize = 64;
 
 /// What the group changed of what is missing; `None`: not missing any more.
 pub(super) type Missing = BTreeMap<(VolumeId, SegmentId), Option<v1::MissingSegment>>;
@@ -120,6 +120,10 @@ impl Group<'_, '_> {
                 }
                 Some(_) => state.quarantined_segments += 1,
                 None => {}
+            }
+            if state.pending_segments == 0 {
+                // Everything up to here is complete: nobody asks for what lies before.
+                state.gaps.clear();
             }
         }
         self.missing.insert((volume, segment), new);
