@@ -417,6 +417,7 @@ impl<'e> Group<'_, 'e> {
             placed: None,
             slots: BTreeMap::new(),
             copies: v1::CopyState::default(),
+            watched: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
         let outcome = self.command(index, time, Cow::Owned(init))?;

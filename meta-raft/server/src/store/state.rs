@@ -105,6 +105,8 @@ pub(super) struct Known {
     pub slots: BTreeMap<String, v1::MirrorSlot>,
     /// How far this region's bucket is.
     pub copies: v1::CopyState,
+    /// Positions that are pinned on this node; `false`: something of it was removed before it was copied.
+    pub watched: BTreeMap<Position, bool>,
 }
 
 struct Inner {
@@ -319,14 +321,15 @@ impl State {
     }
 
     /// The oldest `segments_max` segments of the deletion queue that lost their last reference before `freed_before`, and that no
-    /// mirror may still need.
+    /// mirror, and nobody who is shown the records at `shown`, may still need.
     pub fn deletions(
         &self,
         volume: VolumeId,
+        shown: Option<Position>,
         freed_before: UnixNanos,
         segments_max: usize,
     ) -> std::io::Result<Vec<SegmentId>> {
-        let horizon = self.slots_horizon(volume);
+        let horizon = [self.slots_horizon(volume), shown].into_iter().flatten().min();
         let generation = self.generation();
         let (from, to) = local::deletions_before(volume, freed_before);
         let mut segments = Vec::new();
@@ -644,5 +647,6 @@ fn load_volume(
         placed,
         slots,
         copies,
+        watched: BTreeMap::new(),
     })
 }

@@ -171,7 +171,11 @@ impl Group<'_, '_> {
         if old.quarantine.is_empty()
             && let Some(known) = self.memory.volumes.get_mut(&volume)
         {
-            add_gap(&mut known.copies.gaps, position(old.since), at);
+            let since = position(old.since);
+            add_gap(&mut known.copies.gaps, since, at);
+            for (_, whole) in known.watched.range_mut(since..at) {
+                *whole = false;
+            }
         }
         self.set_missing(volume, segment, Some(&old), None);
         // A bad object lies there.
