@@ -715,3 +715,52 @@ fn an_old_source_that_lived_on_exports_its_tail_and_rejoins() {
     seen.unmount();
     now.unmount();
 }
+
+/// With `--mirror-read complete` a mount shows the volume as it was when the region's own bucket had all of it, moves forward with
+/// that and never back, also across a change of leader.
+#[test]
+fn a_mount_that_reads_what_is_complete_needs_nothing_from_the_source() {
+    let mut regions = Regions::start(3);
+    let written = regions.source.mount(VOLUME);
+    write_files(&written.path, 30, 15);
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    regions.give_bucket(&[]).success();
+    regions.worker(&[]).success();
+    let complete = ["--mirror-read", "complete", "--no-bgjob"];
+    let seen = Mount::of(&regions.mirror, VOLUME, &complete);
+    let before = tree(&written.path);
+    assert_eq!(tree(&seen.path), before);
+    // Nobody copies what comes now.
+    write_files(&written.path, 31, 8);
+    fs::remove_file(written.join("30-1")).unwrap();
+    let mut rewritten = File::create(written.join("30-2")).unwrap();
+    rewritten.write_all(&[1; 100_000]).unwrap();
+    rewritten.sync_all().unwrap();
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    let latest = Mount::of(&regions.mirror, VOLUME, &["--no-bgjob"]);
+    let after = tree(&written.path);
+    assert_eq!(tree(&latest.path), after);
+    latest.unmount();
+    assert_eq!(tree(&seen.path), before, "what is not copied is not shown");
+    regions.worker(&[]).success();
+    wait_for("the new state to be shown", Duration::from_secs(30), || {
+        (tree(&seen.path) == after).then_some(())
+    });
+    let away = regions.bucket("away");
+    fs::rename(regions.bucket("source"), &away).unwrap();
+    fs::create_dir(regions.bucket("source")).unwrap();
+    let leader = regions.mirror.leader();
+    regions.mirror.kill_node(leader);
+    assert_eq!(tree(&seen.path), after, "by another leader");
+    let fresh = Mount::of(&regions.mirror, VOLUME, &complete);
+    assert_eq!(
+        tree(&fresh.path),
+        after,
+        "with the source's bucket out of reach"
+    );
+    fresh.unmount();
+    fs::remove_dir(regions.bucket("source")).unwrap();
+    fs::rename(&away, regions.bucket("source")).unwrap();
+    seen.unmount();
+    written.unmount();
+}

@@ -36,7 +36,9 @@ pub(super) async fn run(ctx: Context) {
                 match ctx.state.completeness(id, oldest.position) {
                     Ok(Completeness::Lacking) => break,
                     Ok(found) => {
-                        let Some(pin) = waiting.pop_front() else { break };
+                        let Some(pin) = waiting.pop_front() else {
+                            break;
+                        };
                         ctx.state.unwatch(id, pin.position);
                         if found == Completeness::Complete {
                             volume.soft().show(Arc::new(pin));

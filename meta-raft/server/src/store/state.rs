@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use heliofs_proto::ids::{ClusterId, Position, SegmentId, UnixNanos, VolumeId};
@@ -94,6 +94,22 @@ pub(super) struct Memory {
     pub volumes: BTreeMap<VolumeId, Known>,
 }
 
+impl Memory {
+    /// Whether some volume's own bucket lacks something.
+    pub fn lacks_any(&self) -> bool {
+        self.volumes.values().any(Known::lacks_any)
+    }
+}
+
+impl Known {
+    /// Whether the region's own bucket lacks anything.
+    pub fn lacks_any(&self) -> bool {
+        let copies = &self.copies;
+        self.record.second.is_some()
+            && (copies.pending_segments > 0 || copies.quarantined_segments > 0 || copies.walk != 0)
+    }
+}
+
 /// A volume.
 pub(super) struct Known {
     pub record: v1::Volume,
@@ -119,6 +135,8 @@ struct Inner {
     flushed: AtomicU64,
     /// Numbers the checkpoints of this process.
     checkpoints: AtomicU64,
+    /// Some region's own bucket lacks something: readers of most nodes need not take the lock to learn that none does.
+    lacking: AtomicBool,
 }
 
 /// The state of one node; cheap to clone.
@@ -194,6 +212,7 @@ impl State {
         let generation = Generation::new(db, number);
         let memory = load(&generation)?;
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
+        let lacking = memory.lacks_any();
         Ok(Self {
             inner: Arc::new(Inner {
                 directory,
@@ -203,6 +222,7 @@ impl State {
                 memory: Mutex::new(memory),
                 flushed: AtomicU64::new(flushed),
                 checkpoints: AtomicU64::new(0),
+                lacking: AtomicBool::new(lacking),
             }),
         })
     }
@@ -220,6 +240,14 @@ impl State {
 
     pub(super) fn memory(&self) -> parking_lot::MutexGuard<'_, Memory> {
         self.inner.memory.lock()
+    }
+
+    pub(super) fn is_lacking(&self) -> bool {
+        self.inner.lacking.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_lacking(&self, lacking: bool) {
+        self.inner.lacking.store(lacking, Ordering::Release);
     }
 
     /// The records as they are at each read: for single reads.
@@ -329,7 +357,10 @@ impl State {
         freed_before: UnixNanos,
         segments_max: usize,
     ) -> std::io::Result<Vec<SegmentId>> {
-        let horizon = [self.slots_horizon(volume), shown].into_iter().flatten().min();
+        let horizon = [self.slots_horizon(volume), shown]
+            .into_iter()
+            .flatten()
+            .min();
         let generation = self.generation();
         let (from, to) = local::deletions_before(volume, freed_before);
         let mut segments = Vec::new();
@@ -499,6 +530,7 @@ impl State {
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
         let old = {
             let mut live = self.memory();
+            self.set_lacking(memory.lacks_any());
             *live = memory;
             self.inner.flushed.store(flushed, Ordering::Release);
             self.inner.live.swap(Arc::new(generation))

@@ -200,10 +200,12 @@ impl Group<'_, '_> {
             return LocalReply::NoSuchVolume;
         };
         if let Some(own) = &ask.own {
-            let uuid = |storage: &Option<v1::StorageConfig>| {
-                storage.as_ref().map(|storage| storage.uuid.clone())
+            let is_ours = |storage: &v1::StorageConfig| {
+                storage.uuid == own.uuid
+                    && storage.bucket == own.bucket
+                    && storage.storage == own.storage
             };
-            let before = uuid(&known.record.storage);
+            let same = known.record.storage.as_ref().is_some_and(is_ours);
             match (&known.record.second, &known.record.mirror) {
                 (None, None) => {
                     return LocalReply::Invalid(
@@ -216,10 +218,10 @@ impl Group<'_, '_> {
                         mirror.shared = false;
                     }
                 }
-                // Another address or other keys; or another bucket, to be filled anew.
+                // Other keys; another address, perhaps of another bucket: what it has is found out.
                 (Some(_), _) => known.record.storage = Some(own.clone()),
             }
-            if before.as_deref() != Some(own.uuid.as_str()) {
+            if !same {
                 begin_walk(&mut known.copies);
             }
         }
