@@ -96,14 +96,14 @@ pub(super) struct Memory {
 
 impl Memory {
     /// Whether some volume's own bucket lacks something.
-    pub fn lacks_any(&self) -> bool {
+    pub(super) fn lacks_any(&self) -> bool {
         self.volumes.values().any(Known::lacks_any)
     }
 }
 
 impl Known {
     /// Whether the region's own bucket lacks anything.
-    pub fn lacks_any(&self) -> bool {
+    pub(super) fn lacks_any(&self) -> bool {
         let copies = &self.copies;
         self.record.second.is_some()
             && (copies.pending_segments > 0 || copies.quarantined_segments > 0 || copies.walk != 0)
