@@ -67,8 +67,18 @@ pub(crate) enum Command {
     Clone(commands::clone::Options),
     /// Reads files through a mount, so that they lie in its caches.
     Warmup(commands::warmup::Options),
+    /// Shows what is below directories, and where most of it lies.
+    Summary(commands::summary::Options),
+    /// Measures a mount: large files, small files, attributes.
+    Bench(commands::bench::Options),
     /// Measures an object store.
     Objbench(commands::objbench::Options),
+    /// Limits what directories, users and groups may use.
+    #[command(subcommand)]
+    Quota(commands::quota::Command),
+    /// Makes, shows and removes read-only copies of directories.
+    #[command(subcommand)]
+    Snapshot(commands::snapshot::Command),
     /// Shows what is in the trash, and puts it back.
     Restore(commands::restore::Options),
     /// Prints a volume's history.

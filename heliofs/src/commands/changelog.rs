@@ -2,7 +2,7 @@
 
 use clap::Args;
 use heliofs_proto::ids::{Epoch, Position};
-use heliofs_proto::v1::{self, command::Op};
+use heliofs_proto::v1::{self, QuotaKind, command::Op};
 use meta_client::changelog::ChangelogItem;
 use serde_json::{Value, json};
 
@@ -248,6 +248,29 @@ fn describe(op: &Op) -> (&'static str, Value) {
             json!({ "parent": op.parent, "name": name(&op.name) }),
         ),
         Op::EpochBegin(op) => ("epoch-begin", json!({ "epoch": op.epoch })),
+        Op::QuotaSet(op) => (
+            "quota-set",
+            json!({
+                "kind": quota_kind(op.kind()),
+                "id": op.id,
+                "bytes_max": op.bytes_max,
+                "inodes_max": op.inodes_max,
+            }),
+        ),
+        Op::QuotaRemove(op) => (
+            "quota-remove",
+            json!({ "kind": quota_kind(op.kind()), "id": op.id }),
+        ),
+        Op::QuotaStep(op) => ("quota-step", json!({ "directory": op.directory })),
         Op::RemoveTreeStep(op) => ("remove-tree-step", json!({ "intent": op.intent })),
+    }
+}
+
+fn quota_kind(kind: QuotaKind) -> &'static str {
+    match kind {
+        QuotaKind::Unspecified => "unknown",
+        QuotaKind::Directory => "directory",
+        QuotaKind::User => "user",
+        QuotaKind::Group => "group",
     }
 }

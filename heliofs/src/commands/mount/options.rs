@@ -184,12 +184,13 @@ impl Serving {
                     self.free_space_ratio = parse_ratio(needed()?).map_err(wrong)?;
                 }
                 "passphrase-file" => self.passphrase.passphrase_file = Some(needed()?.into()),
+                "encrypt-key" => self.passphrase.encrypt_key = Some(needed()?.into()),
                 "token-file" => access.token_file = Some(needed()?.into()),
                 name if IGNORED.contains(&name) || name.starts_with("x-") => {}
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, token-file=",
+                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
                     ));
                 }
             }
@@ -384,7 +385,7 @@ impl Serving {
             upload_bytes_per_second: self.upload_limit,
             download_bytes_per_second: self.download_limit,
             hedge_after: Some(HEDGE_AFTER),
-            passphrase: match storage.encryption {
+            opener: match storage.encryption {
                 Some(_) => Some(self.passphrase.required()?),
                 None => None,
             },

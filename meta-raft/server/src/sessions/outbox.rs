@@ -313,6 +313,7 @@ fn maintained_weight(maintained: &v1::Maintained) -> usize {
         Some(Answer::Extents(page)) => page.extents.len() * 40,
         Some(Answer::Sparse(sparse)) => sparse.segments.len() * 32,
         Some(Answer::Records(checked)) => checked.problems.iter().map(|it| it.len() + 8).sum(),
+        Some(Answer::Quotas(page)) => page.quotas.len() * 48,
         None => 0,
     }
 }

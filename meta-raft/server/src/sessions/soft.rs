@@ -790,6 +790,9 @@ impl Soft {
                         | Op::Fallocate(_)
                         | Op::CopyRange(_)
                         | Op::RemoveTree(_)
+                        | Op::Rename(_)
+                        | Op::QuotaSet(_)
+                        | Op::QuotaRemove(_)
                 )
             );
             return Wake { reap, work };
