@@ -4,12 +4,14 @@
 //! - `fetch`: pages of data, decoded
 //! - `stored`: pages as they are stored, from disk tier or bucket, verified
 //! - `keep`: what goes into the caches
+//! - `local`: segments that lie on local disk
 //! - `scans`: how far a fetch reaches
 //! - `flights`: what is being fetched, so that nobody fetches it twice
 
 mod fetch;
 mod flights;
 mod keep;
+mod local;
 pub mod options;
 mod scans;
 mod stored;

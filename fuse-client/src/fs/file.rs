@@ -212,7 +212,7 @@ impl Fs {
         if self.may_defer(&file.inode) {
             return Ok(());
         }
-        self.flush(&file.inode).await
+        self.sync(file).await
     }
 
     /// Whether the file's data may be kept back after close: nobody else can look at it without asking us, storing it has not
@@ -231,7 +231,8 @@ impl Fs {
     /// Whether all that this mount holds back would fit into the volume twice. Near its limit closes wait, so that they can say
     /// ENOSPC.
     fn has_ample_room(&self) -> bool {
-        self.coherence.budget.used() <= self.room.load(Ordering::Relaxed) / 2
+        let staged = self.staging.as_ref().map_or(0, |staging| staging.bytes());
+        self.coherence.budget.used() + staged <= self.room.load(Ordering::Relaxed) / 2
     }
 
     /// Asks how much the volume's limit leaves; false when there is no answer.
@@ -259,7 +260,7 @@ impl Fs {
         let unsafe_data = !inode.lock().pieces.is_empty();
         if unsafe_data
             && !self.may_defer(inode)
-            && let Err(error) = self.flush(inode).await
+            && let Err(error) = self.sync(&file).await
         {
             // It stays buffered, the flusher tries again, and the open at the server stays with it.
             tracing::warn!(ino = inode.ino, %error, "a closed file's data is not stored yet");
@@ -279,7 +280,7 @@ impl Fs {
     pub async fn close_all(self: &Arc<Self>) {
         for file in self.files.drain() {
             // A failure is logged by the flush, and counted when everything is flushed.
-            let _ = self.flush(&file.inode).await;
+            let _ = self.sync(&file).await;
             if self.coherence.inodes.release(&file.inode) {
                 self.session().release(Ino(file.inode.ino));
             }

@@ -28,3 +28,4 @@ pub mod store;
 
 pub use config::NodeConfig;
 pub use node::{Node, NodeContext, StartError};
+pub use proposer::hasten_stamps;
