@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy token-trials lint install
+.PHONY: help build demo test suites faults churn fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy token-trials lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -32,6 +32,12 @@ install: build ## Copies the command to $(PREFIX)/bin (default /usr/local), with
 
 suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes
 	@.ci/suites $(if $(REDUCED),--reduced)
+
+faults: ## Each fault of an S3 server for a minute, under fsx and a checked load
+	@.ci/faults
+
+churn: ## Stored bytes beside live bytes under random changes; OPERATIONS and LIVE_MIB set the size
+	@.ci/churn
 
 fuzz: ## A million rounds of decoding damaged segments and records
 	FUZZ_ITERATIONS=1000000 cargo test --release --workspace --lib --test fuzz_records of_any_bytes

@@ -286,6 +286,7 @@ async fn commit(
         frame: 0,
         frame_offset: (n % EXTENTS_PER_SEGMENT * EXTENT_BYTES) as u32,
         inline_bytes: Bytes::new(),
+        seq: 0,
     });
     let op = Op::Commit(v1::Commit {
         segments: touched.map(segment).collect(),

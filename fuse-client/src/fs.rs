@@ -41,6 +41,7 @@ use crate::metrics::Metrics;
 use crate::options::FsOptions;
 use crate::write::pack::Packer;
 use crate::write::segment_ids::SegmentIds;
+use crate::write::staging::Staging;
 use dir::DirHandle;
 use file::FileHandle;
 
@@ -85,8 +86,8 @@ pub struct Entry {
 
 /// See the module. Shared by `Arc`.
 pub struct Fs {
-    session: ArcSwap<Session>,
-    volume: VolumeId,
+    pub(crate) session: ArcSwap<Session>,
+    pub(crate) volume: VolumeId,
     store: Arc<SegmentStore>,
     coherence: Arc<Coherence>,
     options: FsOptions,
@@ -107,6 +108,10 @@ pub struct Fs {
     /// Inodes with uncommitted data.
     dirty: Mutex<HashMap<u64, Arc<Inode>>>,
     runtime: tokio::runtime::Handle,
+    /// With writeback, or when an earlier mount has left something there.
+    pub(crate) staging: Option<Arc<Staging>>,
+    /// The volume's, as far as known.
+    pub(crate) epoch: AtomicU64,
     /// Ends the background.
     stop: CancellationToken,
     /// The path of a file that could not be read is being asked for.
@@ -128,6 +133,7 @@ impl Fs {
         session: Session,
         coherence: Arc<Coherence>,
         store: Arc<SegmentStore>,
+        staging: Option<Arc<Staging>>,
         options: FsOptions,
         metrics: Metrics,
     ) -> Arc<Self> {
@@ -149,6 +155,8 @@ impl Fs {
             files: Handles::default(),
             dirs: Handles::default(),
             dirty: Mutex::default(),
+            staging,
+            epoch: AtomicU64::new(0),
             runtime: runtime.clone(),
             stop: CancellationToken::new(),
             naming: AtomicBool::new(false),
@@ -252,6 +260,7 @@ impl Fs {
         let caller = Caller::default().into();
         let reply = self.session().mutate_raw(caller, op).await?;
         let at = reply.position.map(Position::from).unwrap_or_default();
+        self.saw_epoch(at);
         for attr in reply.files.iter().filter_map(|file| file.attr.as_ref()) {
             self.saw_as(generation, attr, at, true);
             self.clock.saw(attr.ctime);

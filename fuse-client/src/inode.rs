@@ -1,6 +1,6 @@
 //! An inode that this mount has open or holds uncommitted data of.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use crate::errno::Errno;
 use crate::read::extents::ExtentMap;
 use crate::write::budget::Budget;
 use crate::write::pieces::{Frame, Pieces};
+use crate::write::staging::StagedRecord;
 use crate::write::stored::Stored;
 
 /// See the module.
@@ -24,6 +25,8 @@ pub struct Inode {
     state: Mutex<InodeState>,
     /// Held by whoever changes committed content (commit, truncate, fallocate, copy): one at a time, in order.
     pub changing: tokio::sync::Mutex<()>,
+    /// Held by whoever stages its data: records come in order.
+    pub staging: tokio::sync::Mutex<()>,
     budget: Arc<Budget>,
 }
 
@@ -102,6 +105,10 @@ pub struct InodeState {
     pub quota_room: u64,
     /// After a failed flush: when the background tries again, and how long it waits after that.
     pub retry: Option<(Instant, Duration)>,
+    /// Records of the staging folder that hold bytes of it, in the order in which they go.
+    pub records: VecDeque<Arc<StagedRecord>>,
+    /// When something was staged last.
+    pub staged_at: Option<Instant>,
 }
 
 impl Inode {
@@ -129,8 +136,11 @@ impl Inode {
                 flushing: false,
                 retry: None,
                 quota_room: u64::MAX,
+                records: VecDeque::new(),
+                staged_at: None,
             }),
             changing: tokio::sync::Mutex::new(()),
+            staging: tokio::sync::Mutex::new(()),
             budget,
         }
     }
@@ -144,7 +154,7 @@ impl Inode {
     pub fn lock(&self) -> StateGuard<'_> {
         let state = self.state.lock();
         StateGuard {
-            bytes: state.pieces.bytes(),
+            memory: state.pieces.memory(),
             state,
             budget: &self.budget,
         }
@@ -153,7 +163,7 @@ impl Inode {
 
 impl Drop for Inode {
     fn drop(&mut self) {
-        let left = self.state.get_mut().pieces.bytes();
+        let left = self.state.get_mut().pieces.memory();
         if left > 0 {
             self.budget.moved(left, 0);
         }
@@ -164,7 +174,7 @@ impl Drop for Inode {
 pub struct StateGuard<'a> {
     state: MutexGuard<'a, InodeState>,
     budget: &'a Budget,
-    bytes: u64,
+    memory: u64,
 }
 
 impl std::ops::Deref for StateGuard<'_> {
@@ -183,9 +193,9 @@ impl std::ops::DerefMut for StateGuard<'_> {
 
 impl Drop for StateGuard<'_> {
     fn drop(&mut self) {
-        let after = self.state.pieces.bytes();
-        if after != self.bytes {
-            self.budget.moved(self.bytes, after);
+        let after = self.state.pieces.memory();
+        if after != self.memory {
+            self.budget.moved(self.memory, after);
         }
     }
 }
@@ -198,6 +208,23 @@ impl InodeState {
             None => self.size_hint,
         };
         committed.max(self.pieces.end())
+    }
+
+    /// Takes out records that are not needed any more, oldest first: nothing of them is uncommitted, and what was written over
+    /// them is safe. The caller removes them before the file's content changes in another way than by a commit.
+    pub fn loose_records(&mut self) -> Vec<Arc<StagedRecord>> {
+        if self.pieces.is_empty() {
+            self.pieces.take_hidden();
+            return self.records.drain(..).collect();
+        }
+        let mut loose = Vec::new();
+        // Pieces, uploads and the list of hidden ones hold references of their own.
+        while let Some(record) = self.records.front()
+            && Arc::strong_count(record) == 1
+        {
+            loose.extend(self.records.pop_front());
+        }
+        loose
     }
 
     /// Forgets uploads of which every byte was overwritten or cut off since: nothing will name them.

@@ -18,7 +18,7 @@
 //! }).await?;
 //! let store = blockstore::SegmentStore::open(&session.storage(), "home", session.volume_id(), Default::default())?;
 //! let options = fuse_client::MountOptions { volume: "home".to_owned(), ..Default::default() };
-//! let mounted = fuse_client::mount(&tokio::runtime::Handle::current(), session, coherence, store, "/mnt".as_ref(), options)?;
+//! let mounted = fuse_client::mount(&tokio::runtime::Handle::current(), session, coherence, store, "/mnt".as_ref(), options).await?;
 //! mounted.wait().await?;
 //! # Ok(()) }
 //! ```
@@ -43,3 +43,4 @@ pub use errno::{Errno, FsResult};
 pub use fs::Fs;
 pub use mount::{MountError, Mounted, mount};
 pub use options::{AtimePolicy, CompactionOptions, FsOptions, MountOptions};
+pub use write::staging::{StagingError, StagingOptions};

@@ -138,6 +138,12 @@ pub struct Metrics {
     pub flush_failures: IntCounter,
     /// Uncommitted bytes in memory.
     pub buffered_bytes: IntGauge,
+    /// What is staged and not in the bucket yet, on disk.
+    pub staged_bytes: IntGauge,
+    /// Records of it; one or more per file.
+    pub staged_files: IntGauge,
+    /// For how long the oldest of it has been waiting.
+    pub staged_oldest_seconds: IntGauge,
     /// Dead segments that this mount deleted from the bucket.
     pub deleted_segments: IntCounter,
 }
@@ -161,6 +167,7 @@ impl Metrics {
             &["op"],
         )?;
         let counter = |name: &str, help: &str| IntCounter::with_opts(labelled(name, help));
+        let gauge = |name: &str, help: &str| IntGauge::with_opts(labelled(name, help));
         let metrics = Self {
             seconds: Op::ALL
                 .iter()
@@ -184,10 +191,19 @@ impl Metrics {
                 "Questions that took a round trip",
             )?,
             flush_failures: counter("heliofs_fuse_flush_failures_total", "Flushes that failed")?,
-            buffered_bytes: IntGauge::with_opts(labelled(
-                "heliofs_fuse_buffered_bytes",
-                "Uncommitted bytes in memory",
-            ))?,
+            buffered_bytes: gauge("heliofs_fuse_buffered_bytes", "Uncommitted bytes in memory")?,
+            staged_bytes: gauge(
+                "heliofs_fuse_staged_bytes",
+                "Staged on local disk and not in the bucket yet",
+            )?,
+            staged_files: gauge(
+                "heliofs_fuse_staged_files",
+                "Files of staged data on local disk",
+            )?,
+            staged_oldest_seconds: gauge(
+                "heliofs_fuse_staged_oldest_seconds",
+                "Age of the oldest staged data",
+            )?,
             deleted_segments: counter(
                 "heliofs_fuse_deleted_segments_total",
                 "Dead segments deleted from the bucket",
@@ -206,7 +222,14 @@ impl Metrics {
             ] {
                 registry.register(Box::new(counter.clone()))?;
             }
-            registry.register(Box::new(metrics.buffered_bytes.clone()))?;
+            for gauge in [
+                &metrics.buffered_bytes,
+                &metrics.staged_bytes,
+                &metrics.staged_files,
+                &metrics.staged_oldest_seconds,
+            ] {
+                registry.register(Box::new(gauge.clone()))?;
+            }
         }
         Ok(metrics)
     }

@@ -10,6 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use blockstore::SegmentStore;
 use fuser::{Config, MountOption, SessionACL};
@@ -24,6 +25,7 @@ use crate::fs::Fs;
 use crate::fuse::Adapter;
 use crate::metrics::Metrics;
 use crate::options::MountOptions;
+use crate::write::staging::{Staging, StagingError};
 
 /// What `mount` shows as the type: `fuse.heliofs`.
 const SUBTYPE: &str = "heliofs";
@@ -69,9 +71,23 @@ pub enum MountError {
     /// Data was written and could not be stored before the end.
     #[error("the data of {0} files could not be stored and is lost: see the log")]
     DataLost(usize),
+    /// The staging folder can't be used.
+    #[error(
+        "{0}: give this mount a cache directory of its own with `--cache-dir`, or mount without `--writeback`"
+    )]
+    Staging(String),
+    /// What an earlier mount has staged can't be taken over; it stays where it is.
+    #[error("what an earlier mount has staged cannot be stored now: {0}")]
+    NotResumed(String),
     /// Metrics of the same name are registered.
     #[error("metrics: {0}")]
     Metrics(String),
+}
+
+impl From<StagingError> for MountError {
+    fn from(error: StagingError) -> Self {
+        Self::Staging(error.to_string())
+    }
 }
 
 fn hint(what: &str) -> &'static str {
@@ -93,7 +109,7 @@ pub struct Mounted {
 /// Mounts a volume. `session` must have `coherence` as its watcher. Operations and the background run on `runtime`.
 ///
 /// A dead mount in the way (`Transport endpoint is not connected`) is detached first.
-pub fn mount(
+pub async fn mount(
     runtime: &tokio::runtime::Handle,
     session: Session,
     coherence: Arc<Coherence>,
@@ -106,7 +122,17 @@ pub fn mount(
         .map_err(|error| MountError::Metrics(error.to_string()))?;
     let config = config(&options);
     let read_ahead_kib = options.kernel_read_ahead_kib;
-    let fs = Fs::start(runtime, session, coherence, store, options.fs, metrics);
+    let staging = options.fs.staging.clone().map(Staging::open).transpose()?;
+    let (staging, found) = staging.flatten().unzip();
+    let fs = Fs::start(
+        runtime, session, coherence, store, staging, options.fs, metrics,
+    );
+    // Before anybody can look: what fsync confirmed is to be seen at once.
+    if let Err(error) = fs.resume(found.unwrap_or_default()).await {
+        fs.stop();
+        fs.coherence().close();
+        return Err(MountError::NotResumed(error.to_string()));
+    }
     let refused = |what: &'static str| {
         let mount_point = mount_point.clone();
         move |error: io::Error| MountError::Refused {
@@ -148,6 +174,7 @@ pub fn mount(
     set_kernel_read_ahead(&mount_point, read_ahead_kib);
     let (sender, ended) = watch::channel(None);
     let (finished, place) = (fs.clone(), mount_point.clone());
+    let flush_marker = options.flush_marker.clone();
     runtime.spawn(async move {
         match receiver.await {
             Ok(Ok(())) => {}
@@ -155,7 +182,7 @@ pub fn mount(
             Err(_) => tracing::error!("an event loop panicked"),
         }
         tracing::info!(mount_point = %place.display(), "unmounted");
-        sender.send_replace(Some(finish(&finished, notifiers).await));
+        sender.send_replace(Some(finish(&finished, notifiers, flush_marker).await));
     });
     Ok(Mounted {
         fs,
@@ -164,10 +191,28 @@ pub fn mount(
     })
 }
 
+/// Between two attempts to store everything at the end.
+const FLUSH_PAUSE: Duration = Duration::from_secs(1);
+
 /// The kernel let go: what is still buffered is stored, then everything ends.
-async fn finish(fs: &Arc<Fs>, notifiers: Vec<JoinHandle<()>>) -> Result<(), MountError> {
+async fn finish(
+    fs: &Arc<Fs>,
+    notifiers: Vec<JoinHandle<()>>,
+    flush_marker: Option<PathBuf>,
+) -> Result<(), MountError> {
     fs.close_all().await;
-    let lost = fs.flush_all().await;
+    let mut lost = fs.flush_all().await;
+    while !lost.is_empty() && flush_marker.as_deref().is_some_and(Path::exists) {
+        tracing::warn!(
+            files = lost.len(),
+            "not everything is stored yet; trying again"
+        );
+        tokio::time::sleep(FLUSH_PAUSE).await;
+        lost = fs.flush_all().await;
+    }
+    if !lost.is_empty() {
+        lost = fs.stage_all(lost).await;
+    }
     fs.stop();
     fs.coherence().close();
     let joined = tokio::task::spawn_blocking(move || {

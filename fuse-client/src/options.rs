@@ -1,6 +1,9 @@
 //! Settings of a mount: values only.
 
+use std::path::PathBuf;
 use std::time::Duration;
+
+use crate::write::staging::StagingOptions;
 
 /// When reading a file updates its access time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -31,6 +34,8 @@ pub struct FsOptions {
     pub read_ahead_bytes_max: u64,
     /// Whether this mount deletes dead segments from the bucket.
     pub delete_segments: bool,
+    /// Where what fsync confirms is staged; `None`: nowhere.
+    pub staging: Option<StagingOptions>,
     /// How this mount takes its turn at compacting sparse segments; `None`: it does not.
     pub compaction: Option<CompactionOptions>,
 }
@@ -68,6 +73,7 @@ impl Default for FsOptions {
             defer_close: true,
             read_ahead_bytes_max: 8 << 20,
             delete_segments: true,
+            staging: None,
             compaction: Some(CompactionOptions::default()),
         }
     }
@@ -94,6 +100,9 @@ pub struct MountOptions {
     pub exec: bool,
     /// The kernel's own read-ahead, KiB; needs root, otherwise the kernel's default stays.
     pub kernel_read_ahead_kib: u32,
+    /// If this file exists when the mount ends, the end waits until everything is in the bucket, however long that takes. Without
+    /// it, what the bucket doesn't take may stay staged.
+    pub flush_marker: Option<PathBuf>,
     /// Where metrics are registered.
     pub registry: Option<prometheus::Registry>,
 }
@@ -110,6 +119,7 @@ impl Default for MountOptions {
             suid: true,
             exec: true,
             kernel_read_ahead_kib: 1024,
+            flush_marker: None,
             registry: None,
         }
     }

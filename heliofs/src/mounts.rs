@@ -60,6 +60,11 @@ impl MountNote {
         Ok(Noted(path))
     }
 
+    /// If this file exists when the mount ends, the mount stores everything first, however long that takes.
+    pub(crate) fn flush_marker(&self) -> PathBuf {
+        directory().join(format!("{}.flush", self.pid))
+    }
+
     /// Whether the process still runs. One that has ended and that its parent has not looked at yet does not.
     pub(crate) fn alive(&self) -> bool {
         // Source: proc_pid_stat(5); the state follows the name, which is in parentheses and may hold some itself.

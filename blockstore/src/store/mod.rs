@@ -4,6 +4,7 @@
 //! - `fetch`: pages of data, decoded
 //! - `stored`: pages as they are stored, from disk tier or bucket, verified
 //! - `keep`: what goes into the caches
+//! - `local`: segments that lie on local disk
 //! - `scans`: how far a fetch reaches
 //! - `second`: another region's bucket, for what the own one lacks
 //! - `flights`: what is being fetched, so that nobody fetches it twice
@@ -11,6 +12,7 @@
 mod fetch;
 mod flights;
 mod keep;
+mod local;
 pub mod options;
 mod scans;
 mod second;

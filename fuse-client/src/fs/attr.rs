@@ -92,7 +92,14 @@ impl Fs {
         if let Some(lost) = inode.lock().lost {
             return Err(lost);
         }
-        let is_dirty = !inode.lock().pieces.is_empty();
+        let (is_dirty, is_staged) = {
+            let state = inode.lock();
+            (!state.pieces.is_empty(), !state.records.is_empty())
+        };
+        if is_staged && change.size.is_some() {
+            // A crash must not bring back what is cut off.
+            self.flush_locked(&inode).await?;
+        }
         if let (true, Some(SetTime::At(time))) = (is_dirty, change.mtime)
             && time > self.clock.now()
         {

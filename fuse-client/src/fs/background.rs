@@ -247,6 +247,11 @@ impl Fs {
                 why,
                 "uncommitted data is lost"
             );
+            if let Some(staging) = &self.staging {
+                for record in std::mem::take(&mut state.records) {
+                    staging.put_aside(record.path(), why);
+                }
+            }
             state.pieces.clear();
             state.lost = Some(Errno::STALE);
             drop(state);

@@ -13,6 +13,7 @@ use super::file::FileHandle;
 use super::{Caller, Changed, Fs};
 use crate::errno::{Errno, FsResult};
 use crate::inode::{Inode, Privileges};
+use crate::write::stage::Stage;
 
 /// Extents per request when a seek walks through them.
 const SEEK_EXTENTS: u32 = 512;
@@ -168,8 +169,11 @@ impl Fs {
         }
     }
 
-    /// fsync: once this is `Ok`, everything that was written before is stored and committed.
+    /// fsync: once this is `Ok`, everything that was written before is stored and committed, or staged.
     pub async fn sync(self: &Arc<Self>, file: &FileHandle) -> FsResult<()> {
+        if self.stage(&file.inode, Stage::Private).await? {
+            return Ok(());
+        }
         self.flush(&file.inode).await
     }
 

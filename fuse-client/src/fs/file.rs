@@ -220,7 +220,7 @@ impl Fs {
         if self.may_defer(&file.inode) {
             return Ok(());
         }
-        self.flush(&file.inode).await
+        self.sync(file).await
     }
 
     /// Whether the file's data may be kept back after close: nobody else can look at it without asking us, storing it has not
@@ -241,7 +241,8 @@ impl Fs {
     /// closes wait, so that they can say ENOSPC or EDQUOT.
     fn has_ample_room(&self, quota_room: u64) -> bool {
         let room = self.room.load(Ordering::Relaxed).min(quota_room);
-        self.coherence.budget.used() <= room / 2
+        let staged = self.staging.as_ref().map_or(0, |staging| staging.bytes());
+        self.coherence.budget.used() + staged <= room / 2
     }
 
     /// Asks how much the volume's limit leaves; false when there is no answer.
@@ -285,7 +286,7 @@ impl Fs {
         let unsafe_data = !inode.lock().pieces.is_empty();
         if unsafe_data
             && !self.may_defer(inode)
-            && let Err(error) = self.flush(inode).await
+            && let Err(error) = self.sync(&file).await
         {
             // It stays buffered, the flusher tries again, and the open at the server stays with it.
             tracing::warn!(ino = inode.ino, %error, "a closed file's data is not stored yet");
@@ -305,7 +306,7 @@ impl Fs {
     pub async fn close_all(self: &Arc<Self>) {
         for file in self.files.drain() {
             // A failure is logged by the flush, and counted when everything is flushed.
-            let _ = self.flush(&file.inode).await;
+            let _ = self.sync(&file).await;
             if self.coherence.inodes.release(&file.inode) {
                 self.session().release(Ino(file.inode.ino));
             }

@@ -215,6 +215,7 @@ mod tests {
             frame: 0,
             frame_offset: 0,
             inline_bytes: Bytes::new(),
+            seq: 0,
         }
     }
 

@@ -14,6 +14,7 @@ use crate::errno::{Errno, FsResult};
 use crate::fs::Fs;
 use crate::fs::file::FileHandle;
 use crate::inode::{Inode, InodeState};
+use crate::write::pieces::{Held, Seen};
 
 /// Extents per request when a part of the file isn't known.
 const PAGE_EXTENTS: u32 = 1024;
@@ -30,7 +31,7 @@ enum Plan {
         range: Range<u64>,
         size: u64,
         parts: Vec<Part>,
-        buffered: Vec<(u64, Bytes)>,
+        buffered: Vec<(u64, Held)>,
     },
 }
 
@@ -44,12 +45,16 @@ fn plan(state: &InodeState, offset: u64, length: u64) -> Plan {
     let mut buffered = Vec::new();
     let mut bare = Vec::new();
     let mut at = range.start;
-    state.pieces.visit(range.clone(), |from, bytes| {
+    state.pieces.visit(range.clone(), |from, seen| {
         if at < from {
             bare.push(at..from);
         }
-        at = from + bytes.len() as u64;
-        buffered.push((from, Bytes::copy_from_slice(bytes)));
+        at = from + seen.len() as u64;
+        let held = match seen {
+            Seen::Bytes(bytes) => Bytes::copy_from_slice(bytes).into(),
+            Seen::Staged(held) => held,
+        };
+        buffered.push((from, held));
     });
     if at < range.end {
         bare.push(at..range.end);
@@ -126,7 +131,7 @@ impl Fs {
         inode: &Inode,
         offset: u64,
         length: u64,
-    ) -> FsResult<(Range<u64>, u64, Vec<Part>, Vec<(u64, Bytes)>)> {
+    ) -> FsResult<(Range<u64>, u64, Vec<Part>, Vec<(u64, Held)>)> {
         for _ in 0..FETCHES_MAX {
             let planned = plan(&inode.lock(), offset, length);
             match planned {
@@ -160,12 +165,12 @@ impl Fs {
         &self,
         range: &Range<u64>,
         parts: &[Part],
-        buffered: &[(u64, Bytes)],
+        buffered: &[(u64, Held)],
     ) -> Result<Bytes, StoreError> {
         let length = range.end - range.start;
         // One piece is the answer as it is.
         match (parts, buffered) {
-            ([], [(_, bytes)]) if bytes.len() as u64 == length => return Ok(bytes.clone()),
+            ([], [(_, held)]) if held.len() as u64 == length => return self.load(held).await,
             ([part], []) if part.length == length => match &part.source {
                 Source::Inline(bytes) => return Ok(bytes.clone()),
                 Source::Frame(frame) => return self.store().read(*frame).await,
@@ -181,6 +186,10 @@ impl Fs {
             Ok::<_, StoreError>((offset, self.store().read(frame).await?))
         }))
         .await?;
+        let loaded = try_join_all(buffered.iter().map(|(offset, held)| async move {
+            Ok::<_, StoreError>((*offset, self.load(held).await?))
+        }))
+        .await?;
         let mut target = BytesMut::zeroed(length as usize);
         let mut place = |offset: u64, bytes: &[u8]| {
             let from = (offset - range.start) as usize;
@@ -191,7 +200,7 @@ impl Fs {
                 place(part.offset, bytes);
             }
         }
-        for (offset, bytes) in fetched.iter().chain(buffered) {
+        for (offset, bytes) in fetched.iter().chain(&loaded) {
             place(*offset, bytes);
         }
         Ok(target.freeze())

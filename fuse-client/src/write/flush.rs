@@ -12,7 +12,8 @@ use heliofs_proto::v1;
 use heliofs_proto::v1::command::Op;
 use meta_client::ClientError;
 
-use super::pieces::{Frame, SentPiece};
+use super::pieces::{Frame, SentPiece, concat};
+use super::staging::StagedRecord;
 use super::stored::Stored;
 use crate::errno::{Errno, FsResult};
 use crate::fs::Fs;
@@ -106,7 +107,7 @@ impl Placed {
                 extent.frame_offset = piece.sent.frame_offset;
             }
             Self::Inline(frames) => {
-                let bytes: Vec<u8> = frames[piece.sent.frame].pieces.concat();
+                let bytes = concat(&frames[piece.sent.frame].pieces);
                 let from = piece.sent.frame_offset as usize;
                 extent.inline_bytes =
                     bytes::Bytes::from(bytes).slice(from..from + piece.length as usize);
@@ -129,6 +130,21 @@ struct Flushed<'a> {
     /// The last batch to be committed.
     last: u64,
     outcome: Result<(), Refused>,
+    /// Staged records over which something was written that is committed now, unless more was written over that.
+    hidden: Vec<Arc<StagedRecord>>,
+    overwrites: u64,
+}
+
+impl<'a> Flushed<'a> {
+    fn new(inode: &'a Arc<Inode>, last: u64) -> Self {
+        Self {
+            inode,
+            last,
+            outcome: Ok(()),
+            hidden: Vec::new(),
+            overwrites: 0,
+        }
+    }
 }
 
 impl Fs {
@@ -188,9 +204,9 @@ impl Fs {
                 self.seal(inode, &mut state, false);
                 places.push(place);
                 under_way.push(Flushed {
-                    inode,
-                    last: state.next_batch - 1,
-                    outcome: Ok(()),
+                    hidden: state.pieces.take_hidden(),
+                    overwrites: state.pieces.overwrites(),
+                    ..Flushed::new(inode, state.next_batch - 1)
                 });
             }
             if under_way.is_empty() {
@@ -200,6 +216,14 @@ impl Fs {
             self.commit_sealed(&mut under_way).await;
             let mut fenced = false;
             for (place, flushed) in places.into_iter().zip(under_way) {
+                let mut state = flushed.inode.lock();
+                if flushed.outcome.is_err() || flushed.overwrites != state.pieces.overwrites() {
+                    state.pieces.hide(flushed.hidden);
+                } else {
+                    drop(flushed.hidden);
+                }
+                self.remove_loose_records(&mut state);
+                drop(state);
                 match flushed.outcome {
                     Ok(()) => {
                         flushed.inode.lock().failure = None;
@@ -229,13 +253,10 @@ impl Fs {
 
     /// Commits one file's batches up to `last`. The caller holds `changing`.
     pub(crate) async fn commit_up_to(&self, inode: &Arc<Inode>, last: u64) -> Result<(), Refused> {
-        let mut one = [Flushed {
-            inode,
-            last,
-            outcome: Ok(()),
-        }];
+        let mut one = [Flushed::new(inode, last)];
         self.commit_sealed(&mut one).await;
-        one[0].outcome
+        let [one] = one;
+        one.outcome
     }
 
     /// Commits sealed batches, waiting for their uploads. The caller holds `changing` of every file.
@@ -260,7 +281,9 @@ impl Fs {
                         let mut state = inode.lock();
                         state.pieces.unsend(number);
                         state.batches.remove(&number);
-                        state.failure = Some(error);
+                        if !self.goes_on_without_the_bucket(&state) {
+                            state.failure = Some(error);
+                        }
                         files[at].outcome = Err(Refused::Failed(error));
                         break;
                     }
@@ -318,6 +341,7 @@ impl Fs {
             files: commits.collect(),
             segments: group.segments.clone(),
         });
+        self.note_commit(&group.files).await;
         let committed = self.commit(op).await;
         if let Ok((reply, _)) = &committed
             && reply.files.is_empty()
@@ -371,6 +395,38 @@ impl Fs {
         }
     }
 
+    /// Before a commit of staged data is proposed: after a crash it must be known as this mount's own.
+    async fn note_commit(&self, files: &[FilePart<'_>]) {
+        let Some(staging) = self.staging() else {
+            return;
+        };
+        let mut pairs = Vec::new();
+        for file in files {
+            if file.inode.lock().records.is_empty() {
+                continue;
+            }
+            let mut segments: Vec<u64> = file.extents.iter().map(|extent| extent.segment).collect();
+            segments.sort_unstable();
+            segments.dedup();
+            pairs.extend(
+                segments
+                    .into_iter()
+                    .map(|segment| (file.inode.ino, segment)),
+            );
+        }
+        if pairs.is_empty() {
+            return;
+        }
+        let staging = Arc::clone(staging);
+        let noted = self.runtime().spawn_blocking(move || staging.note(&pairs));
+        match noted.await {
+            Ok(Ok(())) => {}
+            // What is staged after this commit would be put aside after a crash: no reason to hold up the commit.
+            Ok(Err(error)) => tracing::error!(%error, "the staging folder takes no notes"),
+            Err(error) => tracing::error!(%error, "the staging folder takes no notes"),
+        }
+    }
+
     /// A file's part of a commit took effect.
     fn committed(&self, part: &FilePart<'_>, attr: &v1::Attr, at: heliofs_proto::ids::Position) {
         let inode = part.inode;
@@ -391,6 +447,7 @@ impl Fs {
             state.dirty_since = None;
             state.retry = None;
         }
+        self.remove_loose_records(&mut state);
         drop(state);
         self.coherence()
             .cache
@@ -432,7 +489,12 @@ impl Fs {
             | ClientError::Invalid(_) => {
                 tracing::warn!(ino = inode.ino, %error, "commit failed");
                 let errno = Errno::from(error.clone());
-                state.failure = Some(errno);
+                // A verdict (no space, say) is for programs to know; the rest passes.
+                if matches!(error, ClientError::Verdict(_))
+                    || !self.goes_on_without_the_bucket(&state)
+                {
+                    state.failure = Some(errno);
+                }
                 Refused::Failed(errno)
             }
         }
@@ -452,6 +514,8 @@ impl Fs {
             if dirty.get(&inode.ino).is_some_and(|known| inode.is(known)) {
                 dirty.remove(&inode.ino);
             }
+            drop(dirty);
+            self.remove_loose_records(&mut state);
         }
         let owed = self.coherence().inodes.settled(inode);
         let session = self.session();

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use heliofs_proto::ids::Ino;
 use meta_client::Recalled;
 use tokio::sync::Semaphore;
 
+use super::stage::Stage;
 use crate::errno::Errno;
 use crate::fs::Fs;
-use crate::inode::Inode;
+use crate::inode::{Inode, InodeState};
 
 /// How often it looks for old data.
 const TICK: Duration = Duration::from_millis(250);
@@ -41,6 +43,7 @@ impl Fs {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let turns = Arc::new(Semaphore::new(PARALLEL));
+        let relief = Arc::new(Semaphore::new(1));
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -51,17 +54,35 @@ impl Fs {
             self.metrics()
                 .buffered_bytes
                 .set(i64::try_from(budget.used()).unwrap_or(i64::MAX));
-            for inodes in chunks(self.due(), self.segment_bytes()) {
-                // Groups that are held up hold up no others; with all turns taken there is enough to do.
-                let Ok(turn) = Arc::clone(&turns).try_acquire_owned() else {
-                    break;
-                };
-                for inode in &inodes {
-                    inode.lock().flushing = true;
-                }
+            self.show_staged();
+            if budget.is_pressed()
+                && self.stages()
+                && let Ok(turn) = Arc::clone(&relief).try_acquire_owned()
+            {
                 let fs = self.clone();
                 self.runtime().spawn(async move {
-                    fs.flush_in_background(inodes).await;
+                    fs.relieve().await;
+                    drop(turn);
+                });
+            }
+            // Under pressure every write wakes this up, and a look goes through all dirty files: not before something can be done
+            // about them.
+            let mut turn = tokio::select! {
+                () = stop.cancelled() => return,
+                turn = Arc::clone(&turns).acquire_owned() => turn.ok(),
+            };
+            for inodes in chunks(self.due(), self.segment_bytes()) {
+                // Groups that are held up hold up no others; with all turns taken there is enough to do.
+                let Some(turn) = turn
+                    .take()
+                    .or_else(|| Arc::clone(&turns).try_acquire_owned().ok())
+                else {
+                    break;
+                };
+                let group = Flushing::new(inodes);
+                let fs = self.clone();
+                self.runtime().spawn(async move {
+                    fs.flush_in_background(group).await;
                     drop(turn);
                 });
             }
@@ -72,22 +93,28 @@ impl Fs {
     fn due(&self) -> Vec<(Arc<Inode>, u64)> {
         let now = Instant::now();
         let flush_age = self.flush_age();
+        let stages = self.stages();
         let mut waiting: Vec<(Reverse<Duration>, u64, Arc<Inode>)> = self
             .dirty()
             .lock()
             .values()
             .filter_map(|inode| {
                 let state = inode.lock();
-                if state.flushing || state.retry.is_some_and(|(at, _)| now < at) {
+                if state.flushing {
                     return None;
                 }
                 let age = state.dirty_since.map_or(flush_age, |since| now - since);
-                Some((Reverse(age), state.pieces.bytes(), inode.clone()))
+                // What the bucket doesn't take now, or is to take later, can be staged meanwhile.
+                let stage = stages && age >= flush_age && self.is_to_be_staged(&state, now);
+                let retry = state.retry.is_none_or(|(at, _)| now >= at);
+                let upload = retry && self.is_to_be_uploaded(inode, &state, age);
+                (stage || upload).then(|| (Reverse(age), state.pieces.memory(), inode.clone()))
             })
             .collect();
         waiting.sort_by_key(|(age, _, inode)| (*age, inode.ino));
         let budget = &self.coherence().budget;
-        let mut excess = if budget.is_pressed() {
+        // With a staging folder memory is freed by staging.
+        let mut excess = if budget.is_pressed() && !stages {
             budget.used() / 2
         } else {
             0
@@ -105,19 +132,48 @@ impl Fs {
             .collect()
     }
 
-    async fn flush_in_background(self: &Arc<Self>, mut inodes: Vec<Arc<Inode>>) {
-        // What somebody is at is left to the next look: others would wait for it.
-        inodes.retain(|inode| {
-            let free = inode.changing.try_lock().is_ok();
-            if !free {
-                inode.lock().flushing = false;
+    /// Whether something would not survive a crash, and it is time to stage it.
+    fn is_to_be_staged(&self, state: &InodeState, now: Instant) -> bool {
+        state
+            .staged_at
+            .is_none_or(|at| now - at >= self.flush_age())
+            && state.pieces.has_unsafe()
+    }
+
+    /// Whether data of this age is to be stored, whatever its file's flush age says: staged data may wait longer.
+    fn is_to_be_uploaded(&self, inode: &Inode, state: &InodeState, age: Duration) -> bool {
+        let Some(staging) = self.staging() else {
+            return true;
+        };
+        age >= staging.upload_delay()
+            || state.pieces.has_unsafe() && !self.stages()
+            // Nobody would ask here before he looks at the file.
+            || !self.session.load().holds_write_lease(Ino(inode.ino))
+    }
+
+    async fn flush_in_background(self: &Arc<Self>, group: Flushing) {
+        let mut inodes = group.0.clone();
+        if self.stages() {
+            for inode in &inodes {
+                // What can't be staged is stored.
+                let staged = self.stage(inode, Stage::Private).await;
+                if let Err(error) = staged {
+                    tracing::debug!(ino = inode.ino, %error, "not staged");
+                }
             }
-            free
-        });
+            let now = Instant::now();
+            inodes.retain(|inode| {
+                let state = inode.lock();
+                let age = state.dirty_since.map_or(Duration::MAX, |since| now - since);
+                state.retry.is_none_or(|(at, _)| now >= at)
+                    && (self.is_to_be_uploaded(inode, &state, age) || state.pieces.has_unsafe())
+            });
+        }
+        // What somebody is at is left to the next look: others would wait for it.
+        inodes.retain(|inode| inode.changing.try_lock().is_ok());
         let flushed = self.flush_many(&inodes).await;
         for (inode, flushed) in inodes.iter().zip(flushed) {
             let mut state = inode.lock();
-            state.flushing = false;
             let Err(error) = flushed else { continue };
             let pause = state
                 .retry
@@ -214,6 +270,36 @@ impl Fs {
         }
     }
 
+    /// The mount ends and these files' data is not in the bucket: stages it. Returns those whose data is lost.
+    pub(crate) async fn stage_all(self: &Arc<Self>, inos: Vec<u64>) -> Vec<u64> {
+        let mut lost = Vec::new();
+        let mut staged = 0;
+        for ino in inos {
+            let inode = self.dirty().lock().get(&ino).cloned();
+            let safe = match &inode {
+                Some(inode) => {
+                    let staged = self.stage(inode, Stage::All).await.unwrap_or(false);
+                    staged || !inode.lock().pieces.has_unsafe()
+                }
+                None => false,
+            };
+            match safe {
+                true => staged += 1,
+                false => lost.push(ino),
+            }
+        }
+        if staged > 0
+            && let Some(staging) = self.staging()
+        {
+            tracing::warn!(
+                files = staged,
+                directory = %staging.directory().display(),
+                "the bucket has not taken everything; the next mount with this cache directory stores the rest"
+            );
+        }
+        lost
+    }
+
     /// Flushes everything; for unmount. Returns the inodes whose data is not stored.
     pub async fn flush_all(self: &Arc<Self>) -> Vec<u64> {
         let all: Vec<Arc<Inode>> = self.dirty().lock().values().cloned().collect();
@@ -235,6 +321,26 @@ impl Fs {
     }
 }
 
+/// Files that the background is at. However that ends, they can be flushed again after it.
+struct Flushing(Vec<Arc<Inode>>);
+
+impl Flushing {
+    fn new(inodes: Vec<Arc<Inode>>) -> Self {
+        for inode in &inodes {
+            inode.lock().flushing = true;
+        }
+        Self(inodes)
+    }
+}
+
+impl Drop for Flushing {
+    fn drop(&mut self) {
+        for inode in &self.0 {
+            inode.lock().flushing = false;
+        }
+    }
+}
+
 /// Cuts a list of files with their bytes into parts that are flushed together.
 fn chunks(files: Vec<(Arc<Inode>, u64)>, segment_bytes: u64) -> Vec<Vec<Arc<Inode>>> {
     let mut chunks: Vec<Vec<Arc<Inode>>> = Vec::new();
@@ -250,4 +356,22 @@ fn chunks(files: Vec<(Arc<Inode>, u64)>, segment_bytes: u64) -> Vec<Vec<Arc<Inod
         left = left.saturating_sub(bytes);
     }
     chunks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::budget::Budget;
+    use super::*;
+
+    #[test]
+    fn a_flush_that_panics_leaves_its_files_to_the_next() {
+        let inode = Arc::new(Inode::new(7, Arc::new(Budget::new(1))));
+        let group = Flushing::new(vec![inode.clone()]);
+        assert!(inode.lock().flushing);
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+            assert!(group.0.is_empty(), "the panic of this test");
+        }));
+        assert!(panicked.is_err());
+        assert!(!inode.lock().flushing);
+    }
 }

@@ -4,6 +4,7 @@
 //! - [`budget`]: how much of them all files together may hold
 //! - [`segment_ids`]: names for new segments
 //! - [`upload`]: bytes into the bucket; [`pack`]: small ones of all files together
+//! - [`staging`]: the folder on local disk of a mount with writeback; [`stage`]: into it, [`resume`]: out of it after a crash
 //! - [`stored`]: segments that no commit has named yet
 //! - [`flush`]: uploads what is left and commits everything in order
 //! - [`flusher`]: what flushes by age and under pressure
@@ -13,6 +14,9 @@ pub mod flush;
 pub mod flusher;
 pub mod pack;
 pub mod pieces;
+pub mod resume;
 pub mod segment_ids;
+pub mod stage;
+pub mod staging;
 pub mod stored;
 pub mod upload;

@@ -140,7 +140,14 @@ impl Fs {
         let frames = parts
             .iter_mut()
             .flat_map(|part| std::mem::take(&mut part.frames));
-        let uploaded = self.upload(frames.collect()).await;
+        let frames: Vec<Frame> = frames.collect();
+        // What is loaded from the staging folder is counted nowhere else.
+        let turn = match frames.iter().all(Frame::is_in_memory) {
+            true => None,
+            false => self.upload_turns().acquire().await.ok(),
+        };
+        let uploaded = self.upload(frames).await;
+        drop(turn);
         let mut at = 0;
         for (count, Part { done, .. }) in counts.into_iter().zip(parts) {
             let part = uploaded

@@ -2,13 +2,17 @@
 //!
 //! Non-overlapping pieces by file offset. A piece is *open* (grows, may be overwritten in place), *frozen* (its bytes are
 //! shared with an upload), and gone once a commit names it. Writing over a frozen piece cuts it: what is left of it still
-//! belongs to its upload, so that a commit publishes exactly the newest bytes. Bytes stay in memory until they are
-//! committed, so that reads never depend on an upload and an upload can be repeated under another segment id.
+//! belongs to its upload, so that a commit publishes exactly the newest bytes. Bytes stay in memory, or in a record of the
+//! staging folder ([`super::staging`]), until they are committed, so that reads never depend on an upload and an upload can be
+//! repeated under another segment id.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
+
+use super::staging::StagedRecord;
 
 /// Which upload a frozen piece is part of, and where it lies in it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,30 +25,143 @@ pub struct Sent {
     pub frame_offset: u32,
 }
 
+/// Where bytes lie in the staging folder.
 #[derive(Clone, Debug)]
-enum Content {
-    Open(Vec<u8>),
-    Frozen { bytes: Bytes, sent: Option<Sent> },
+pub struct StagedAt {
+    /// The record.
+    pub record: Arc<StagedRecord>,
+    /// First byte within the record's data.
+    pub offset: u64,
 }
 
-impl Content {
-    fn as_slice(&self) -> &[u8] {
-        match self {
-            Self::Open(bytes) => bytes,
-            Self::Frozen { bytes, .. } => bytes,
+/// Bytes that don't change any more: in memory, in a staged record, or in both.
+#[derive(Clone, Debug)]
+pub struct Held {
+    bytes: Option<Bytes>,
+    length: usize,
+    staged: Option<StagedAt>,
+}
+
+impl From<Bytes> for Held {
+    fn from(bytes: Bytes) -> Self {
+        Self {
+            length: bytes.len(),
+            bytes: Some(bytes),
+            staged: None,
+        }
+    }
+}
+
+impl Held {
+    /// Bytes that are in a record only.
+    fn staged(at: StagedAt, length: usize) -> Self {
+        Self {
+            bytes: None,
+            length,
+            staged: Some(at),
         }
     }
 
+    /// Their number.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// The bytes, unless they are in a record only.
+    pub fn bytes(&self) -> Option<&Bytes> {
+        self.bytes.as_ref()
+    }
+
+    /// Where to load them from.
+    pub fn place(&self) -> Option<&StagedAt> {
+        self.staged.as_ref()
+    }
+
+    /// Leaves them to the record, if that is written.
+    pub fn release(&mut self) {
+        if self.is_safe() {
+            self.bytes = None;
+        }
+    }
+
+    /// They are in a record that survives a crash.
+    fn is_safe(&self) -> bool {
+        self.staged
+            .as_ref()
+            .is_some_and(|at| at.record.is_written())
+    }
+
+    fn memory(&self) -> u64 {
+        self.bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)
+    }
+
+    /// Everything from `at` on, split off.
+    fn split_off(&mut self, at: usize) -> Self {
+        let rest = Self {
+            bytes: self.bytes.as_mut().map(|bytes| bytes.split_off(at)),
+            length: self.length - at,
+            staged: self.staged.as_ref().map(|staged| StagedAt {
+                record: staged.record.clone(),
+                offset: staged.offset + at as u64,
+            }),
+        };
+        self.length = at;
+        rest
+    }
+
+    /// Everything before `at`, split off.
+    fn split_to(&mut self, at: usize) -> Self {
+        let rest = self.split_off(at);
+        std::mem::replace(self, rest)
+    }
+
+    /// A part of them.
+    fn slice(&self, range: Range<usize>) -> Self {
+        let mut part = self.clone();
+        part.split_off(range.end);
+        part.split_off(range.start)
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Content {
+    Open(Vec<u8>),
+    Frozen { held: Held, sent: Option<Sent> },
+}
+
+impl Content {
     fn len(&self) -> u64 {
-        self.as_slice().len() as u64
+        match self {
+            Self::Open(bytes) => bytes.len() as u64,
+            Self::Frozen { held, .. } => held.len() as u64,
+        }
+    }
+
+    fn memory(&self) -> u64 {
+        match self {
+            Self::Open(bytes) => bytes.len() as u64,
+            Self::Frozen { held, .. } => held.memory(),
+        }
+    }
+
+    fn is_safe(&self) -> bool {
+        match self {
+            Self::Open(_) => false,
+            Self::Frozen { held, .. } => held.is_safe(),
+        }
     }
 
     /// Everything from `at` on, split off.
     fn split_off(&mut self, at: usize) -> Self {
         match self {
             Self::Open(bytes) => Self::Open(bytes.split_off(at)),
-            Self::Frozen { bytes, sent } => Self::Frozen {
-                bytes: bytes.split_off(at),
+            Self::Frozen { held, sent } => Self::Frozen {
+                held: held.split_off(at),
                 sent: sent.map(|sent| Sent {
                     frame_offset: sent.frame_offset + at as u32,
                     ..sent
@@ -55,14 +172,35 @@ impl Content {
 }
 
 /// A run of bytes that the caller uploads as one frame.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Frame {
     /// File offset of its first byte.
     pub offset: u64,
     /// Its bytes, end to end.
-    pub pieces: Vec<Bytes>,
+    pub pieces: Vec<Held>,
     /// Sum of the pieces' lengths.
     pub length: u64,
+}
+
+/// Pieces that are in memory, end to end. Those that are not are left out: ask [`Frame::is_in_memory`].
+pub fn concat(pieces: &[Held]) -> Vec<u8> {
+    let bytes: Vec<&[u8]> = pieces
+        .iter()
+        .filter_map(|held| held.bytes().map(|b| &b[..]))
+        .collect();
+    bytes.concat()
+}
+
+impl Frame {
+    /// Nothing of it has to be loaded.
+    pub fn is_in_memory(&self) -> bool {
+        self.pieces.iter().all(|held| held.bytes().is_some())
+    }
+
+    /// Bytes of memory that it keeps.
+    pub fn memory(&self) -> u64 {
+        self.pieces.iter().map(Held::memory).sum()
+    }
 }
 
 /// A piece of a batch, as a commit names it.
@@ -81,6 +219,37 @@ pub struct SentPiece {
 pub struct Pieces {
     map: BTreeMap<u64, Content>,
     bytes: u64,
+    /// Those of `bytes` that are in memory.
+    memory: u64,
+    /// Records of which something was overwritten by bytes that are in no record and not committed either: after a crash the
+    /// older bytes count.
+    hidden: Vec<Arc<StagedRecord>>,
+    /// How often frozen bytes were overwritten.
+    overwrites: u64,
+}
+
+/// What [`Pieces::visit`] sees.
+#[derive(Debug)]
+pub enum Seen<'a> {
+    /// Bytes in memory.
+    Bytes(&'a [u8]),
+    /// Bytes in a record.
+    Staged(Held),
+}
+
+impl Seen<'_> {
+    /// Their number.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Staged(held) => held.len(),
+        }
+    }
+
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 impl Pieces {
@@ -92,6 +261,11 @@ impl Pieces {
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Bytes held in memory.
+    pub fn memory(&self) -> u64 {
+        self.memory
     }
 
     /// Number of pieces.
@@ -123,6 +297,7 @@ impl Pieces {
         }
         self.cut(offset..end);
         self.bytes += data.len() as u64;
+        self.memory += data.len() as u64;
         // Appending to an open run, the most frequent write of all.
         if let Some((start, Content::Open(bytes))) = self.map.range_mut(..offset).next_back()
             && start + bytes.len() as u64 == offset
@@ -154,7 +329,7 @@ impl Pieces {
                     let tail = rest.split_off((range.end - range.start) as usize);
                     self.map.insert(range.end, tail);
                 }
-                self.bytes -= end.min(range.end) - range.start;
+                self.gone(&rest);
             }
         }
         let inside: Vec<u64> = self.map.range(range.clone()).map(|(&at, _)| at).collect();
@@ -167,21 +342,123 @@ impl Pieces {
                 let tail = content.split_off((range.end - start) as usize);
                 self.map.insert(range.end, tail);
             }
-            self.bytes -= end.min(range.end) - start;
+            self.gone(&content);
         }
     }
 
-    /// Copies what lies in `[offset, offset + target.len())` over `target`, and reports each copied range.
-    pub fn read(&self, offset: u64, target: &mut [u8], mut covered: impl FnMut(Range<u64>)) {
-        self.visit(offset..offset + target.len() as u64, |at, bytes| {
-            let from = (at - offset) as usize;
-            target[from..from + bytes.len()].copy_from_slice(bytes);
-            covered(at..at + bytes.len() as u64);
-        });
+    /// `content` was cut out.
+    fn gone(&mut self, content: &Content) {
+        self.bytes -= content.len();
+        self.memory -= content.memory();
+        let Content::Frozen { held, .. } = content else {
+            return;
+        };
+        self.overwrites += 1;
+        if let Some(at) = held.place() {
+            self.hide(vec![at.record.clone()]);
+        }
+    }
+
+    /// Takes bytes of a record, over whatever is there.
+    pub fn put_staged(&mut self, offset: u64, at: StagedAt, length: u64) {
+        self.cut(offset..offset + length);
+        self.bytes += length;
+        let held = Held::staged(at, length as usize);
+        self.map
+            .insert(offset, Content::Frozen { held, sent: None });
+    }
+
+    /// From now on nothing is written into what is here.
+    pub fn freeze_open(&mut self) {
+        for content in self.map.values_mut() {
+            if let Content::Open(open) = content {
+                let held = Bytes::from(std::mem::take(open)).into();
+                *content = Content::Frozen { held, sent: None };
+            }
+        }
+    }
+
+    /// Takes frozen bytes that are in no record, some `bytes_max` of them, and notes that they will be in `record`. Shape: file
+    /// offset and bytes, in the order of the record's data.
+    pub fn assign(&mut self, record: &Arc<StagedRecord>, bytes_max: u64) -> Vec<(u64, Bytes)> {
+        let mut assigned = Vec::new();
+        let mut total = 0;
+        for (&offset, content) in &mut self.map {
+            let Content::Frozen { held, .. } = content else {
+                continue;
+            };
+            let (Some(bytes), None) = (&held.bytes, &held.staged) else {
+                continue;
+            };
+            assigned.push((offset, bytes.clone()));
+            held.staged = Some(StagedAt {
+                record: record.clone(),
+                offset: total,
+            });
+            total += held.length as u64;
+            if total >= bytes_max {
+                break;
+            }
+        }
+        assigned
+    }
+
+    /// `record` could not be written: what was to be in it is in none.
+    pub fn unassign(&mut self, record: &Arc<StagedRecord>) {
+        for content in self.map.values_mut() {
+            if let Content::Frozen { held, .. } = content
+                && held
+                    .staged
+                    .as_ref()
+                    .is_some_and(|at| Arc::ptr_eq(&at.record, record))
+            {
+                held.staged = None;
+            }
+        }
+        self.hidden.retain(|hidden| !Arc::ptr_eq(hidden, record));
+    }
+
+    /// Leaves to the records what is in them. Returns how many bytes of memory that gave back.
+    pub fn release(&mut self) -> u64 {
+        let before = self.memory;
+        for content in self.map.values_mut() {
+            if let Content::Frozen { held, .. } = content {
+                let memory = held.memory();
+                held.release();
+                self.memory -= memory - held.memory();
+            }
+        }
+        before - self.memory
+    }
+
+    /// Something would not survive a crash.
+    pub fn has_unsafe(&self) -> bool {
+        self.map.values().any(|content| !content.is_safe())
+    }
+
+    /// Takes the list of records of which something was overwritten by bytes that were not safe; the caller makes those bytes
+    /// safe, or gives the list back.
+    pub fn take_hidden(&mut self) -> Vec<Arc<StagedRecord>> {
+        std::mem::take(&mut self.hidden)
+    }
+
+    /// See [`Pieces::take_hidden`].
+    pub fn hide(&mut self, records: Vec<Arc<StagedRecord>>) {
+        for record in records {
+            let known = |hidden: &Arc<StagedRecord>| Arc::ptr_eq(hidden, &record);
+            if !self.hidden.iter().any(known) {
+                self.hidden.push(record);
+            }
+        }
+    }
+
+    /// Changes whenever frozen bytes are overwritten.
+    pub fn overwrites(&self) -> u64 {
+        self.overwrites
     }
 
     /// The parts of pieces in `range`, in file order.
-    pub fn visit(&self, range: Range<u64>, mut see: impl FnMut(u64, &[u8])) {
+    pub fn visit(&self, range: Range<u64>, mut see: impl FnMut(u64, Seen<'_>)) {
         if range.start >= range.end {
             return;
         }
@@ -191,11 +468,18 @@ impl Pieces {
             .next_back()
             .map_or(range.start, |(&at, _)| at);
         for (&start, content) in self.map.range(first..range.end) {
-            let bytes = content.as_slice();
             let from = range.start.max(start);
-            let to = range.end.min(start + bytes.len() as u64);
-            if from < to {
-                see(from, &bytes[(from - start) as usize..(to - start) as usize]);
+            let to = range.end.min(start + content.len());
+            if from >= to {
+                continue;
+            }
+            let part = (from - start) as usize..(to - start) as usize;
+            match content {
+                Content::Open(bytes) => see(from, Seen::Bytes(&bytes[part])),
+                Content::Frozen { held, .. } => match held.bytes() {
+                    Some(bytes) => see(from, Seen::Bytes(&bytes[part])),
+                    None => see(from, Seen::Staged(held.slice(part))),
+                },
             }
         }
     }
@@ -219,13 +503,13 @@ impl Pieces {
             {
                 continue;
             }
-            let bytes = match content {
-                Content::Open(open) => Bytes::from(std::mem::take(open)),
-                Content::Frozen { bytes, sent: None } => bytes.clone(),
+            let held = match content {
+                Content::Open(open) => Held::from(Bytes::from(std::mem::take(open))),
+                Content::Frozen { held, sent: None } => held.clone(),
                 Content::Frozen { .. } => continue,
             };
             let mut at = start;
-            let mut left = bytes;
+            let mut left = held;
             let mut parts = Vec::new();
             while !left.is_empty() {
                 let continues = batches
@@ -265,19 +549,19 @@ impl Pieces {
                 parts.push((at - part.len() as u64, part, sent));
             }
             let mut parts = parts.into_iter();
-            if let Some((_, bytes, sent)) = parts.next() {
+            if let Some((_, held, sent)) = parts.next() {
                 *content = Content::Frozen {
-                    bytes,
+                    held,
                     sent: Some(sent),
                 };
             }
             splits.extend(parts);
         }
-        for (at, bytes, sent) in splits {
+        for (at, held, sent) in splits {
             self.map.insert(
                 at,
                 Content::Frozen {
-                    bytes,
+                    held,
                     sent: Some(sent),
                 },
             );
@@ -291,11 +575,11 @@ impl Pieces {
             .iter()
             .filter_map(|(&offset, content)| match content {
                 Content::Frozen {
-                    bytes,
+                    held,
                     sent: Some(sent),
                 } if sent.batch == batch => Some(SentPiece {
                     offset,
-                    length: bytes.len() as u64,
+                    length: held.len() as u64,
                     sent: *sent,
                 }),
                 _ => None,
@@ -338,6 +622,7 @@ impl Pieces {
             for at in gone {
                 if let Some(content) = self.map.remove(&at) {
                     self.bytes -= content.len();
+                    self.memory -= content.memory();
                 }
             }
         }
@@ -356,7 +641,9 @@ impl Pieces {
     /// Forgets everything; the data is lost.
     pub fn clear(&mut self) {
         self.map.clear();
+        self.hidden.clear();
         self.bytes = 0;
+        self.memory = 0;
     }
 }
 
@@ -413,7 +700,7 @@ mod tests {
             let (batch, frames) = self.sent.remove(0);
             let pieces = self.pieces.of_batch(batch);
             for piece in &pieces {
-                let frame: Vec<u8> = frames[piece.sent.frame].pieces.concat();
+                let frame = concat(&frames[piece.sent.frame].pieces);
                 let from = piece.sent.frame_offset as usize;
                 let bytes = &frame[from..from + piece.length as usize];
                 let end = (piece.offset + piece.length) as usize;
@@ -437,8 +724,14 @@ mod tests {
             let mut seen = self.committed.clone();
             seen.resize(size, 0);
             let mut covered = 0;
-            self.pieces
-                .read(0, &mut seen, |range| covered += range.end - range.start);
+            self.pieces.visit(0..size as u64, |at, part| {
+                covered += part.len() as u64;
+                let bytes = match part {
+                    Seen::Bytes(bytes) => bytes.to_vec(),
+                    Seen::Staged(held) => concat(&[held]),
+                };
+                seen[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+            });
             assert_eq!(seen, self.expected);
             assert_eq!(covered, self.pieces.bytes());
             assert!(self.pieces.end() <= size as u64);

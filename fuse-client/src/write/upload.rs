@@ -5,7 +5,7 @@ use std::sync::Arc;
 use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, INLINE_BYTES_MAX};
 use tokio::sync::watch;
 
-use super::pieces::Frame;
+use super::pieces::{Frame, Held};
 use super::stored::Stored;
 use crate::errno::Errno;
 use crate::fs::Fs;
@@ -26,6 +26,10 @@ impl Fs {
         if !state.pieces.has_unsent() {
             return;
         }
+        // What is staged comes from there: first the flusher stages it, and memory is free again.
+        if full_only && self.stages() {
+            return;
+        }
         let inline = !full_only && state.size() <= INLINE_BYTES_MAX as u64;
         let InodeState {
             pieces, next_batch, ..
@@ -35,15 +39,22 @@ impl Fs {
             *next_batch += 1;
             batch
         });
-        for (number, frames) in frozen {
+        for (number, mut frames) in frozen {
             let bytes: u64 = frames.iter().map(|frame| frame.length).sum();
+            let inline = inline && frames.iter().all(Frame::is_in_memory);
+            if bytes >= self.segment_bytes() {
+                // It may wait for long until it is its turn.
+                let pieces = frames.iter_mut().flat_map(|frame| &mut frame.pieces);
+                pieces.for_each(Held::release);
+            }
+            let memory: u64 = frames.iter().map(Frame::memory).sum();
             let batch = if inline {
                 Batch::Inline(Arc::new(frames))
             } else if bytes < self.segment_bytes() {
-                let memory = self.coherence().budget.upload(bytes);
+                let memory = self.coherence().budget.upload(memory);
                 Batch::Segment(self.packer().add(frames, memory))
             } else {
-                let memory = self.coherence().budget.upload(bytes);
+                let memory = self.coherence().budget.upload(memory);
                 let (sender, receiver) = watch::channel(None);
                 let (fs, inode) = (self.clone(), inode.clone());
                 self.runtime().spawn(async move {
@@ -73,8 +84,15 @@ impl Fs {
             tracing::warn!(%error, "no segment id");
             Errno::from(error)
         })?;
-        let frames = frames.into_iter().map(|frame| frame.pieces).collect();
-        let (segment, numbers) = self.store().build(id, frames).await?;
+        let mut loaded = Vec::with_capacity(frames.len());
+        for frame in frames {
+            let mut pieces = Vec::with_capacity(frame.pieces.len());
+            for held in frame.pieces {
+                pieces.push(self.load(&held).await?);
+            }
+            loaded.push(pieces);
+        }
+        let (segment, numbers) = self.store().build(id, loaded).await?;
         let record = segment.record();
         self.store().put(segment).await.map_err(|error| {
             tracing::warn!(segment = id.0, %error, "upload failed");

@@ -43,6 +43,9 @@ struct Found {
     live: u64,
     open: u64,
     deleting: u64,
+    /// Of all objects but those in the deletion queue.
+    kept_bytes: u64,
+    deleting_bytes: u64,
     foreign: Vec<String>,
     unknown: Vec<String>,
     leaks: Vec<(SegmentId, u64)>,
@@ -76,6 +79,8 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
             "live": found.live,
             "open": found.open,
             "deleting": found.deleting,
+            "kept_bytes": found.kept_bytes,
+            "deleting_bytes": found.deleting_bytes,
             "unknown": found.unknown,
             "foreign": found.foreign,
             "leaks": leaks,
@@ -165,6 +170,10 @@ async fn leaks_among(
     let states = segments::states(session, &ids).await?;
     let mut leaks = Vec::new();
     for ((id, length), state) in page.iter().zip(states) {
+        match state {
+            SegmentState::Deleting => found.deleting_bytes += length,
+            _ => found.kept_bytes += length,
+        }
         match state {
             SegmentState::Live => found.live += 1,
             SegmentState::Open => found.open += 1,

@@ -63,6 +63,9 @@ pub(crate) struct Options {
     /// How often all records are read again and compared with the digests; 0s: never [default: 10m].
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     scrub_interval: Option<Duration>,
+    /// For tests: stamps advance this much faster than time, so that horizons of hours are over in minutes.
+    #[arg(long, hide = true, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    stamp_speed: Option<u32>,
     #[command(flatten)]
     mirror: mirror::Options,
 }
@@ -86,6 +89,9 @@ impl Options {
             self.access.token_file.clone_from(&file.token_file);
         }
         let token = self.access.token()?;
+        if let Some(speed) = self.stamp_speed {
+            meta_server::hasten_stamps(speed);
+        }
         let missing = |flag: &str| {
             Failure::usage(format!("{flag} is missing")).hint(format!(
                 "for example: heliofs meta --id 1 --data-dir /var/lib/heliofs --token-file token --init \

@@ -23,9 +23,32 @@ pub(crate) struct Options {
     /// Hides it now and ends it when the last file is closed.
     #[arg(short, long)]
     lazy: bool,
+    /// Waits until everything is in the bucket, for as long as --timeout says. Without it a mount with --writeback tries, and
+    /// leaves what the bucket doesn't take on its disk for the next mount.
+    #[arg(long, conflicts_with_all = ["force", "lazy"])]
+    flush: bool,
     /// How long to wait for the mount's process to end.
     #[arg(long, value_parser = crate::units::parse_duration, default_value = "60s", value_name = "TIME")]
     timeout: Duration,
+}
+
+/// Tells a mount that its end has to wait until everything is stored; for as long as this lives.
+struct Marker(PathBuf);
+
+impl Marker {
+    fn leave(note: &mounts::MountNote) -> Outcome<Self> {
+        let path = note.flush_marker();
+        std::fs::write(&path, []).while_(format_args!("write {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Marker {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::debug!(path = %self.0.display(), %error, "not removed");
+        }
+    }
 }
 
 /// How often the process is looked at while it ends.
@@ -39,6 +62,10 @@ pub(crate) fn run(options: &Options, json: bool) -> Outcome {
         .into_iter()
         .filter(|note| note.mount_point == mount_point)
         .collect();
+    let markers: Vec<Marker> = match options.flush {
+        true => notes.iter().map(Marker::leave).collect::<Outcome<_>>()?,
+        false => Vec::new(),
+    };
     unmount(&mount_point, options)?;
     // A lazy one may go on for as long as a file is open.
     if !options.lazy {
@@ -58,6 +85,7 @@ pub(crate) fn run(options: &Options, json: bool) -> Outcome {
             }
         }
     }
+    drop(markers);
     if json {
         return output::print_json(&json!({ "unmounted": mount_point }));
     }

@@ -17,6 +17,7 @@
 
 pub mod cluster;
 pub mod disk;
+pub mod faults;
 pub mod lan;
 pub mod load;
 pub mod mirror;
@@ -29,6 +30,7 @@ pub mod spawner;
 
 pub use cluster::{Cluster, Ran};
 pub use disk::Disk;
+pub use faults::{Fault, FaultyS3};
 pub use lan::Lan;
 pub use load::{Acknowledged, Load};
 pub use mount::Mount;

@@ -29,3 +29,4 @@ pub mod store;
 
 pub use config::NodeConfig;
 pub use node::{Node, NodeContext, StartError};
+pub use proposer::hasten_stamps;

@@ -7,7 +7,7 @@
 //! entry waits a moment for them ([`Gather`]): four programs then share one round of the cluster instead of paying for three.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::FutureExt;
@@ -176,12 +176,33 @@ impl Proposer {
     }
 }
 
+/// When this process's clock began to run faster, and how much.
+static FASTER: OnceLock<(Duration, u32)> = OnceLock::new();
+
+/// Makes stamps of this process advance `speed` times as fast as time, from now on: what waits for hours (deletion grace, trash)
+/// can be tested in minutes. For tests. The first call counts.
+pub fn hasten_stamps(speed: u32) {
+    FASTER.get_or_init(|| (since_1970(), speed));
+}
+
+fn since_1970() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+/// Time since 1970 by this node's clock.
+pub(crate) fn clock() -> Duration {
+    let now = since_1970();
+    match FASTER.get() {
+        Some((begin, speed)) => *begin + now.saturating_sub(*begin) * *speed,
+        None => now,
+    }
+}
+
 /// Nanoseconds since 1970 by this node's clock.
 pub(crate) fn now() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+    i64::try_from(clock().as_nanos()).unwrap_or(i64::MAX)
 }
 
 impl Queue {

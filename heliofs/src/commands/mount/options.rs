@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use blockstore::{DiskCacheOptions, SegmentStore, StoreOptions};
 use clap::{Args, ValueEnum};
-use fuse_client::{AtimePolicy, Coherence, CompactionOptions, FsOptions, MountOptions, Mounted};
+use fuse_client::{
+    AtimePolicy, Coherence, CompactionOptions, FsOptions, MountOptions, Mounted, StagingOptions,
+};
 use meta_client::{Cluster, Session, SessionOptions};
 use tokio_util::sync::CancellationToken;
 
@@ -70,6 +72,14 @@ pub(crate) struct Serving {
     /// has the file open; the data follows within the flush age, or at once when another mount opens or stats the file.
     #[arg(long)]
     pub(crate) close_sync: bool,
+    /// fsync returns once the data is on this machine's disk, in the first cache directory; it follows to the bucket in the
+    /// background, also after a crash, when the volume is mounted again with the same cache directory. Until then, if this mount
+    /// dies, others see what was stored before.
+    #[arg(long)]
+    pub(crate) writeback: bool,
+    /// With --writeback: how long staged data may wait before it is uploaded, if no other mount asks for it.
+    #[arg(long, value_parser = parse_upload_delay, default_value = "0s", value_name = "TIME")]
+    pub(crate) upload_delay: Duration,
     /// Written data is stored after this time, if nobody asks for it earlier.
     #[arg(long, value_parser = parse_flush_age, default_value = "1s", value_name = "TIME")]
     pub(crate) flush_age: Duration,
@@ -158,6 +168,10 @@ impl Serving {
                 "buffer-size" => self.buffer_size = units::parse_size(needed()?).map_err(wrong)?,
                 "io-timeout" => self.io_timeout = parse_io_timeout(needed()?).map_err(wrong)?,
                 "close-sync" => self.close_sync = true,
+                "writeback" => self.writeback = true,
+                "upload-delay" => {
+                    self.upload_delay = parse_upload_delay(needed()?).map_err(wrong)?;
+                }
                 "flush-age" => self.flush_age = parse_flush_age(needed()?).map_err(wrong)?,
                 "threads" => {
                     self.threads = Some(
@@ -190,7 +204,7 @@ impl Serving {
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
+                         io-timeout=, close-sync, flush-age=, writeback, upload-delay=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
                     ));
                 }
             }
@@ -240,6 +254,11 @@ impl Serving {
         ] {
             arguments.extend([name.into(), value.into()]);
         }
+        if self.writeback {
+            arguments.push("--writeback".into());
+        }
+        let upload_delay = format!("{}ms", self.upload_delay.as_millis());
+        arguments.extend(["--upload-delay".into(), upload_delay.into()]);
         let compact_interval = format!("{}ms", self.compact_interval.as_millis());
         arguments.extend(["--compact-interval".into(), compact_interval.into()]);
         if self.no_bgjob {
@@ -255,6 +274,12 @@ impl Serving {
             arguments.push("--allow-other".into());
         }
         arguments
+    }
+
+    /// Where a volume's staged data is.
+    fn staging_directory(&self, uuid: &str) -> PathBuf {
+        let mut directories = self.cache_directories();
+        directories.swap_remove(0).join(uuid).join("staging")
     }
 
     /// Where the disk cache is; at least one directory.
@@ -291,6 +316,17 @@ fn parse_flush_age(text: &str) -> Result<Duration, String> {
         return Err("more than 60s: what was written would be lost with the mount".to_owned());
     }
     Ok(age)
+}
+
+/// Longest upload delay: other regions and a lost disk should not wait longer.
+const UPLOAD_DELAY_MAX: Duration = Duration::from_secs(24 * 3600);
+
+fn parse_upload_delay(text: &str) -> Result<Duration, String> {
+    let delay = units::parse_duration(text)?;
+    if delay > UPLOAD_DELAY_MAX {
+        return Err("more than 24h: the data would be on this machine's disk alone".to_owned());
+    }
+    Ok(delay)
 }
 
 /// A part of a whole.
@@ -336,7 +372,7 @@ impl Serving {
                 build: version::BUILD.to_owned(),
                 read_only: self.read_only,
                 watcher: Some(coherence.clone()),
-                takes_leases: !self.read_only && !self.close_sync,
+                takes_leases: !self.read_only && (!self.close_sync || self.writeback),
                 complete: self.mirror_read == MirrorRead::Complete,
                 ..SessionOptions::default()
             },
@@ -440,11 +476,19 @@ impl Serving {
                 }),
                 flush_age: self.flush_age,
                 defer_close: !self.close_sync,
+                staging: (!read_only).then(|| StagingOptions {
+                    directory: self.staging_directory(&storage.uuid),
+                    active: self.writeback,
+                    // The cache gives way earlier.
+                    free_ratio: self.free_space_ratio / 2.0,
+                    upload_delay: self.upload_delay,
+                }),
                 ..FsOptions::default()
             },
             allow_other: self.allow_other || nix::unistd::geteuid().is_root(),
             threads: self.threads.unwrap_or(0),
             registry: Some(registry.clone()),
+            flush_marker: Some(note.flush_marker()),
             ..MountOptions::default()
         };
         let runtime = tokio::runtime::Handle::current();
@@ -456,6 +500,7 @@ impl Serving {
             &note.mount_point,
             options,
         )
+        .await
         .map_err(|error| {
             Failure::new(format!(
                 "cannot mount at {}: {error}",
@@ -550,6 +595,8 @@ mod tests {
             buffer_size: 1,
             io_timeout: Duration::from_secs(30),
             close_sync: false,
+            writeback: false,
+            upload_delay: Duration::ZERO,
             flush_age: Duration::from_secs(1),
             atime: Atime::Noatime,
             threads: None,
@@ -570,7 +617,7 @@ mod tests {
     fn fstab_options_are_the_flags_by_name() {
         let mut access = Access { token_file: None };
         let mut taken = serving(
-            "ro,_netdev,relatime,cache-size=2G,io-timeout=2500ms,token-file=/t,x-systemd.automount",
+            "ro,_netdev,relatime,cache-size=2G,io-timeout=2500ms,writeback,upload-delay=1m,token-file=/t,x-systemd.automount",
         );
         taken.take_options(&mut access).unwrap();
         assert!(taken.read_only);
@@ -582,6 +629,8 @@ mod tests {
             .iter()
             .position(|argument| argument == "--io-timeout");
         assert_eq!(arguments[at.unwrap() + 1], "2500ms");
+        assert!(arguments.contains(&"--writeback".into()));
+        assert!(arguments.contains(&"60000ms".into()));
         assert_eq!(access.token_file, Some("/t".into()));
         for wrong in [
             "cache-size",

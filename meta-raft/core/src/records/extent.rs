@@ -78,6 +78,7 @@ impl ExtentRecord {
             frame,
             frame_offset,
             inline_bytes,
+            seq: self.seq,
         }
     }
 }

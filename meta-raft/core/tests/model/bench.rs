@@ -160,6 +160,7 @@ pub(crate) fn extent(
         frame,
         frame_offset,
         inline_bytes: Bytes::new(),
+        seq: 0,
     }
 }
 
@@ -168,6 +169,7 @@ pub(crate) fn inline(offset: u64, bytes: &'static [u8]) -> v1::Extent {
         offset,
         length: bytes.len() as u64,
         inline_bytes: Bytes::from_static(bytes),
+        seq: 0,
         ..v1::Extent::default()
     }
 }

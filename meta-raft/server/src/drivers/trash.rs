@@ -1,6 +1,6 @@
 //! Removes hours of the trash that are over. Each is detached at once and taken apart in steps, as any tree.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use heliofs_proto::ids::{Ino, UnixNanos};
@@ -9,6 +9,7 @@ use meta_core::query::{self, QueryError};
 use meta_core::{Corruption, trash};
 
 use super::{Step, rest};
+use crate::proposer::clock;
 use crate::sessions::hub::VolumeSessions;
 use crate::sessions::{self, Context};
 
@@ -81,11 +82,8 @@ fn expired(ctx: &Context, volume: &VolumeSessions) -> Result<Vec<(Ino, Bytes)>, 
 
 /// The name of the latest hour that is over: its last minute is `days` ago. By this node's clock, as the stamps are a leader's.
 fn last_expired(days: u32) -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
     let kept = Duration::from_secs((u64::from(days) * 24 + 1) * 3600);
-    let then = now.saturating_sub(kept);
+    let then = clock().saturating_sub(kept);
     trash::hour_name(UnixNanos(i64::try_from(then.as_nanos()).unwrap_or(0)))
 }
 
@@ -108,7 +106,7 @@ mod tests {
         for other in [&b"2026-11-22"[..], b"2026-11-22-7x", b"2026_11-22-07", b""] {
             assert!(!is_hour(other));
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let now = clock();
         let hour = |hours_ago: u64| {
             let then = now - Duration::from_secs(hours_ago * 3600);
             trash::hour_name(UnixNanos(then.as_nanos() as i64))

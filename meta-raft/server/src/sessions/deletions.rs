@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::UnixNanos;
 use heliofs_proto::v1::{self, FsError, local_command, log_item::Item};
@@ -13,7 +13,7 @@ use meta_core::{Corruption, query};
 use super::Context;
 use super::hub::VolumeSessions;
 use super::reads::refusal;
-use crate::proposer::ProposeError;
+use crate::proposer::{ProposeError, clock};
 use crate::read_gate::ReadError;
 
 /// Segments leased, or reported done, in one request: bounds the entry that removes them.
@@ -102,10 +102,7 @@ pub(super) async fn serve(
 /// What was freed before this moment may go. By this node's clock, which stamped most of the queue: a volume's own time
 /// stands still while nothing changes.
 fn freed_before(grace_seconds: u64) -> UnixNanos {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let then = now.saturating_sub(Duration::from_secs(grace_seconds));
+    let then = clock().saturating_sub(Duration::from_secs(grace_seconds));
     UnixNanos(i64::try_from(then.as_nanos()).unwrap_or(i64::MAX))
 }
 

@@ -1,0 +1,464 @@
+//! Mounts with `--writeback`: what fsync confirmed is on local disk, and gets into the bucket whatever happens to the mount.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use support::cluster::HELIOFS;
+use support::{Cluster, Disk, Mount, scratch, wait_for};
+
+/// Far longer than anything here takes.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Nothing is uploaded by itself within a test.
+const HELD: &[&str] = &["--writeback", "--upload-delay", "1h"];
+
+fn content(number: usize, length: usize) -> Vec<u8> {
+    (0..length)
+        .map(|at| (at * 7 + at / 256 + number * 31) as u8)
+        .collect()
+}
+
+struct Writeback {
+    cluster: Cluster,
+    cache: tempfile::TempDir,
+    volume: &'static str,
+}
+
+impl Writeback {
+    fn new(volume: &'static str, format: &[&str]) -> Self {
+        let cluster = Cluster::with_dirs(1, |_, _| None, &["--session-timeout", "3s"]);
+        cluster.format_file(volume, &[&["--trash-days", "0"], format].concat());
+        Self {
+            cluster,
+            cache: scratch(),
+            volume,
+        }
+    }
+
+    fn mount(&self, flags: &[&str]) -> Mount {
+        Mount::with_cache(&self.cluster, self.volume, Some(self.cache.path()), flags)
+    }
+
+    fn other(&self) -> Mount {
+        Mount::of(&self.cluster, self.volume, &[])
+    }
+
+    fn bucket(&self) -> PathBuf {
+        self.cluster.directory.join("bucket")
+    }
+
+    /// The bucket can't be reached until the guard goes.
+    fn bucket_down(&self) -> Down {
+        let down = Down {
+            bucket: self.bucket(),
+            away: self.cluster.directory.join("bucket-away"),
+        };
+        fs::rename(&down.bucket, &down.away).unwrap();
+        fs::write(&down.bucket, b"not a directory").unwrap();
+        down
+    }
+
+    /// Files of the staging folder that end like this.
+    fn staged(&self, below: &str) -> Vec<PathBuf> {
+        let volume = fs::read_dir(self.cache.path()).unwrap().next();
+        let folder = volume.unwrap().unwrap().path().join("staging").join(below);
+        let Ok(entries) = fs::read_dir(folder) else {
+            return Vec::new();
+        };
+        let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| path.extension().is_some_and(|is| is == "staged"));
+        paths.sort();
+        paths
+    }
+}
+
+struct Down {
+    bucket: PathBuf,
+    away: PathBuf,
+}
+
+impl Drop for Down {
+    fn drop(&mut self) {
+        fs::remove_file(&self.bucket).unwrap();
+        fs::rename(&self.away, &self.bucket).unwrap();
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> File {
+    let mut file = File::create(path).unwrap();
+    file.write_all(bytes).unwrap();
+    file.sync_all().unwrap();
+    file
+}
+
+/// The kernel's pages are not what is to be looked at.
+fn read_anew(path: &Path) -> Vec<u8> {
+    let file = File::open(path).unwrap();
+    nix::fcntl::posix_fadvise(
+        &file,
+        0,
+        0,
+        nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+    )
+    .unwrap();
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn what_fsync_confirmed_in_a_large_copy_survives_sigkill() {
+    for (volume, format, flags) in [
+        (
+            "plain",
+            &[][..],
+            &["--writeback", "--buffer-size", "64M"][..],
+        ),
+        ("held", &["--compress", "lz4"][..], HELD),
+    ] {
+        let set = Writeback::new(volume, format);
+        let mut mount = set.mount(flags);
+        let confirmed = Mutex::new(Vec::new());
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let (mount, confirmed, over) = (&mount.path, &confirmed, &over);
+                scope.spawn(move || {
+                    for number in 0.. {
+                        if over.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        let length = [700, 20_000, 300_000, 6_000_000][number % 4] + number;
+                        let name = format!("{thread}-{number}");
+                        let bytes = content(thread * 1000 + number, length);
+                        // From the kill on everything fails.
+                        let copied = File::create(mount.join(&name)).and_then(|mut file| {
+                            file.write_all(&bytes)?;
+                            if number % 3 != 0 {
+                                file.sync_all()?;
+                                confirmed.lock().unwrap().push((name, bytes));
+                            }
+                            Ok(())
+                        });
+                        if copied.is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            wait_for("a part of the copy", SOON, || {
+                (confirmed.lock().unwrap().len() > 150).then_some(())
+            });
+            mount.process.kill();
+            over.store(true, Ordering::Relaxed);
+        });
+        drop(mount);
+        let confirmed = confirmed.into_inner().unwrap();
+        let mount = set.mount(&["--writeback"]);
+        for (name, bytes) in &confirmed {
+            assert!(read_anew(&mount.join(name)) == *bytes, "{volume}: {name}");
+        }
+        // Others see it, too, and once it is stored nothing is left.
+        let other = set.other();
+        for (name, bytes) in &confirmed {
+            assert!(
+                fs::read(other.join(name)).unwrap() == *bytes,
+                "{volume}: {name}"
+            );
+        }
+        flush_and_unmount(mount);
+        assert_eq!(set.staged(""), [PathBuf::new(); 0]);
+        assert_eq!(set.staged("conflicts"), [PathBuf::new(); 0], "{volume}");
+    }
+}
+
+fn flush_and_unmount(mut mount: Mount) {
+    let mut command = Command::new(HELIOFS);
+    command.arg("umount").arg("--flush").arg(&mount.path);
+    let ran = support::cluster::run(&mut command);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(mount.process.wait(SOON).success());
+}
+
+#[test]
+fn without_a_bucket_fsync_is_quick_and_the_data_follows() {
+    let set = Writeback::new("down", &[]);
+    let mount = set.mount(&["--writeback", "--io-timeout", "2s", "--buffer-size", "32M"]);
+    let other = set.other();
+    let down = set.bucket_down();
+    let began = Instant::now();
+    // More than the mount has memory for.
+    for number in 0..40 {
+        write_synced(&mount.join(format!("f{number}")), &content(number, 2 << 20));
+    }
+    assert!(
+        began.elapsed() < Duration::from_secs(30),
+        "{:?}",
+        began.elapsed()
+    );
+    for number in 0..40 {
+        let read = read_anew(&mount.join(format!("f{number}")));
+        assert!(read == content(number, 2 << 20), "file {number}");
+    }
+    // Written over while the first version waits.
+    let file = File::options().write(true).open(mount.join("f0")).unwrap();
+    file.write_all_at(b"second", 1000).unwrap();
+    file.sync_all().unwrap();
+    assert!(!set.staged("").is_empty());
+    drop(down);
+    wait_for("the data to be stored", SOON, || {
+        set.staged("").is_empty().then_some(())
+    });
+    let mut expected = content(0, 2 << 20);
+    expected[1000..1006].copy_from_slice(b"second");
+    assert!(fs::read(other.join("f0")).unwrap() == expected);
+    for number in 1..40 {
+        let read = fs::read(other.join(format!("f{number}"))).unwrap();
+        assert!(read == content(number, 2 << 20), "file {number}");
+    }
+}
+
+#[test]
+fn umount_flush_waits_for_the_bucket_and_a_plain_one_leaves_it_to_the_next_mount() {
+    let set = Writeback::new("ending", &[]);
+    let flags = ["--writeback", "--io-timeout", "1s"];
+    let mount = set.mount(&flags);
+    let down = set.bucket_down();
+    fs::write(mount.join("unsynced"), content(1, 100_000)).unwrap();
+    write_synced(&mount.join("synced"), &content(2, 100_000));
+    mount.unmount();
+    assert!(!set.staged("").is_empty());
+
+    drop(down);
+    let mount = set.mount(&flags);
+    let other = set.other();
+    assert!(fs::read(other.join("unsynced")).unwrap() == content(1, 100_000));
+    assert!(fs::read(other.join("synced")).unwrap() == content(2, 100_000));
+    let down = set.bucket_down();
+    write_synced(&mount.join("waited for"), &content(3, 100_000));
+    let (mut mount, path) = {
+        let path = mount.path.clone();
+        (mount, path)
+    };
+    // Not by the shell that starts the other processes: that one waits for each.
+    let mut waiting = Command::new(HELIOFS)
+        .args(["umount", "--flush"])
+        .arg(path)
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(waiting.try_wait().unwrap().is_none(), "it has not waited");
+    assert!(mount.process.ended().is_none());
+    drop(down);
+    assert!(waiting.wait().unwrap().success());
+    assert!(mount.process.wait(SOON).success());
+    assert!(set.staged("").is_empty());
+    assert!(fs::read(other.join("waited for")).unwrap() == content(3, 100_000));
+}
+
+#[test]
+fn others_see_what_is_staged_and_other_changes_come_after_it() {
+    let set = Writeback::new("others", &[]);
+    let mount = set.mount(HELD);
+    let other = set.other();
+    for name in [
+        "opened", "stated", "cut", "emptied", "replaced", "copied", "grown",
+    ] {
+        write_synced(&mount.join(name), &content(1, 100_000));
+    }
+    assert_eq!(set.staged("").len(), 7);
+    assert!(fs::read(other.join("opened")).unwrap() == content(1, 100_000));
+    assert_eq!(fs::metadata(other.join("stated")).unwrap().len(), 100_000);
+    assert_eq!(set.staged("").len(), 5, "what others saw is in the bucket");
+
+    nix::unistd::truncate(&mount.join("cut"), 5000).unwrap();
+    write_synced(&mount.join("emptied"), &content(2, 50_000));
+    write_synced(&mount.join("new"), &content(3, 70_000));
+    fs::rename(mount.join("new"), mount.join("replaced")).unwrap();
+    let copied = File::options()
+        .read(true)
+        .write(true)
+        .open(mount.join("copied"))
+        .unwrap();
+    nix::fcntl::fallocate(
+        &copied,
+        nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
+            | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE,
+        0,
+        4096,
+    )
+    .unwrap();
+    let grown = File::options()
+        .append(true)
+        .open(mount.join("grown"))
+        .unwrap();
+    (&grown).write_all(&content(4, 10_000)).unwrap();
+    grown.sync_all().unwrap();
+
+    // And so it is after a crash.
+    let mut mount = mount;
+    mount.process.kill();
+    drop(mount);
+    let mount = set.mount(HELD);
+    for at in [&mount, &other] {
+        assert!(fs::read(at.join("cut")).unwrap() == content(1, 100_000)[..5000]);
+        assert!(fs::read(at.join("emptied")).unwrap() == content(2, 50_000));
+        assert!(fs::read(at.join("replaced")).unwrap() == content(3, 70_000));
+        let mut punched = content(1, 100_000);
+        punched[..4096].fill(0);
+        assert!(fs::read(at.join("copied")).unwrap() == punched);
+        let grown = [content(1, 100_000), content(4, 10_000)].concat();
+        assert!(fs::read(at.join("grown")).unwrap() == grown);
+    }
+    flush_and_unmount(mount);
+    assert!(set.staged("").is_empty() && set.staged("conflicts").is_empty());
+}
+
+#[test]
+fn a_crash_between_commits_brings_back_nothing_old() {
+    let set = Writeback::new("between", &[]);
+    let mount = set.mount(HELD);
+    let other = set.other();
+    let file = write_synced(&mount.join("file"), &content(1, 200_000));
+    // Stored, since somebody looks; then again held back.
+    assert_eq!(fs::metadata(other.join("file")).unwrap().len(), 200_000);
+    drop(file);
+    wait_for("the lease to be had again", SOON, || {
+        let file = File::options()
+            .write(true)
+            .open(mount.join("file"))
+            .unwrap();
+        file.write_all_at(b"second", 0).unwrap();
+        file.sync_all().unwrap();
+        (!set.staged("").is_empty()).then_some(())
+    });
+    let file = File::options()
+        .write(true)
+        .open(mount.join("file"))
+        .unwrap();
+    file.write_all_at(b"SECOND", 100_000).unwrap();
+    file.sync_all().unwrap();
+    // Confirmed by nobody; what lies below it was.
+    file.write_all_at(b"third", 100_000).unwrap();
+    let mut mount = mount;
+    mount.process.kill();
+    drop((mount, file));
+    let mount = set.mount(&["--writeback"]);
+    let mut expected = content(1, 200_000);
+    expected[..6].copy_from_slice(b"second");
+    expected[100_000..100_006].copy_from_slice(b"SECOND");
+    let read = fs::read(other.join("file")).unwrap();
+    assert!(
+        read == expected,
+        "{:?} {:?}",
+        &read[..6],
+        &read[100_000..100_006]
+    );
+    flush_and_unmount(mount);
+    assert!(set.staged("conflicts").is_empty());
+}
+
+#[test]
+fn what_others_changed_meanwhile_is_not_overwritten_and_nothing_is_thrown_away() {
+    let set = Writeback::new("conflict", &[]);
+    let mut mount = set.mount(HELD);
+    for name in ["changed", "removed", "kept"] {
+        write_synced(&mount.join(name), &content(1, 100_000));
+    }
+    mount.process.kill();
+    drop(mount);
+    let other = set.other();
+    // Between the crash and the next mount others see what was stored before.
+    assert_eq!(fs::read(other.join("kept")).unwrap(), b"");
+    fs::write(other.join("changed"), b"newer").unwrap();
+    File::open(other.join("changed"))
+        .unwrap()
+        .sync_all()
+        .unwrap();
+    fs::remove_file(other.join("removed")).unwrap();
+    let mount = set.mount(HELD);
+    assert_eq!(fs::read(mount.join("changed")).unwrap(), b"newer");
+    assert!(!mount.join("removed").exists());
+    assert!(fs::read(other.join("kept")).unwrap() == content(1, 100_000));
+    assert_eq!(set.staged("conflicts").len(), 2);
+    let log = mount.process.log();
+    assert!(
+        log.contains("kept aside") && log.contains("changed by others"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_damaged_record_is_put_aside_and_the_rest_is_stored() {
+    let set = Writeback::new("damaged", &[]);
+    let mut mount = set.mount(HELD);
+    for number in 0..3 {
+        write_synced(&mount.join(format!("f{number}")), &content(number, 100_000));
+    }
+    mount.process.kill();
+    drop(mount);
+    let records = set.staged("");
+    assert_eq!(records.len(), 3);
+    let mut bytes = fs::read(&records[1]).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&records[1], bytes).unwrap();
+    let mount = set.mount(HELD);
+    assert!(fs::read(mount.join("f0")).unwrap() == content(0, 100_000));
+    assert_eq!(fs::read(mount.join("f1")).unwrap(), b"");
+    assert!(fs::read(mount.join("f2")).unwrap() == content(2, 100_000));
+    assert_eq!(set.staged("conflicts").len(), 1);
+    assert!(mount.process.log().contains("it is damaged"));
+}
+
+#[test]
+fn a_full_staging_disk_leaves_it_to_the_bucket() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    cluster.format_file("full", &["--trash-days", "0"]);
+    // 64 MiB stay free in any case.
+    let disk = Disk::new(112);
+    let flags = [HELD, &["--cache-size", "0"]].concat();
+    let mount = Mount::with_cache(&cluster, "full", Some(disk.path()), &flags);
+    for number in 0..20 {
+        write_synced(&mount.join(format!("f{number}")), &content(number, 2 << 20));
+    }
+    let mut other = Mount::of(&cluster, "full", &[]);
+    for number in 0..20 {
+        let read = fs::read(other.join(format!("f{number}"))).unwrap();
+        assert!(read == content(number, 2 << 20), "file {number}");
+    }
+    assert!(mount.process.log().contains("not staged"));
+    other.process.kill();
+    mount.unmount();
+}
+
+#[test]
+fn a_staging_folder_is_one_mounts() {
+    let set = Writeback::new("shared", &[]);
+    let _mount = set.mount(HELD);
+    let scratch = scratch();
+    let place = scratch.path().join("mnt");
+    fs::create_dir(&place).unwrap();
+    let mut command = Command::new(HELIOFS);
+    command
+        .args(["mount", &set.cluster.url(), "shared"])
+        .arg(&place)
+        .arg("--cache-dir")
+        .arg(set.cache.path())
+        .arg("--token-file")
+        .arg(&set.cluster.token_file)
+        .arg("--writeback");
+    let ran = support::cluster::run(&mut command);
+    assert_ne!(ran.code, 0);
+    assert!(ran.err.contains("used by another mount"), "{}", ran.err);
+}
