@@ -240,6 +240,7 @@ mod tests {
             election_max: None,
             session_timeout: Some(Duration::from_secs(7)),
             scrub_interval: None,
+            stamp_speed: None,
             mirror: mirror::Options::default(),
         }
     }
