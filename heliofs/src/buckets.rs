@@ -62,7 +62,7 @@ impl Way {
             }
         };
         Ok(Self {
-            bucket: bucket.clone(),
+            bucket: from(bucket, "BUCKET"),
             keys,
         })
     }
@@ -135,19 +135,18 @@ impl BucketAccess {
         })
     }
 
-    /// As flags, for the background process. What came from the environment is there, too.
-    pub(crate) fn to_arguments(&self) -> Vec<OsString> {
+    /// As variables of the environment, for the background process: its arguments are for all to read.
+    pub(crate) fn to_environment(&self) -> Vec<(&'static str, OsString)> {
         [
-            ("--bucket", &self.bucket),
-            ("--access-key", &self.access_key),
-            ("--secret-key", &self.secret_key),
-            ("--bucket2", &self.bucket2),
-            ("--access-key2", &self.access_key2),
-            ("--secret-key2", &self.secret_key2),
+            ("HELIOFS_BUCKET", &self.bucket),
+            ("HELIOFS_ACCESS_KEY", &self.access_key),
+            ("HELIOFS_SECRET_KEY", &self.secret_key),
+            ("HELIOFS_BUCKET2", &self.bucket2),
+            ("HELIOFS_ACCESS_KEY2", &self.access_key2),
+            ("HELIOFS_SECRET_KEY2", &self.secret_key2),
         ]
         .into_iter()
-        .filter_map(|(name, value)| Some([name.into(), value.clone()?.into()]))
-        .flatten()
+        .filter_map(|(name, value)| Some((name, value.clone()?.into())))
         .collect()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use blockstore::{Bucket, CopyNews, SegmentStore, StoreOptions};
+use blockstore::{Bucket, CopyNews, SegmentStore, StoreError, StoreOptions};
 use fuse_client::fs::Fs;
 use heliofs_proto::ids::SegmentId;
 use heliofs_proto::v1::StorageConfig;
@@ -13,7 +13,7 @@ use prometheus::{IntGauge, Opts, Registry};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 
 /// Objects that a mount copies at once, beside what it is for.
 pub(crate) const MOUNT_PARALLEL: usize = 8;
@@ -100,7 +100,26 @@ pub(crate) fn open(
     Ok(Buckets {
         own: Bucket::open(storage, prefix, &options)?,
         second: Bucket::open(second, prefix, &options)?,
+        own_uuid: storage.uuid.clone(),
+        second_uuid: second.uuid.clone(),
     })
+}
+
+/// Whether the second bucket is the source's; one that can't be asked now may be.
+///
+/// Errors: it is another's, or nobody's.
+pub(crate) async fn check_second(bucket: &Bucket, uuid: &str) -> Outcome {
+    match bucket.check_marker(uuid).await {
+        Ok(()) => Ok(()),
+        Err(error @ (StoreError::NotFound { .. } | StoreError::AlreadyExists { .. })) => Err(
+            Failure::new(format!("the second bucket is not the source's: {error}"))
+                .hint("--bucket2 says where the source's bucket is, seen from here"),
+        ),
+        Err(error) => {
+            tracing::warn!(%error, "the source's bucket can't be reached now");
+            Ok(())
+        }
+    }
 }
 
 /// Starts the copier of a mount; it lives as long as the process.

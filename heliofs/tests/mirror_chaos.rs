@@ -64,7 +64,10 @@ struct Writer {
 
 impl Writer {
     fn start(root: PathBuf) -> Self {
-        let (stop, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, begun) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let (stopped, counter) = (stop.clone(), begun.clone());
         let thread = thread::spawn(move || {
             let mut version = 0;
@@ -103,7 +106,9 @@ fn read_version(path: &Path) -> u64 {
     for _ in 0..50 {
         match fs::read(path) {
             Ok(bytes) => {
-                let version = bytes.first_chunk().map_or(0, |head| u64::from_le_bytes(*head));
+                let version = bytes
+                    .first_chunk()
+                    .map_or(0, |head| u64::from_le_bytes(*head));
                 assert!(version > 0, "{} has {} bytes", path.display(), bytes.len());
                 assert!(bytes == content(version), "{} is a mixture", path.display());
                 return version;
@@ -133,8 +138,14 @@ impl Reader {
                     found >= least,
                     "{name}: file {file} is at version {found} after the history was seen up to {seen}, where it was at {least}"
                 );
-                assert!(found == 0 || number(found) == file, "{name}: another file's bytes");
-                assert!(found <= begun.load(Ordering::SeqCst), "{name}: from the future");
+                assert!(
+                    found == 0 || number(found) == file,
+                    "{name}: another file's bytes"
+                );
+                assert!(
+                    found <= begun.load(Ordering::SeqCst),
+                    "{name}: from the future"
+                );
                 seen = seen.max(found);
             }
             (seen, reads)
@@ -173,13 +184,21 @@ impl World {
         eprintln!("fault {fault}, node {node}, {time:?}");
         match fault {
             0 | 1 => {
-                let cluster = if fault == 0 { &mut self.source } else { &mut self.mirror };
+                let cluster = if fault == 0 {
+                    &mut self.source
+                } else {
+                    &mut self.mirror
+                };
                 cluster.kill_node(node);
                 thread::sleep(time);
                 cluster.start_node(node);
             }
             2 | 3 => {
-                let cluster = if fault == 2 { &self.source } else { &self.mirror };
+                let cluster = if fault == 2 {
+                    &self.source
+                } else {
+                    &self.mirror
+                };
                 let leader = cluster.leader();
                 pause(cluster.nodes[leader].process.as_ref().unwrap(), time);
             }
@@ -228,21 +247,38 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
     let url = mirror.volume_url(VOLUME);
     let own = ours.bucket_url("ours");
     mirror
-        .run_with(&["mirror", "bucket", &url, "--bucket", &own], |command| ours.keys(command))
+        .run_with(&["mirror", "bucket", &url, "--bucket", &own], |command| {
+            ours.keys(command)
+        })
         .success();
     let written = source.mount(VOLUME);
     let flags = ["--bucket2", &theirs_from_here];
     let latest = Mount::of(&mirror, VOLUME, &flags);
-    let complete = Mount::of(&mirror, VOLUME, &[flags[0], flags[1], "--mirror-read", "complete"]);
+    let complete = Mount::of(
+        &mirror,
+        VOLUME,
+        &[flags[0], flags[1], "--mirror-read", "complete"],
+    );
     let logs = scratch();
     let (url_of_worker, token) = (url.clone(), mirror.token_file.clone());
     let far = theirs_from_here.clone();
     let count = AtomicU64::new(0);
     let worker_of = Box::new(move || {
-        let log = logs.path().join(format!("worker-{}.log", count.fetch_add(1, Ordering::Relaxed)));
+        let log = logs.path().join(format!(
+            "worker-{}.log",
+            count.fetch_add(1, Ordering::Relaxed)
+        ));
         Process::start("a worker", &log, Path::new(HELIOFS), |command| {
             command
-                .args(["mirror", "worker", &url_of_worker, "--threads", "4", "--bucket2", &far])
+                .args([
+                    "mirror",
+                    "worker",
+                    &url_of_worker,
+                    "--threads",
+                    "4",
+                    "--bucket2",
+                    &far,
+                ])
                 .arg("--token-file")
                 .arg(&token);
         })
@@ -273,7 +309,15 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         .success();
     world
         .mirror
-        .run(&["mirror", "wait", &url, token.out.trim(), "--data", "--timeout", "120s"])
+        .run(&[
+            "mirror",
+            "wait",
+            &url,
+            token.out.trim(),
+            "--data",
+            "--timeout",
+            "120s",
+        ])
         .success();
     for (name, reader) in ["latest", "complete"].into_iter().zip(readers) {
         let (seen, reads) = reader.end();
@@ -282,7 +326,12 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
     }
     assert_mirror_equal(&world.source, &world.mirror, VOLUME);
     let expected = tree(&written.path);
-    assert_eq!(expected.len() as u64, (0..FILES).filter(|file| self::latest(*file, versions) > 0).count() as u64);
+    assert_eq!(
+        expected.len() as u64,
+        (0..FILES)
+            .filter(|file| self::latest(*file, versions) > 0)
+            .count() as u64
+    );
     assert_eq!(tree(&latest.path), expected);
     assert_eq!(tree(&complete.path), expected);
     latest.unmount();

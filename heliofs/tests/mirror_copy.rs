@@ -741,7 +741,20 @@ fn a_mount_that_reads_what_is_complete_needs_nothing_from_the_source() {
     let after = tree(&written.path);
     assert_eq!(tree(&latest.path), after);
     latest.unmount();
-    assert_eq!(tree(&seen.path), before, "what is not copied is not shown");
+    // What needs no object is shown up to the first command that does.
+    let mut shown = tree(&seen.path);
+    shown.retain(|path, file| {
+        let new = path.to_str().unwrap().starts_with("31-");
+        if new {
+            let bytes = file.rsplit(' ').nth(3).unwrap();
+            assert!(
+                bytes.parse::<u64>().unwrap() <= 4096,
+                "{path:?} is shown: {file}"
+            );
+        }
+        !new
+    });
+    assert_eq!(shown, before, "what is not copied is not shown");
     regions.worker(&[]).success();
     wait_for("the new state to be shown", Duration::from_secs(30), || {
         (tree(&seen.path) == after).then_some(())

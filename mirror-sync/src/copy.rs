@@ -1,7 +1,7 @@
 //! Copies objects from the source region's bucket into this region's: tasks are leased from the mirror's leader, pulled,
 //! verified, uploaded and reported in batches. Any number of copiers share the work; each mount of the mirror is one.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ use tokio_util::sync::CancellationToken;
 /// Before the leader is asked again when it had nothing, and when it could not be asked.
 const IDLE: Duration = Duration::from_millis(250);
 const FAILED: Duration = Duration::from_secs(1);
+/// Longest pause after copies that failed.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// A report waits this long for more to report, or until it is this long.
 const REPORT_AFTER: Duration = Duration::from_millis(200);
@@ -39,6 +41,10 @@ pub struct Buckets {
     pub own: Bucket,
     /// The source region's.
     pub second: Bucket,
+    /// `StorageConfig.uuid` of each: reports name the one, and the other's marker tells whether it is what it should be.
+    pub own_uuid: String,
+    /// See `own_uuid`.
+    pub second_uuid: String,
 }
 
 /// What a copier has done.
@@ -82,6 +88,10 @@ pub struct Copier {
     wanted: Vec<SegmentId>,
     pulled: BTreeMap<SegmentId, Bytes>,
     progress: CopyProgress,
+    /// Segments that are queued or under way here.
+    under_way: BTreeSet<u64>,
+    /// Before more is asked for after something failed; longer each time.
+    pause: Duration,
 }
 
 /// How a task ended.
@@ -103,11 +113,17 @@ struct Done {
 impl Copier {
     /// A copier that has up to `parallel` objects under way.
     pub fn new(buckets: Buckets, host: Arc<dyn Host>, parallel: usize) -> Self {
+        let bucket = buckets.own_uuid.clone();
         Self {
             buckets: Arc::new(buckets),
             host,
             parallel: parallel.max(1),
-            report: v1::CopyReport::default(),
+            report: v1::CopyReport {
+                bucket,
+                ..v1::CopyReport::default()
+            },
+            pause: IDLE,
+            under_way: BTreeSet::new(),
             report_since: None,
             wanted: Vec::new(),
             pulled: BTreeMap::new(),
@@ -135,7 +151,11 @@ impl Copier {
                             true => Instant::now() + IDLE,
                             false => Instant::now(),
                         };
-                        queue.extend(tasks);
+                        // A lease that ran out while its task waited here comes again.
+                        let news = tasks
+                            .into_iter()
+                            .filter(|task| self.under_way.insert(task.segment));
+                        queue.extend(news);
                     }
                     Ok(_) => {}
                     Err(error) => {
@@ -164,8 +184,20 @@ impl Copier {
             tokio::select! {
                 () = stop.cancelled() => break,
                 Some(done) = under_way.join_next(), if !under_way.is_empty() => match done {
-                    Ok(done) => self.take(done),
-                    Err(error) => tracing::error!(%error, "a copy failed; its lease runs out"),
+                    Ok(done) => {
+                        self.under_way.remove(&done.task.segment);
+                        if self.take(done) {
+                            self.pause = IDLE;
+                        } else {
+                            // The store is away, or refuses: not one task after the other.
+                            self.pause = (self.pause * 2).min(PAUSE_MAX);
+                            ask_at = ask_at.max(Instant::now() + self.pause);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "a copy failed; its lease runs out");
+                        self.under_way.clear();
+                    }
                 },
                 heard = hear(&mut news) => self.hear(heard),
                 () = tokio::time::sleep_until(next), if can_ask || report_at.is_some() => {}
@@ -187,7 +219,11 @@ impl Copier {
     }
 
     async fn ask(&mut self, max: usize) -> Result<Vec<v1::CopyTask>, ClientError> {
-        let report = std::mem::take(&mut self.report);
+        let empty = v1::CopyReport {
+            bucket: self.report.bucket.clone(),
+            ..v1::CopyReport::default()
+        };
+        let report = std::mem::replace(&mut self.report, empty);
         let wanted = std::mem::take(&mut self.wanted);
         let stored: Vec<u64> = report.stored.clone();
         let session = self.host.session();
@@ -245,7 +281,8 @@ impl Copier {
         }
     }
 
-    fn take(&mut self, done: Done) {
+    /// Takes in how a task ended; `false`: it is left for later.
+    fn take(&mut self, done: Done) -> bool {
         let Done {
             task,
             ended,
@@ -269,10 +306,11 @@ impl Copier {
             }
             Ended::Later(error) => {
                 tracing::warn!(segment = task.segment, %error, "a segment could not be copied now");
-                return;
+                return false;
             }
         }
         self.report_since.get_or_insert_with(Instant::now);
+        true
     }
 }
 
@@ -313,7 +351,7 @@ async fn copied(
     let name = SegmentId(task.segment).object_name();
     let mut replace = task.replace;
     if task.look {
-        match buckets.own.get(&name).await {
+        match buckets.own.get_about(&name, task.length).await {
             Ok(there) if is_whole(task, &there) => return Ok(Ended::Stored { found: true }),
             Ok(_) => replace = true,
             Err(error) if error.kind() == Kind::NotFound => {}
@@ -322,7 +360,7 @@ async fn copied(
     }
     let object = match object.filter(|object| is_whole(task, object)) {
         Some(object) => object,
-        None => match pull(&buckets.second, task, &name, pulled).await? {
+        None => match pull(buckets, task, &name, pulled).await? {
             Ok(object) => object,
             Err(reason) => return Ok(Ended::Bad(reason)),
         },
@@ -345,7 +383,7 @@ async fn copied(
 
 /// The whole object, verified; or why the second bucket does not have it.
 async fn pull(
-    second: &Bucket,
+    buckets: &Buckets,
     task: &v1::CopyTask,
     name: &str,
     pulled: &mut u64,
@@ -355,7 +393,7 @@ async fn pull(
         if attempt > 0 {
             tokio::time::sleep(ABSENT_PAUSE).await;
         }
-        match second.get(name).await {
+        match buckets.second.get_about(name, task.length).await {
             Ok(object) => {
                 *pulled += object.len() as u64;
                 if is_whole(task, &object) {
@@ -375,6 +413,8 @@ async fn pull(
             Err(error) => return Err(error),
         }
     }
+    // Of another bucket, or of one that was emptied, nothing can be said.
+    buckets.second.check_marker(&buckets.second_uuid).await?;
     Ok(Err(reason))
 }
 

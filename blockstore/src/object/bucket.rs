@@ -348,6 +348,13 @@ impl Bucket {
         self.fetch(name, None, 64 << 20).await
     }
 
+    /// A whole object of about `length` bytes, which say how long it may take.
+    ///
+    /// Errors: `NotFound`, `Denied`, `Unavailable`.
+    pub async fn get_about(&self, name: &str, length: u64) -> Result<Bytes, StoreError> {
+        self.fetch(name, None, length).await
+    }
+
     async fn fetch(
         &self,
         name: &str,

@@ -3,6 +3,7 @@
 //! Whoever opens the store is told what reads find out: objects that they brought and that may become the copy, and objects
 //! that the own bucket was believed to hold.
 
+use std::future::Future;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,8 +28,8 @@ const ELSEWHERE_FOR: Duration = Duration::from_secs(30);
 /// Whole objects that reads brought, kept for the next reads of the same: bytes, about.
 const PULLED_BYTES: u64 = 64 << 20;
 
-/// The own bucket has this long before the second one is asked.
-const OWN_PATIENCE: Duration = Duration::from_secs(3);
+/// The bucket that should have it has this long, and a second more for each MiB, before the other one is asked, too.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// News that wait; more are dropped: the copy is made without them.
 const NEWS_MAX: usize = 16;
@@ -74,6 +75,13 @@ impl Part {
         }
     }
 
+    fn length(&self) -> u64 {
+        match self {
+            Self::Range(range) => range.end - range.start,
+            Self::Tail(length) => *length,
+        }
+    }
+
     fn of(&self, whole: &Bytes) -> Bytes {
         let length = whole.len();
         let within = |at: u64| usize::try_from(at).unwrap_or(length).min(length);
@@ -91,6 +99,7 @@ pub(super) struct Second {
     elsewhere: Mutex<LruCache<SegmentId, Instant>>,
     pulled: Mutex<LruCache<SegmentId, Arc<OnceCell<Bytes>>>>,
     news: mpsc::Sender<CopyNews>,
+    segment_bytes: u64,
 }
 
 impl Second {
@@ -104,6 +113,7 @@ impl Second {
             elsewhere: Mutex::new(LruCache::new(size(ELSEWHERE_MAX))),
             pulled: Mutex::new(LruCache::new(size(kept))),
             news,
+            segment_bytes,
         };
         (second, heard)
     }
@@ -161,7 +171,7 @@ impl Second {
         };
         let whole = cell
             .get_or_try_init(|| async {
-                let object = self.bucket.get(&name).await?;
+                let object = self.bucket.get_about(&name, self.segment_bytes).await?;
                 self.tell(CopyNews::Pulled {
                     segment,
                     object: object.clone(),
@@ -178,11 +188,42 @@ impl Second {
     }
 }
 
-/// What to say when neither bucket gave an answer.
-fn both(own: StoreError, second: StoreError) -> StoreError {
+/// What to say when neither bucket gave an answer. What the own bucket was believed to hold and does not have is gone, as far as
+/// can be told: whoever reads asks where the data is now.
+fn both(own: StoreError, second: StoreError, elsewhere: bool) -> StoreError {
     match own.kind() {
-        Kind::NotFound => second,
+        Kind::NotFound if elsewhere => second,
         _ => own,
+    }
+}
+
+/// How the one that was asked first, and the other, answered; `None`: it was not waited for.
+type Answers = (
+    Option<Result<Bytes, StoreError>>,
+    Option<Result<Bytes, StoreError>>,
+);
+
+/// Asks `first`; when it fails, or after `patience`, `then` too. Ends with the first good answer.
+async fn ask(
+    first: impl Future<Output = Result<Bytes, StoreError>>,
+    then: impl Future<Output = Result<Bytes, StoreError>>,
+    patience: Duration,
+) -> Answers {
+    tokio::pin!(first, then);
+    match tokio::time::timeout(patience, &mut first).await {
+        Ok(Ok(bytes)) => return (Some(Ok(bytes)), None),
+        Ok(Err(error)) => return (Some(Err(error)), Some(then.await)),
+        Err(_) => {}
+    }
+    tokio::select! {
+        answer = &mut first => match answer {
+            Ok(bytes) => (Some(Ok(bytes)), None),
+            Err(error) => (Some(Err(error)), Some(then.await)),
+        },
+        answer = &mut then => match answer {
+            Ok(bytes) => (None, Some(Ok(bytes))),
+            Err(error) => (Some(first.await), Some(Err(error))),
+        },
     }
 }
 
@@ -201,28 +242,25 @@ impl Shared {
             return Ok((own().await?, Origin::Own));
         };
         let elsewhere = second.is_elsewhere(segment);
+        let patience = PATIENCE + Duration::from_secs(part.length() >> 20);
         if elsewhere != (attempt % 2 == 1) {
-            let failed = match second.get(segment, &part).await {
-                Ok(bytes) => return Ok((bytes, Origin::Second)),
-                Err(failed) => failed,
-            };
-            return match own().await {
-                Ok(bytes) => {
+            let (there, here) = ask(second.get(segment, &part), own(), patience).await;
+            return match (there, here) {
+                (Some(Ok(bytes)), _) => Ok((bytes, Origin::Second)),
+                (_, Some(Ok(bytes))) => {
                     second.note_here(segment);
                     Ok((bytes, Origin::Own))
                 }
-                Err(error) => Err(both(error, failed)),
+                (Some(Err(failed)), Some(Err(error))) => Err(both(error, failed, elsewhere)),
+                (Some(Err(error)), None) | (None, Some(Err(error))) => Err(error),
+                (None, None) => Err(nobody()),
             };
         }
-        let first = tokio::time::timeout(OWN_PATIENCE, own()).await;
-        let failed = match first {
-            Ok(Ok(bytes)) => return Ok((bytes, Origin::Own)),
-            Ok(Err(error)) => Some(error),
-            Err(_) => None,
-        };
-        match (second.get(segment, &part).await, failed) {
-            (Ok(bytes), failed) => {
-                let gone = failed.is_some_and(|error| error.kind() == Kind::NotFound);
+        let (here, there) = ask(own(), second.get(segment, &part), patience).await;
+        match (here, there) {
+            (Some(Ok(bytes)), _) => Ok((bytes, Origin::Own)),
+            (here, Some(Ok(bytes))) => {
+                let gone = matches!(&here, Some(Err(error)) if error.kind() == Kind::NotFound);
                 if gone && !elsewhere {
                     second.tell(CopyNews::Lost {
                         segment,
@@ -231,12 +269,14 @@ impl Shared {
                 }
                 Ok((bytes, Origin::Second))
             }
-            (Err(error), Some(failed)) => Err(both(failed, error)),
-            // It was slow, and there is no other way.
-            (Err(error), None) => match own().await {
-                Ok(bytes) => Ok((bytes, Origin::Own)),
-                Err(failed) => Err(both(failed, error)),
-            },
+            (Some(Err(error)), Some(Err(failed))) => Err(both(error, failed, elsewhere)),
+            (Some(Err(error)), None) | (None, Some(Err(error))) => Err(error),
+            (None, None) => Err(nobody()),
         }
     }
+}
+
+/// [`ask`] ends with an answer of one at least.
+fn nobody() -> StoreError {
+    StoreError::Invalid("neither bucket was asked".to_owned())
 }

@@ -56,7 +56,8 @@ pub(crate) fn run(mut options: Options, json: bool, verbose: u8) -> Outcome {
     if options.background && !background::is_child() {
         let arguments: Vec<OsString> =
             child_arguments(&options, &target, typed.as_deref(), &mount_point, verbose);
-        let (pid, ready) = background::spawn(&arguments)?;
+        let environment = options.serving.buckets.to_environment();
+        let (pid, ready) = background::spawn(&arguments, environment)?;
         if json {
             return output::print_json(&ready);
         }
@@ -112,13 +113,7 @@ fn child_arguments(
         arguments.extend(["--log-file".into(), path(file).into()]);
     }
     arguments.extend(options.serving.to_arguments());
-    let place = match saved {
-        Some(name) => name.to_owned(),
-        None => {
-            arguments.extend(options.serving.buckets.to_arguments());
-            target.url.to_string()
-        }
-    };
+    let place = saved.map_or_else(|| target.url.to_string(), str::to_owned);
     arguments.extend([place.into(), mount_point.as_os_str().to_owned()]);
     arguments
 }

@@ -109,9 +109,7 @@ pub type Opened = (Arc<Staging>, Vec<PathBuf>);
 impl Staging {
     /// Takes the folder, and lists the records that are in it, in the order in which they were staged. `None` when it is not to
     /// be used actively and is missing, empty or in use.
-    pub fn open(
-        options: StagingOptions,
-    ) -> Result<Option<Opened>, StagingError> {
+    pub fn open(options: StagingOptions) -> Result<Option<Opened>, StagingError> {
         let directory = options.directory.clone();
         let failed = |error: io::Error| StagingError::Io {
             directory: directory.clone(),

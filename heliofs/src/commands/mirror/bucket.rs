@@ -98,13 +98,25 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
                 access_key,
                 secret_key,
                 region: options.region.clone(),
-                // The same whenever it is asked for, and never the source's.
-                uuid: format!("{}-{:08x}", source.uuid, status.cluster_id),
+                uuid: String::new(),
                 ..source.clone()
             };
             blockstore::object::create_bucket(&own, &store_options()).await?;
-            claim(&own, &source, &prefix, options.force).await?;
-            Some(own)
+            let there = Bucket::open(&own, &prefix, &store_options())?;
+            // The one that it has, perhaps under another address or with other keys.
+            let known = volume.second.as_ref().and(volume.storage.as_ref());
+            let uuid = match known {
+                Some(known) if there.check_marker(&known.uuid).await.is_ok() => known.uuid.clone(),
+                _ => {
+                    // The same whenever this bucket is asked for, and never the source's or another bucket's.
+                    let place =
+                        crc32fast::hash(format!("{} {}", own.storage, own.bucket).as_bytes());
+                    let uuid = format!("{}-{:08x}-{place:08x}", source.uuid, status.cluster_id);
+                    claim(&there, &uuid, &source, &own.bucket, &prefix, options.force).await?;
+                    uuid
+                }
+            };
+            Some(StorageConfig { uuid, ..own })
         }
     };
     let shown = own.as_ref().map(|own| own.bucket.clone());
@@ -132,26 +144,30 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
 }
 
 /// Makes the bucket's prefix this mirror's. One that was filled in advance, by a copy of the source's objects, is fine.
-async fn claim(own: &StorageConfig, source: &StorageConfig, prefix: &str, force: bool) -> Outcome {
-    let bucket = Bucket::open(own, prefix, &store_options())?;
-    match bucket.claim_marker(&own.uuid).await {
+async fn claim(
+    bucket: &Bucket,
+    uuid: &str,
+    source: &StorageConfig,
+    place: &str,
+    prefix: &str,
+    force: bool,
+) -> Outcome {
+    match bucket.claim_marker(uuid).await {
         Ok(()) => return Ok(()),
         Err(StoreError::AlreadyExists { .. }) => {}
         Err(error) => return Err(error.into()),
     }
     if bucket.check_marker(&source.uuid).await.is_ok() {
-        if is_same(&bucket, source, prefix).await? {
-            return Err(
-                Failure::new(format!("{} is the source's bucket", own.bucket))
-                    .hint("a mirror's own bucket is another one, in its own region"),
-            );
+        if is_same(bucket, source, prefix).await? {
+            return Err(Failure::new(format!("{place} is the source's bucket"))
+                .hint("a mirror's own bucket is another one, in its own region"));
         }
         bucket.delete(MARKER_NAME).await?;
-        return Ok(bucket.claim_marker(&own.uuid).await?);
+        return Ok(bucket.claim_marker(uuid).await?);
     }
     if force {
         bucket.delete_all().await?;
-        return Ok(bucket.claim_marker(&own.uuid).await?);
+        return Ok(bucket.claim_marker(uuid).await?);
     }
     Err(Failure::new(format!(
         "the bucket holds data of another volume `{prefix}`"

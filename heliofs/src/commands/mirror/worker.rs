@@ -99,6 +99,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let buckets = copying::open(&storage, &second, &welcome.prefix, &store_options)?;
     // One that is another's must be noticed before anything is put into it.
     buckets.own.check_marker(&storage.uuid).await?;
+    copying::check_second(&buckets.second, &second.uuid).await?;
     let own = Bucket::open(&storage, &welcome.prefix, &store_options)?;
     let registry = prometheus::Registry::new();
     let host = Arc::new(WorkerHost {

@@ -445,6 +445,10 @@ impl Serving {
                 .hint("was the bucket restored or copied from elsewhere? `heliofs config` shows where it should be"),
             other => other.into(),
         })?;
+        if let Some(second) = &second {
+            let bucket = blockstore::Bucket::open(second, prefix, &quick)?;
+            copying::check_second(&bucket, &second.uuid).await?;
+        }
         let id = session.volume_id();
         let copies = match &second {
             Some(second) if !self.no_bgjob => {

@@ -349,8 +349,8 @@ impl AdminService {
         let begin = v1::MirrorLoadBegin {
             volume: volume.id,
             name: volume.name,
-            // The source's bucket, which is not always ours.
-            storage: volume.second.or(volume.storage),
+            // The follower's load says where the source's objects are.
+            storage: None,
             settings: volume.settings,
             mirror: Some(mirror),
         };

@@ -72,6 +72,16 @@ pub(super) async fn serve(
     let leased = volume.soft().deletions.len();
     // Somebody is shown an older position.
     let shown = volume.soft().pin().map(|pin| pin.position);
+    if shown.is_none() && ctx.state.is_dual(volume.id) && ctx.state.is_mirror(volume.id) {
+        // After a change of leader somebody may still be shown what is not known yet.
+        return Ok(v1::Response {
+            body: Some(v1::response::Body::Deletions(v1::Deletions {
+                segments: Vec::new(),
+                waiting: ctx.state.deletions_waiting(volume.id),
+            })),
+            ..Default::default()
+        });
+    }
     let candidates = ctx
         .state
         .deletions(

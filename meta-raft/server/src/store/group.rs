@@ -140,6 +140,8 @@ struct Group<'g, 'e> {
     queues_changed: BTreeSet<VolumeId>,
     /// Freed in this group and not in the store yet.
     freed: BTreeMap<(VolumeId, SegmentId), UnixNanos>,
+    /// Taken off the deletion queue in this group.
+    unqueued: BTreeSet<(VolumeId, SegmentId)>,
     missing: copies::Missing,
     copies_changed: BTreeSet<VolumeId>,
     items: Vec<AppliedItem<'e>>,
@@ -165,6 +167,7 @@ impl State {
             wiped: BTreeSet::new(),
             queues_changed: BTreeSet::new(),
             freed: BTreeMap::new(),
+            unqueued: BTreeSet::new(),
             missing: copies::Missing::new(),
             copies_changed: BTreeSet::new(),
             items: Vec::new(),
@@ -314,7 +317,7 @@ impl<'e> Group<'_, 'e> {
             false => self.in_anothers_bucket(volume),
         };
         if !elsewhere {
-            self.queue_deletion(volume, segment, at, position);
+            self.queue_deletion(volume, segment, at, position)?;
         }
         Ok(())
     }
@@ -325,7 +328,11 @@ impl<'e> Group<'_, 'e> {
         segment: SegmentId,
         at: UnixNanos,
         position: Position,
-    ) {
+    ) -> Result<(), ApplyError> {
+        if self.queued_at(volume, segment)?.is_some() {
+            return Ok(());
+        }
+        self.unqueued.remove(&(volume, segment));
         let local = self.generation.local();
         self.batch.put_cf(
             local,
@@ -342,6 +349,27 @@ impl<'e> Group<'_, 'e> {
             known.waiting += 1;
         }
         self.queues_changed.insert(volume);
+        Ok(())
+    }
+
+    /// Since when a segment is in the deletion queue.
+    fn queued_at(
+        &self,
+        volume: VolumeId,
+        segment: SegmentId,
+    ) -> Result<Option<UnixNanos>, ApplyError> {
+        if let Some(at) = self.freed.get(&(volume, segment)) {
+            return Ok(Some(*at));
+        }
+        if self.unqueued.contains(&(volume, segment)) || self.wiped.contains(&volume) {
+            return Ok(None);
+        }
+        let of = local::deletion_of(volume, segment);
+        let found = self.generation.db.get_cf(self.generation.local(), of);
+        let found = found.map_err(ApplyError::Write)?;
+        Ok(found
+            .and_then(|bytes| bytes.as_slice().try_into().ok())
+            .map(|bytes| UnixNanos(i64::from_be_bytes(bytes))))
     }
 
     fn local_command(
@@ -477,6 +505,7 @@ impl<'e> Group<'_, 'e> {
         self.queues_changed.remove(&volume);
         self.freed.retain(|(of, _), _| *of != volume);
         self.missing.retain(|(of, _), _| *of != volume);
+        self.unqueued.retain(|(of, _)| *of != volume);
         self.copies_changed.remove(&volume);
     }
 
@@ -489,16 +518,9 @@ impl<'e> Group<'_, 'e> {
         let mut removed: BTreeSet<SegmentId> = BTreeSet::new();
         for segment in done.segments.iter().copied().map(SegmentId) {
             let of = local::deletion_of(volume, segment);
-            let freed_at = match self.freed.remove(&(volume, segment)) {
-                Some(at) => Some(at),
-                None => self
-                    .generation
-                    .db
-                    .get_cf(local, &of)
-                    .map_err(ApplyError::Write)?
-                    .and_then(|bytes| bytes.as_slice().try_into().ok())
-                    .map(|bytes| UnixNanos(i64::from_be_bytes(bytes))),
-            };
+            let freed_at = self.queued_at(volume, segment)?;
+            self.freed.remove(&(volume, segment));
+            self.unqueued.insert((volume, segment));
             // Reported twice, by the lessee of an expired lease and by its successor: counts once.
             let Some(freed_at) = freed_at else {
                 continue;
@@ -569,6 +591,8 @@ impl<'e> Group<'_, 'e> {
                 local::places(volume),
                 local::all_pending(volume),
                 local::all_missing(volume),
+                local::all_deletions(volume),
+                local::all_deletions_of(volume),
             ] {
                 self.batch.delete_range_cf(local, from, to);
             }

@@ -187,6 +187,16 @@ pub fn deletion_of(volume: VolumeId, segment: SegmentId) -> Vec<u8> {
     key(DELETION_OF, volume, &[&segment.0.to_be_bytes()])
 }
 
+/// A volume's whole deletion queue.
+pub fn all_deletions(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(DELETION, volume)
+}
+
+/// When the segments of the deletion queue were freed.
+pub fn all_deletions_of(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(DELETION_OF, volume)
+}
+
 /// Length of a volume's deletion queue.
 pub fn waiting(volume: VolumeId) -> Vec<u8> {
     key(WAITING, volume, &[])

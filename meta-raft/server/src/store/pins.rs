@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::v1;
 use self_cell::self_cell;
 
 use super::state::{Generation, State};
@@ -50,13 +51,17 @@ pub enum Completeness {
 
 impl State {
     /// Holds the records as they are now, and watches from now on whether all that they refer to is copied. `None`: the volume
-    /// has one bucket, or is at `known`.
+    /// has one bucket, is being loaded, or is at `known`.
     pub fn pin(&self, volume: VolumeId, known: Option<Position>) -> Option<Pin> {
         // Groups are applied, and received states switched to, under this lock.
         let mut memory = self.memory();
         let of = memory.volumes.get_mut(&volume)?;
         let position = of.digest.position;
         of.record.second.as_ref()?;
+        let mirror = of.record.mirror.as_ref();
+        if mirror.is_some_and(|mirror| mirror.state() == v1::MirrorState::Loading) {
+            return None;
+        }
         if known == Some(position) {
             return None;
         }

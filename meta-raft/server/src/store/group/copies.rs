@@ -178,8 +178,8 @@ impl Group<'_, '_> {
             }
         }
         self.set_missing(volume, segment, Some(&old), None);
-        // A bad object lies there.
-        Ok(!old.replace)
+        // Something may lie there.
+        Ok(!old.replace && !old.look)
     }
 
     fn segment(
@@ -200,25 +200,22 @@ impl Group<'_, '_> {
             return LocalReply::NoSuchVolume;
         };
         if let Some(own) = &ask.own {
-            let is_ours = |storage: &v1::StorageConfig| {
-                storage.uuid == own.uuid
-                    && storage.bucket == own.bucket
-                    && storage.storage == own.storage
-            };
-            let same = known.record.storage.as_ref().is_some_and(is_ours);
+            let storage = known.record.storage.as_ref();
+            let same = storage.is_some_and(|storage| storage.uuid == own.uuid);
+            if known.record.mirror.is_none() && !same {
+                return LocalReply::Invalid(
+                    "the volume is written here: its objects can't move to another bucket"
+                        .to_owned(),
+                );
+            }
             match (&known.record.second, &known.record.mirror) {
-                (None, None) => {
-                    return LocalReply::Invalid(
-                        "the volume is no mirror: its bucket is where its objects are".to_owned(),
-                    );
-                }
-                (None, Some(_)) => {
+                (None, _) => {
                     known.record.second = known.record.storage.replace(own.clone());
                     if let Some(mirror) = &mut known.record.mirror {
                         mirror.shared = false;
                     }
                 }
-                // Other keys; another address, perhaps of another bucket: what it has is found out.
+                // Another address or other keys; or another bucket, to be filled anew.
                 (Some(_), _) => known.record.storage = Some(own.clone()),
             }
             if !same {
@@ -311,7 +308,18 @@ impl Group<'_, '_> {
         let Some(known) = self.memory.volumes.get_mut(&volume) else {
             return Ok(LocalReply::NoSuchVolume);
         };
+        let own = known.record.storage.as_ref();
+        if own.is_none_or(|own| own.uuid != report.bucket) {
+            return Ok(LocalReply::Invalid(
+                "the report is about another bucket".to_owned(),
+            ));
+        }
         known.copies.pulled_bytes += report.pulled_bytes;
+        let loading = known
+            .record
+            .mirror
+            .as_ref()
+            .is_some_and(|mirror| mirror.state() == v1::MirrorState::Loading);
         let head = known.digest.position;
         self.copies_changed.insert(volume);
         for segment in report.stored.iter().copied().map(SegmentId) {
@@ -323,9 +331,9 @@ impl Group<'_, '_> {
                         known.copies.copied_bytes += old.length;
                     }
                 }
-                // It was freed while somebody copied it.
-                None if self.segment(volume, segment)?.is_none() => {
-                    self.queue_deletion(volume, segment, time, head);
+                // It was freed while somebody copied it. While records are loaded nobody can tell.
+                None if !loading && self.segment(volume, segment)?.is_none() => {
+                    self.queue_deletion(volume, segment, time, head)?;
                 }
                 // Reported twice.
                 None => {}
@@ -362,6 +370,7 @@ impl Group<'_, '_> {
             let missing = v1::MissingSegment {
                 since: Some(head.into()),
                 length: record.length,
+                look: true,
                 replace: lost.replace,
                 ..v1::MissingSegment::default()
             };
