@@ -30,5 +30,5 @@ pub use keys::{KeyOpener, Passphrase, RsaKey, VolumeKey};
 pub use object::Bucket;
 pub use read::window::{ReadAhead, ReadAheadOptions};
 pub use segment::{EncodedSegment, FrameNumber, FrameRange, SegmentBuilder};
-pub use store::SegmentStore;
 pub use store::options::{DiskCacheOptions, StoreOptions};
+pub use store::{CopyNews, SegmentStore};

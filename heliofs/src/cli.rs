@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Raft(commands::raft::Command),
     /// Creates a volume.
     Format(commands::format::Options),
+    /// Saves how a volume is reached from here, under a name that stands for all of it.
+    Auth(commands::auth::Options),
     /// Mounts a volume.
     Mount(commands::mount::Options),
     /// Unmounts a volume.

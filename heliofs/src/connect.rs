@@ -6,7 +6,7 @@ use std::time::Duration;
 use meta_client::{Cluster, MetaUrl, Session, SessionOptions, Token};
 
 use crate::cli::Access;
-use crate::commands::version;
+use crate::commands::{auth, version};
 use crate::failure::{Failure, Outcome};
 
 /// A cluster and how it was named.
@@ -50,10 +50,17 @@ impl Access {
         ))
     }
 
-    /// The cluster at a META-URL.
+    /// The cluster at a META-URL, or of a name that was saved with `heliofs auth`.
     pub(crate) fn connect(&self, url: &str) -> Outcome<Connected> {
+        let (url, token) = match auth::find(url)? {
+            Some(saved) if self.token_file.is_none() => {
+                (saved.meta, Token::from_file(&saved.token_file)?)
+            }
+            Some(saved) => (saved.meta, self.token()?),
+            None => (url.to_owned(), self.token()?),
+        };
         let url: MetaUrl = url.parse()?;
-        let cluster = Cluster::from_url(&url, self.token()?);
+        let cluster = Cluster::from_url(&url, token);
         Ok(Connected { url, cluster })
     }
 

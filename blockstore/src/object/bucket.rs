@@ -86,6 +86,22 @@ impl Bucket {
         )
     }
 
+    /// As [`Bucket::open`], of another region: counted apart from the volume's own.
+    pub fn open_second(
+        config: &StorageConfig,
+        volume_name: &str,
+        options: &StoreOptions,
+    ) -> Result<Self, StoreError> {
+        let counted_as = format!("{volume_name} (second bucket)");
+        let metrics = Arc::new(Metrics::new(&counted_as, options.registry.as_ref()));
+        Self::over(
+            backend::open(config, options)?,
+            volume_name,
+            options,
+            metrics,
+        )
+    }
+
     /// As [`Bucket::open`], over any object store; for tests and for decorators.
     pub fn over_store(
         store: Arc<dyn ObjectStore>,

@@ -5,6 +5,7 @@
 //! - `stored`: pages as they are stored, from disk tier or bucket, verified
 //! - `keep`: what goes into the caches
 //! - `scans`: how far a fetch reaches
+//! - `second`: another region's bucket, for what the own one lacks
 //! - `flights`: what is being fetched, so that nobody fetches it twice
 
 mod fetch;
@@ -12,6 +13,7 @@ mod flights;
 mod keep;
 pub mod options;
 mod scans;
+mod second;
 mod stored;
 
 use std::sync::Arc;
@@ -23,7 +25,7 @@ use heliofs_proto::limits::FRAME_BYTES_MAX;
 use heliofs_proto::v1::StorageConfig;
 use object_store::PutPayload;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::metrics::Metrics;
 use crate::object::Bucket;
@@ -35,6 +37,8 @@ use crate::{
     EncodedSegment, FrameNumber, FrameRange, SegmentBuilder, StoreError, StoreOptions, VolumeKey,
 };
 use fetch::Shared;
+pub use second::CopyNews;
+use second::Second;
 
 /// Deletions of one [`SegmentStore::delete`] in flight.
 const DELETES_MAX: usize = 16;
@@ -71,11 +75,63 @@ impl SegmentStore {
         // "none" is what a volume says that had a codec once.
         Self::build_over(
             bucket,
+            None,
             volume,
             encoder,
             !config.compress.is_empty(),
             options,
         )
+    }
+
+    /// As [`SegmentStore::open`], with the bucket of another region, `second`, from which objects are read that `config`'s lacks.
+    /// What reads find out is to be received and acted upon; when the receiver is dropped, reads bring no more than they need.
+    pub fn open_with_second(
+        config: &StorageConfig,
+        second: &StorageConfig,
+        volume_name: &str,
+        volume: VolumeId,
+        options: StoreOptions,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<CopyNews>), StoreError> {
+        let encoder = encoder(config, &options)?;
+        let bucket = Bucket::open(config, volume_name, &options)?;
+        let second = Bucket::open_second(second, volume_name, &options)?;
+        let (second, news) = Second::new(second, config.segment_bytes);
+        let mixed = !config.compress.is_empty();
+        let store = Self::build_over(bucket, Some(second), volume, encoder, mixed, options)?;
+        Ok((store, news))
+    }
+
+    /// As [`SegmentStore::over`], with a second bucket, see [`SegmentStore::open_with_second`].
+    pub fn over_two(
+        bucket: Bucket,
+        second: Bucket,
+        segment_bytes: u64,
+        volume: VolumeId,
+        options: StoreOptions,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<CopyNews>), StoreError> {
+        let (second, news) = Second::new(second, segment_bytes);
+        let encoder = FrameEncoder::default();
+        let store = Self::build_over(bucket, Some(second), volume, encoder, false, options)?;
+        Ok((store, news))
+    }
+
+    /// These segments are in the second bucket, and not in ours: reads need not look.
+    pub fn note_elsewhere(&self, segments: &[u64]) {
+        if let Some(second) = &self.shared.second {
+            second.note_elsewhere(segments);
+        }
+    }
+
+    /// The segment is in our bucket now.
+    pub fn note_here(&self, segment: SegmentId) {
+        if let Some(second) = &self.shared.second {
+            second.note_here(segment);
+        }
+    }
+
+    /// The second bucket, if there is one.
+    pub fn second_bucket(&self) -> Option<&Bucket> {
+        self.shared.second.as_ref().map(Second::bucket)
     }
 
     /// As [`SegmentStore::open`], over a bucket that is open already, and without a codec for what it writes.
@@ -94,11 +150,12 @@ impl SegmentStore {
         encoder: FrameEncoder,
         options: StoreOptions,
     ) -> Result<Arc<Self>, StoreError> {
-        Self::build_over(bucket, volume, encoder, false, options)
+        Self::build_over(bucket, None, volume, encoder, false, options)
     }
 
     fn build_over(
         bucket: Bucket,
+        second: Option<Second>,
         volume: VolumeId,
         encoder: FrameEncoder,
         mixed: bool,
@@ -114,6 +171,7 @@ impl SegmentStore {
             cache_uploads: options.cache_uploads,
             shared: Arc::new(Shared::new(
                 bucket,
+                second,
                 volume,
                 encoder,
                 mixed,

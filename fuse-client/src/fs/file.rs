@@ -134,6 +134,7 @@ impl Fs {
             inode.lock().quota_room = room;
         }
         if let Some(page) = &opened.answer.extents {
+            self.store.note_elsewhere(&page.elsewhere);
             let mut state = inode.lock();
             state.learn(&attr, at, 0..page.complete_to, &page.extents);
         }

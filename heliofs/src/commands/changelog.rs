@@ -67,20 +67,28 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     Ok(())
 }
 
-fn print(entry: &v1::ChangelogEntry, json: bool) -> Outcome {
+/// An entry as a reader of JSON sees it.
+pub(crate) fn as_json(entry: &v1::ChangelogEntry) -> Value {
     let position = Position::from(entry.position.unwrap_or_default());
     let command = entry.command.clone().unwrap_or_default();
     let (name, fields) = command.op.as_ref().map_or(("none", json!({})), describe);
+    json!({
+        "position": position.to_string(),
+        "time": show_time(entry.time),
+        "session": format!("{:016x}", command.session),
+        "sequence": command.sequence,
+        "op": name,
+        "fields": fields,
+    })
+}
+
+fn print(entry: &v1::ChangelogEntry, json: bool) -> Outcome {
     if json {
-        return output::line(json!({
-            "position": position.to_string(),
-            "time": show_time(entry.time),
-            "session": format!("{:016x}", command.session),
-            "sequence": command.sequence,
-            "op": name,
-            "fields": fields,
-        }));
+        return output::line(as_json(entry));
     }
+    let position = Position::from(entry.position.unwrap_or_default());
+    let command = entry.command.clone().unwrap_or_default();
+    let (name, fields) = command.op.as_ref().map_or(("none", json!({})), describe);
     let fields = match &fields {
         Value::Object(fields) => fields
             .iter()

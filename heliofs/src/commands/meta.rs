@@ -60,6 +60,9 @@ pub(crate) struct Options {
     /// A mount that was silent for this long has lost its session [default: 30s].
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     session_timeout: Option<Duration>,
+    /// How often all records are read again and compared with the digests; 0s: never [default: 10m].
+    #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
+    scrub_interval: Option<Duration>,
     #[command(flatten)]
     mirror: mirror::Options,
 }
@@ -112,6 +115,7 @@ impl Options {
             (self.election_min, &mut raft.election_min),
             (self.election_max, &mut raft.election_max),
             (self.session_timeout, &mut config.sessions.timeout),
+            (self.scrub_interval, &mut config.scrub_interval),
         ] {
             if let Some(value) = flag {
                 *setting = value;
@@ -229,6 +233,7 @@ mod tests {
             election_min: None,
             election_max: None,
             session_timeout: Some(Duration::from_secs(7)),
+            scrub_interval: None,
             mirror: mirror::Options::default(),
         }
     }

@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub(crate) mod auth;
 pub(crate) mod bench;
 pub(crate) mod changelog;
 pub(crate) mod clone;
@@ -48,6 +49,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         _ => log::start(Role::Command, verbose, None)?,
     }
     match command {
+        Command::Auth(options) => auth::run(options, json),
         Command::Raft(command) => wait(raft::run(command, json)),
         Command::Format(options) => wait(format::run(options, json)),
         Command::Umount(options) => umount::run(&options, json),

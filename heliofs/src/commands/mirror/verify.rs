@@ -178,7 +178,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         let left = options.timeout.saturating_sub(begun.elapsed());
         let waited = target
             .cluster
-            .mirror_wait(&target.volume, one.position(), left);
+            .mirror_wait(&target.volume, one.position(), false, left);
         let (reached, at) = waited.await?;
         if !reached {
             return Err(Failure::new(format!(

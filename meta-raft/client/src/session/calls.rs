@@ -414,6 +414,27 @@ impl Session {
     }
 }
 
+impl Session {
+    /// Reports what became of copy tasks, and leases up to `segments_max` more, the `wanted` ones first. For volumes whose
+    /// welcome names a second bucket.
+    ///
+    /// Errors: `Verdict(NOT_SUPPORTED)` for a volume with one bucket. A report that failed may be sent again.
+    pub async fn take_copies(
+        &self,
+        report: v1::CopyReport,
+        segments_max: u32,
+        wanted: &[SegmentId],
+    ) -> Result<v1::Copies, ClientError> {
+        let body = Body::TakeCopies(v1::TakeCopies {
+            report: Some(report),
+            segments_max,
+            wanted: wanted.iter().map(|id| id.0).collect(),
+        });
+        let (copies, _) = expect_body!(self.read(body).await?, Copies, "take_copies")?;
+        Ok(copies)
+    }
+}
+
 /// Takes an open back unless it succeeded: on errors, and when the caller drops the future.
 struct OpenGuard<'a> {
     session: &'a Session,

@@ -116,6 +116,7 @@ pub fn answer(
         | Body::Lock(_)
         | Body::TestLock(_)
         | Body::TakeDeletions(_)
+        | Body::TakeCopies(_)
         | Body::ReleaseLocks(_)
         | Body::Maintain(_)
         | Body::ReturnLease(_)

@@ -1,0 +1,242 @@
+//! A second bucket, of the region that the volume is mirrored from: what this region's own bucket lacks is read from there.
+//!
+//! Whoever opens the store is told what reads find out: objects that they brought and that may become the copy, and objects
+//! that the own bucket was believed to hold.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use heliofs_proto::ids::SegmentId;
+use lru::LruCache;
+use parking_lot::Mutex;
+use tokio::sync::{OnceCell, mpsc};
+
+use super::fetch::Shared;
+use crate::object::Bucket;
+use crate::{Kind, StoreError};
+
+/// Segments that are known to be in the second bucket only.
+const ELSEWHERE_MAX: usize = 1 << 16;
+
+/// After this time a segment may have been copied by others.
+const ELSEWHERE_FOR: Duration = Duration::from_secs(30);
+
+/// Whole objects that reads brought, kept for the next reads of the same: bytes, about.
+const PULLED_BYTES: u64 = 64 << 20;
+
+/// The own bucket has this long before the second one is asked.
+const OWN_PATIENCE: Duration = Duration::from_secs(3);
+
+/// News that wait; more are dropped: the copy is made without them.
+const NEWS_MAX: usize = 16;
+
+/// What reads through two buckets find out.
+#[derive(Debug)]
+pub enum CopyNews {
+    /// A read brought the whole object from the second bucket; unverified.
+    Pulled {
+        /// Which.
+        segment: SegmentId,
+        /// All its bytes.
+        object: Bytes,
+    },
+    /// The own bucket was believed to hold it.
+    Lost {
+        /// Which.
+        segment: SegmentId,
+        /// A bad object lies there.
+        replace: bool,
+    },
+}
+
+/// Where bytes came from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Origin {
+    Own,
+    Second,
+}
+
+/// A part of an object.
+#[derive(Clone, Debug)]
+pub(super) enum Part {
+    Range(Range<u64>),
+    Tail(u64),
+}
+
+impl Part {
+    async fn get(&self, bucket: &Bucket, name: &str) -> Result<Bytes, StoreError> {
+        match self {
+            Self::Range(range) => bucket.get_range(name, range.clone()).await,
+            Self::Tail(length) => bucket.get_tail(name, *length).await,
+        }
+    }
+
+    fn of(&self, whole: &Bytes) -> Bytes {
+        let length = whole.len();
+        let within = |at: u64| usize::try_from(at).unwrap_or(length).min(length);
+        match self {
+            Self::Range(range) => whole.slice(within(range.start)..within(range.end)),
+            Self::Tail(tail) => whole.slice(length - within(*tail)..),
+        }
+    }
+}
+
+/// The second bucket.
+#[derive(Debug)]
+pub(super) struct Second {
+    bucket: Bucket,
+    elsewhere: Mutex<LruCache<SegmentId, Instant>>,
+    pulled: Mutex<LruCache<SegmentId, Arc<OnceCell<Bytes>>>>,
+    news: mpsc::Sender<CopyNews>,
+}
+
+impl Second {
+    /// `segment_bytes`: about the length of an object.
+    pub(super) fn new(bucket: Bucket, segment_bytes: u64) -> (Self, mpsc::Receiver<CopyNews>) {
+        let (news, heard) = mpsc::channel(NEWS_MAX);
+        let kept = (PULLED_BYTES / segment_bytes.max(1)).clamp(1, 1024) as usize;
+        let size = |entries: usize| NonZeroUsize::new(entries).expect("at least 1");
+        let second = Self {
+            bucket,
+            elsewhere: Mutex::new(LruCache::new(size(ELSEWHERE_MAX))),
+            pulled: Mutex::new(LruCache::new(size(kept))),
+            news,
+        };
+        (second, heard)
+    }
+
+    pub(super) fn bucket(&self) -> &Bucket {
+        &self.bucket
+    }
+
+    pub(super) fn note_elsewhere(&self, segments: &[u64]) {
+        if segments.is_empty() {
+            return;
+        }
+        let until = Instant::now() + ELSEWHERE_FOR;
+        let mut elsewhere = self.elsewhere.lock();
+        for segment in segments {
+            elsewhere.put(SegmentId(*segment), until);
+        }
+    }
+
+    pub(super) fn note_here(&self, segment: SegmentId) {
+        self.elsewhere.lock().pop(&segment);
+        self.pulled.lock().pop(&segment);
+    }
+
+    fn is_elsewhere(&self, segment: SegmentId) -> bool {
+        let mut elsewhere = self.elsewhere.lock();
+        match elsewhere.get(&segment) {
+            Some(until) if *until > Instant::now() => true,
+            Some(_) => {
+                elsewhere.pop(&segment);
+                false
+            }
+            None => false,
+        }
+    }
+
+    pub(super) fn tell(&self, news: CopyNews) {
+        // Full: what is lost is met again, and what was pulled is pulled again.
+        self.news.try_send(news).ok();
+    }
+
+    /// Somebody makes copies: a read brings the whole object, once for all who want parts of it, and it becomes the copy.
+    fn copies(&self) -> bool {
+        !self.news.is_closed()
+    }
+
+    async fn get(&self, segment: SegmentId, part: &Part) -> Result<Bytes, StoreError> {
+        let name = segment.object_name();
+        if !self.copies() {
+            return part.get(&self.bucket, &name).await;
+        }
+        let cell = {
+            let mut pulled = self.pulled.lock();
+            Arc::clone(pulled.get_or_insert(segment, Arc::default))
+        };
+        let whole = cell
+            .get_or_try_init(|| async {
+                let object = self.bucket.get(&name).await?;
+                self.tell(CopyNews::Pulled {
+                    segment,
+                    object: object.clone(),
+                });
+                Ok(object)
+            })
+            .await?;
+        Ok(part.of(whole))
+    }
+
+    /// What was pulled turned out to be bad: the next read asks again.
+    pub(super) fn forget(&self, segment: SegmentId) {
+        self.pulled.lock().pop(&segment);
+    }
+}
+
+/// What to say when neither bucket gave an answer.
+fn both(own: StoreError, second: StoreError) -> StoreError {
+    match own.kind() {
+        Kind::NotFound => second,
+        _ => own,
+    }
+}
+
+impl Shared {
+    /// A part of an object, from the bucket that has it; `attempt` counts from 0, and every other one asks the other bucket
+    /// first: bytes that failed verification are asked for elsewhere.
+    pub(super) async fn part(
+        &self,
+        segment: SegmentId,
+        part: Part,
+        attempt: u32,
+    ) -> Result<(Bytes, Origin), StoreError> {
+        let name = segment.object_name();
+        let own = || part.get(&self.bucket, &name);
+        let Some(second) = &self.second else {
+            return Ok((own().await?, Origin::Own));
+        };
+        let elsewhere = second.is_elsewhere(segment);
+        if elsewhere != (attempt % 2 == 1) {
+            let failed = match second.get(segment, &part).await {
+                Ok(bytes) => return Ok((bytes, Origin::Second)),
+                Err(failed) => failed,
+            };
+            return match own().await {
+                Ok(bytes) => {
+                    second.note_here(segment);
+                    Ok((bytes, Origin::Own))
+                }
+                Err(error) => Err(both(error, failed)),
+            };
+        }
+        let first = tokio::time::timeout(OWN_PATIENCE, own()).await;
+        let failed = match first {
+            Ok(Ok(bytes)) => return Ok((bytes, Origin::Own)),
+            Ok(Err(error)) => Some(error),
+            Err(_) => None,
+        };
+        match (second.get(segment, &part).await, failed) {
+            (Ok(bytes), failed) => {
+                let gone = failed.is_some_and(|error| error.kind() == Kind::NotFound);
+                if gone && !elsewhere {
+                    second.tell(CopyNews::Lost {
+                        segment,
+                        replace: false,
+                    });
+                }
+                Ok((bytes, Origin::Second))
+            }
+            (Err(error), Some(failed)) => Err(both(failed, error)),
+            // It was slow, and there is no other way.
+            (Err(error), None) => match own().await {
+                Ok(bytes) => Ok((bytes, Origin::Own)),
+                Err(failed) => Err(both(failed, error)),
+            },
+        }
+    }
+}
