@@ -1,6 +1,7 @@
 //! From what a user types to a cluster, a volume, a session.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use meta_client::{Cluster, MetaUrl, Session, SessionOptions, Token};
 
@@ -92,14 +93,30 @@ impl Access {
 impl Target {
     /// A session for a command.
     pub(crate) async fn session(&self, read_only: bool) -> Outcome<Session> {
+        self.attach(self.options(read_only)).await
+    }
+
+    /// A session for a command whose questions take minutes to answer.
+    pub(crate) async fn patient_session(&self, read_only: bool) -> Outcome<Session> {
         let options = SessionOptions {
+            op_deadline: Duration::from_secs(300),
+            ..self.options(read_only)
+        };
+        self.attach(options).await
+    }
+
+    fn options(&self, read_only: bool) -> SessionOptions {
+        SessionOptions {
             volume: self.volume.clone(),
             host: host_name(),
             build: version::BUILD.to_owned(),
             read_only,
             short_lived: true,
             ..SessionOptions::default()
-        };
+        }
+    }
+
+    async fn attach(&self, options: SessionOptions) -> Outcome<Session> {
         Ok(Session::attach(self.cluster.clone(), options).await?)
     }
 }

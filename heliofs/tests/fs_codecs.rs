@@ -147,6 +147,8 @@ fn an_rsa_key_opens_a_volume_that_was_formatted_with_its_public_half() {
             "0",
             "--encrypt-key",
             key,
+            // It ends once the mount is there, or can't be.
+            "-d",
         ];
         cluster.run_with(&arguments, |command| {
             command.envs(passphrase.map(|text| ("HELIOFS_KEY_PASSPHRASE", text)));

@@ -299,6 +299,10 @@ impl Fs {
         if self.coherence.inodes.release(inode) {
             self.session().release(Ino(inode.ino));
         }
+        // Two handles may have been closed at once.
+        if inode.lock().unlinked {
+            self.orphaned(inode.ino);
+        }
         unlocked
     }
 

@@ -230,7 +230,7 @@ impl Fs {
 
     /// An inode lost its last name: data that nobody has open can be forgotten. Without the write lease somebody else may have it
     /// open.
-    fn orphaned(&self, ino: u64) {
+    pub(super) fn orphaned(&self, ino: u64) {
         if self.session.load().holds_write_lease(Ino(ino))
             && let Some(inode) = self.coherence.inodes.get(ino)
         {

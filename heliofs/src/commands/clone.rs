@@ -26,6 +26,9 @@ use crate::{output, progress};
 /// Entries of a directory per question.
 const ENTRIES: u32 = 1024;
 
+/// How often one name may be replaced while it is being copied.
+const REPLACED_MAX: usize = 100;
+
 /// Entries copied at once.
 const AT_ONCE: usize = 32;
 
@@ -88,6 +91,16 @@ pub(super) struct Cloner<'a> {
     bar: ProgressBar,
     copied: AtomicU64,
     bytes: AtomicU64,
+}
+
+/// What became of one name.
+enum Copied {
+    /// Nothing is left to do for it.
+    Whole,
+    /// A directory, to be filled.
+    Directory(Pair),
+    /// It was removed or replaced meanwhile; nothing was made.
+    Gone,
 }
 
 /// A directory that is being filled.
@@ -207,8 +220,10 @@ impl<'a> Cloner<'a> {
 
     /// Copies one inode, and all below it, as `name` of `parent`; the copy, if it is a directory.
     async fn one(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Option<u64>> {
-        let Some(top) = self.entry(source, parent, name).await? else {
-            return Ok(None);
+        let top = match self.entry(source, parent, name).await? {
+            Copied::Directory(top) => top,
+            Copied::Whole => return Ok(None),
+            Copied::Gone => return Err(Failure::new("what was to be copied is gone")),
         };
         // Directories get their own times when nothing is added to them any more.
         let mut directories = vec![top];
@@ -240,7 +255,7 @@ impl<'a> Cloner<'a> {
                                 Err(error) => return Err(Failure::from(error)),
                             },
                         };
-                        self.entry(&attr, pair.target, &entry.name).await
+                        self.named(attr, pair, &entry.name).await
                     })
                     .buffered(AT_ONCE)
                     .try_collect()
@@ -269,8 +284,33 @@ impl<'a> Cloner<'a> {
             .contains(&name)
     }
 
-    /// Copies one inode but not what is below it; a directory is returned to be filled. What is gone meanwhile is passed over.
-    async fn entry(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Option<Pair>> {
+    /// Copies what a name of a directory means, as [`Cloner::entry`] does: what has been put in its place since it was listed,
+    /// if it was replaced. What is gone is passed over.
+    async fn named(&self, mut attr: Attr, pair: Pair, name: &Bytes) -> Outcome<Option<Pair>> {
+        for _ in 0..REPLACED_MAX {
+            match self.entry(&attr, pair.target, name).await? {
+                Copied::Directory(pair) => return Ok(Some(pair)),
+                Copied::Whole => return Ok(None),
+                Copied::Gone => {}
+            }
+            match self
+                .session
+                .lookup(Ino(pair.source.ino), name.clone())
+                .await
+            {
+                Ok((now, _)) => attr = now,
+                Err(ClientError::Verdict(
+                    FsError::NotFound | FsError::Stale | FsError::NotDirectory,
+                )) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let name = String::from_utf8_lossy(name);
+        Err(Failure::new(format!("`{name}` is replaced all the time")))
+    }
+
+    /// Copies one inode but not what is below it.
+    async fn entry(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Copied> {
         let known = self.linked.lock().get(&source.ino).copied();
         if let Some(ino) = known {
             let link = Op::Link(v1::Link {
@@ -280,21 +320,42 @@ impl<'a> Cloner<'a> {
             });
             self.change(self.caller(source), link).await?;
             self.count(0);
-            return Ok(None);
+            return Ok(Copied::Whole);
         }
         let kind = source.kind();
+        if kind == FileKind::File {
+            return self.file(source, parent, name).await;
+        }
         let symlink_target = match kind {
             FileKind::Symlink => match self.session.read_link(Ino(source.ino)).await {
                 Ok(target) => target,
-                Err(ClientError::Verdict(FsError::Stale)) => return Ok(None),
+                Err(ClientError::Verdict(FsError::Stale)) => return Ok(Copied::Gone),
                 Err(error) => return Err(error.into()),
             },
             _ => Bytes::new(),
         };
+        let target = self.create(source, parent, name, symlink_target).await?;
+        if kind == FileKind::Directory {
+            self.count(0);
+            return Ok(Copied::Directory(Pair {
+                source: *source,
+                target,
+            }));
+        }
+        self.finish(source, target, 0).await
+    }
+
+    async fn create(
+        &self,
+        source: &Attr,
+        parent: u64,
+        name: &Bytes,
+        symlink_target: Bytes,
+    ) -> Outcome<u64> {
         let create = Op::Create(v1::Create {
             parent,
             name: name.clone(),
-            kind: kind as i32,
+            kind: source.kind() as i32,
             // Closed to others until it is whole; its own mode comes at the end.
             mode: 0o700,
             umask: 0,
@@ -303,24 +364,16 @@ impl<'a> Cloner<'a> {
             exclusive: true,
         });
         let made = self.change(self.caller(source), create).await?.attr;
-        let target = made.map(|attr| attr.ino).unwrap_or_default();
-        if kind == FileKind::Directory {
-            self.count(0);
-            return Ok(Some(Pair {
-                source: *source,
-                target,
-            }));
-        }
-        let mut size = 0;
-        if kind == FileKind::File {
-            size = self.share(source.ino, target).await?;
-        }
+        Ok(made.map(|attr| attr.ino).unwrap_or_default())
+    }
+
+    async fn finish(&self, source: &Attr, target: u64, size: u64) -> Outcome<Copied> {
         self.dress(source, target).await?;
         if source.nlink > 1 {
             self.linked.lock().insert(source.ino, target);
         }
         self.count(size);
-        Ok(None)
+        Ok(Copied::Whole)
     }
 
     fn count(&self, bytes: u64) {
@@ -329,17 +382,22 @@ impl<'a> Cloner<'a> {
         self.bar.inc(1);
     }
 
-    /// Lets the target's content be the source's; its length.
-    async fn share(&self, source: u64, target: u64) -> Outcome<u64> {
-        // Opened, so that a mount that holds data of it back stores them first.
-        match self.session.open(Ino(source), 0, false).await {
-            Ok(_) => {}
-            Err(ClientError::Verdict(FsError::Stale)) => return Ok(0),
+    /// Copies a file. It is opened meanwhile, so that a mount that holds data of it back stores them first, and so that it lives
+    /// until it is copied.
+    async fn file(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Copied> {
+        let opened = match self.session.open(Ino(source.ino), 0, false).await {
+            Ok((opened, _)) => opened.attr.unwrap_or(*source),
+            Err(ClientError::Verdict(FsError::Stale)) => return Ok(Copied::Gone),
             Err(error) => return Err(error.into()),
-        }
-        let outcome = self.share_open(source, target).await;
-        self.session.release(Ino(source));
-        Ok(outcome?)
+        };
+        let copy = async {
+            let target = self.create(&opened, parent, name, Bytes::new()).await?;
+            let size = self.share_open(source.ino, target).await?;
+            self.finish(&opened, target, size).await
+        };
+        let outcome = copy.await;
+        self.session.release(Ino(source.ino));
+        outcome
     }
 
     async fn share_open(&self, source: u64, target: u64) -> Result<u64, ClientError> {

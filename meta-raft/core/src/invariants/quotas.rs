@@ -6,7 +6,6 @@ use heliofs_proto::ids::Ino;
 use heliofs_proto::v1::QuotaKind;
 
 use super::{Found, Records};
-use crate::ops::charge::is_counted;
 use crate::records::Accounting;
 
 const DIRECTORY: u64 = QuotaKind::Directory as u64;
@@ -16,20 +15,17 @@ const GROUP: u64 = QuotaKind::Group as u64;
 pub(super) fn check(records: &Records, found: &mut Found) {
     let counters = &records.counters.quotas;
     let mut sums: BTreeMap<(u64, u64), (u64, u64)> = BTreeMap::new();
-    let mut add = |kind, id, bytes| {
-        let sum = sums.entry((kind, id)).or_default();
-        sum.0 += bytes;
-        sum.1 += 1;
-    };
-    for (ino, inode) in &records.inodes {
-        if inode.is_snapshot() {
+    for ((kind, id), charged) in &records.charged {
+        let mut add = |id: u64| {
+            let sum = sums.entry((*kind, id)).or_default();
+            sum.0 += charged.0;
+            sum.1 += charged.1;
+        };
+        if *kind != DIRECTORY {
+            add(*id);
             continue;
         }
-        if is_counted(counters, *ino) {
-            add(USER, inode.uid.into(), inode.allocated);
-            add(GROUP, inode.gid.into(), inode.allocated);
-        }
-        let mut at = inode.quota;
+        let mut at = Ino(*id);
         // No chain is longer than there are quotas.
         for _ in 0..=records.quotas.len() {
             if at == Ino(0) {
@@ -37,13 +33,13 @@ pub(super) fn check(records: &Records, found: &mut Found) {
             }
             let quota = records.quotas.get(&(DIRECTORY, at.0));
             found.expect(quota.is_some(), || {
-                format!("inode {ino} is charged to quota {at}, which does not exist")
+                format!("inodes are charged to quota {at}, which does not exist")
             });
-            add(DIRECTORY, at.0, inode.allocated);
+            add(at.0);
             at = quota.map_or(Ino(0), |quota| quota.parent);
         }
         found.expect(at == Ino(0), || {
-            format!("the quotas above inode {ino} form a circle")
+            format!("the quotas above {id} form a circle")
         });
     }
 

@@ -7,7 +7,7 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1::{self, Command, FileKind, QuotaKind, command::Op};
 use meta_core::keys::{self, Tag};
-use meta_core::{Applied, Overlay, Sums, Touched, apply, query};
+use meta_core::{Applied, Overlay, Sums, Touched, apply, invariants, query};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
@@ -516,6 +516,33 @@ proptest! {
         prop_assert!(reference.nodes.contains_key(&ROOT));
     }
 
+}
+
+proptest! {
+    #![proptest_config(config(96))]
+
+    #[test]
+    fn the_parts_of_a_check_find_what_the_whole_finds(
+        steps in quota_steps(120), lost in any::<prop::sample::Index>(), of in 1u64..5,
+    ) {
+        let (world, ..) = run(&steps);
+        let mut records = world.records;
+        let damage: Vec<_> = records.keys().cloned().collect();
+        let lost = lost.get(&damage);
+        records.remove(lost);
+        let all = |found: Result<(), Vec<String>>| found.err().unwrap_or_default();
+        let whole: BTreeSet<String> = all(invariants::check(&records, VOLUME)).into_iter().collect();
+        let parts = (0..of).flat_map(|index| {
+            all(invariants::check_part(&records, VOLUME, invariants::Part { index, of }))
+        });
+        prop_assert_eq!(&whole, &parts.collect::<BTreeSet<_>>());
+        // What nothing refers to may be lost without a trace, and so may what only commands look at.
+        let traceless = matches!(
+            Tag::of(lost),
+            Some(Tag::Session | Tag::Reply | Tag::SegmentBlock | Tag::QuotaWalk)
+        );
+        prop_assert!(traceless || !whole.is_empty(), "{lost:?} was not missed");
+    }
 }
 
 proptest! {
