@@ -19,6 +19,7 @@ pub(crate) mod restore;
 pub(crate) mod rmr;
 pub(crate) mod segments;
 pub(crate) mod status;
+pub(crate) mod sync;
 pub(crate) mod umount;
 pub(crate) mod up;
 pub(crate) mod version;
@@ -58,6 +59,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Destroy(options) => wait(destroy::run(options, json)),
         Command::Clone(options) => wait(clone::run(options, json)),
         Command::Warmup(options) => warmup::run(&options, json),
+        Command::Sync(options) => runtime(service_threads())?.block_on(sync::run(options, json)),
         Command::Objbench(options) => wait(objbench::run(options, json)),
         Command::Restore(options) => wait(restore::run(options, json)),
         Command::Rmr(options) => wait(rmr::run(options, json)),
