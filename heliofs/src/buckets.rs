@@ -32,6 +32,33 @@ pub(crate) struct BucketAccess {
     secret_key2: Option<String>,
 }
 
+/// A pair of keys as given, else of HELIOFS_ACCESS_KEY and HELIOFS_SECRET_KEY with `which` behind; `None`: neither is there.
+///
+/// Errors: half a pair of keys.
+pub(crate) fn find_keys(
+    access: &Option<String>,
+    secret: &Option<String>,
+    which: &str,
+) -> Outcome<Option<(String, String)>> {
+    let access = given_or(access, &format!("HELIOFS_ACCESS_KEY{which}"));
+    let secret = given_or(secret, &format!("HELIOFS_SECRET_KEY{which}"));
+    match (access, secret) {
+        (Some(access), Some(secret)) => Ok(Some((access, secret))),
+        (None, None) => Ok(None),
+        _ => Err(Failure::usage(format!(
+            "an access key and a secret key belong together: one of --access-key{which} and --secret-key{which} is missing"
+        ))),
+    }
+}
+
+/// What was given, or what a variable of the environment says.
+fn given_or(given: &Option<String>, variable: &str) -> Option<String> {
+    given
+        .clone()
+        .or_else(|| std::env::var(variable).ok())
+        .filter(|value| !value.is_empty())
+}
+
 /// How one bucket is reached.
 struct Way {
     bucket: Option<String>,
@@ -45,25 +72,9 @@ impl Way {
         secret: &Option<String>,
         which: &str,
     ) -> Outcome<Self> {
-        let from = |given: &Option<String>, variable: &str| {
-            let variable = format!("HELIOFS_{variable}{which}");
-            given
-                .clone()
-                .or_else(|| std::env::var(variable).ok())
-                .filter(|value| !value.is_empty())
-        };
-        let keys = match (from(access, "ACCESS_KEY"), from(secret, "SECRET_KEY")) {
-            (Some(access), Some(secret)) => Some((access, secret)),
-            (None, None) => None,
-            _ => {
-                return Err(Failure::usage(format!(
-                    "an access key and a secret key belong together: one of --access-key{which} and --secret-key{which} is missing"
-                )));
-            }
-        };
         Ok(Self {
-            bucket: from(bucket, "BUCKET"),
-            keys,
+            bucket: given_or(bucket, &format!("HELIOFS_BUCKET{which}")),
+            keys: find_keys(access, secret, which)?,
         })
     }
 

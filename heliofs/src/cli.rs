@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Summary(commands::summary::Options),
     /// Measures a mount: large files, small files, attributes.
     Bench(commands::bench::Options),
+    /// Copies what a bucket, a prefix or a local path lacks of another.
+    Sync(commands::sync::Options),
     /// Measures an object store.
     Objbench(commands::objbench::Options),
     /// Limits what directories, users and groups may use.

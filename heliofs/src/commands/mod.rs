@@ -23,6 +23,7 @@ pub(crate) mod segments;
 pub(crate) mod snapshot;
 pub(crate) mod status;
 pub(crate) mod summary;
+pub(crate) mod sync;
 pub(crate) mod umount;
 pub(crate) mod up;
 pub(crate) mod version;
@@ -62,6 +63,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Destroy(options) => wait(destroy::run(options, json)),
         Command::Clone(options) => wait(clone::run(options, json)),
         Command::Warmup(options) => warmup::run(&options, json),
+        Command::Sync(options) => runtime(service_threads())?.block_on(sync::run(options, json)),
         Command::Objbench(options) => wait(objbench::run(options, json)),
         Command::Quota(command) => wait(quota::run(command, json)),
         Command::Snapshot(command) => wait(snapshot::run(command, json)),
