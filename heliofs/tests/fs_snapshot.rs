@@ -31,6 +31,8 @@ fn a_snapshot_keeps_what_was_there_and_nobody_changes_it() {
     fs::set_permissions(work.join("deep/small"), fs::Permissions::from_mode(0o640)).unwrap();
     chown(work.join("deep/small"), Some(1234), Some(567)).unwrap();
     fs::hard_link(work.join("deep/small"), work.join("linked")).unwrap();
+    // Two names in one directory, which are copied at the same time.
+    fs::hard_link(work.join("large"), work.join("same")).unwrap();
     symlink("deep/small", work.join("link")).unwrap();
     let url = cluster.volume_url("kept");
     let place = work.to_str().unwrap();
@@ -44,7 +46,7 @@ fn a_snapshot_keeps_what_was_there_and_nobody_changes_it() {
         .success()
         .json();
     assert_eq!(made["path"], "/.snapshots/monday");
-    assert_eq!(made["entries"], 6, "{made}");
+    assert_eq!(made["entries"], 7, "{made}");
     cluster
         .run(&["snapshot", "create", place, "--name", "monday"])
         .failure(1, "exists already");
@@ -54,6 +56,8 @@ fn a_snapshot_keeps_what_was_there_and_nobody_changes_it() {
     fs::remove_dir_all(work.join("deep")).unwrap();
     let kept = mount.join(".snapshots/monday");
     assert!(fs::read(kept.join("large")).unwrap() == large);
+    let inode = |name: &str| fs::metadata(kept.join(name)).unwrap().ino();
+    assert_eq!(inode("large"), inode("same"));
     assert_eq!(fs::read(kept.join("linked")).unwrap(), b"small");
     let attributes = fs::metadata(kept.join("deep/small")).unwrap();
     assert_eq!(attributes.permissions().mode() & 0o7777, 0o640);

@@ -88,6 +88,8 @@ pub(super) struct Cloner<'a> {
     kind: Kind,
     /// Copies of files with several names.
     linked: Mutex<HashMap<u64, u64>>,
+    /// Files with several names are copied one at a time: the second name must find the first one's copy.
+    linking: tokio::sync::Mutex<()>,
     bar: ProgressBar,
     copied: AtomicU64,
     bytes: AtomicU64,
@@ -121,6 +123,7 @@ impl<'a> Cloner<'a> {
             session,
             kind,
             linked: Mutex::default(),
+            linking: tokio::sync::Mutex::default(),
             bar: progress::bar(what, 0, false, json),
             copied: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -311,6 +314,11 @@ impl<'a> Cloner<'a> {
 
     /// Copies one inode but not what is below it.
     async fn entry(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Copied> {
+        let several = source.nlink > 1 && source.kind() != FileKind::Directory;
+        let _turn = match several {
+            true => Some(self.linking.lock().await),
+            false => None,
+        };
         let known = self.linked.lock().get(&source.ino).copied();
         if let Some(ino) = known {
             let link = Op::Link(v1::Link {
