@@ -127,6 +127,7 @@ mod tests {
             frame: 4,
             frame_offset: 65000,
             inline_bytes: Default::default(),
+            seq: 0,
         };
         let part = FrameRange::of_extent(&extent, 1100..9999).unwrap();
         assert_eq!((part.offset, part.length), (65100, 400));

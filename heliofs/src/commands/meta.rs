@@ -235,6 +235,7 @@ mod tests {
             election_min: None,
             election_max: None,
             session_timeout: Some(Duration::from_secs(7)),
+            stamp_speed: None,
             mirror: mirror::Options::default(),
         }
     }
