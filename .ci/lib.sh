@@ -102,20 +102,20 @@ now_ms() { echo $(($(date +%s%N) / 1000000)); }
 S3_ACCESS=demo-access
 S3_SECRET=demo-secret-key
 
-# start_s3 [FLAG…]: a real S3 server with signatures (SeaweedFS). Sets S3_URL.
+# start_s3 [FLAG…]: a real S3 server with signatures (SeaweedFS). Sets S3_URL. S3_NAME: for another one.
 start_s3() {
-    local ports
+    local ports name=${S3_NAME:-s3}
     mapfile -t ports < <(free_ports 8)
-    mkdir -p "$WORK/s3"
-    (umask 077 && cat >"$WORK/s3.json") <<JSON
+    mkdir -p "$WORK/$name"
+    (umask 077 && cat >"$WORK/$name.json") <<JSON
 {"identities":[{"name":"demo","credentials":[{"accessKey":"$S3_ACCESS","secretKey":"$S3_SECRET"}],
  "actions":["Admin","Read","Write","List","Tagging"]}]}
 JSON
-    start s3 "$WEED" server -dir="$WORK/s3" -ip=127.0.0.1 -ip.bind=127.0.0.1 \
+    start "$name" "$WEED" server -dir="$WORK/$name" -ip=127.0.0.1 -ip.bind=127.0.0.1 \
         -master.port="${ports[0]}" -master.port.grpc="${ports[1]}" -master.volumeSizeLimitMB=1024 -master.telemetry=false \
         -volume.port="${ports[2]}" -volume.port.grpc="${ports[3]}" -volume.max=100 \
         -filer -filer.port="${ports[4]}" -filer.port.grpc="${ports[5]}" \
-        -s3 -s3.port="${ports[6]}" -s3.port.grpc="${ports[7]}" -s3.config="$WORK/s3.json" \
+        -s3 -s3.port="${ports[6]}" -s3.port.grpc="${ports[7]}" -s3.config="$WORK/$name.json" \
         -s3.port.iceberg=0 -s3.port.lance=0 "$@"
     S3_URL=http://127.0.0.1:${ports[6]}
     wait_for 60 "the S3 server's start" s3_answers
@@ -124,14 +124,15 @@ JSON
 # Any HTTP status means that it listens and checks signatures.
 s3_answers() { [[ $(curl -s -o /dev/null -w '%{http_code}' "$S3_URL/") != 000 ]]; }
 
-# Three metadata nodes with directories of their own. Sets META_URL, NODE_PORT[1..3], NODE_PID[1..3].
+# Three metadata nodes with directories of their own. Sets META_URL, NODE_PORT[1..3], NODE_PID[1..3]. REGION: a prefix of their
+# names, for another cluster with the same token.
 start_cluster() {
     local ports id
     mapfile -t ports < <(free_ports 3)
     NODE_PORT=(- "${ports[@]}")
     NODE_PID=(-)
     META_URL=helio://127.0.0.1:${ports[0]},127.0.0.1:${ports[1]},127.0.0.1:${ports[2]}
-    (umask 077 && head -c 24 /dev/urandom | base64 >"$WORK/token")
+    [[ -e $WORK/token ]] || (umask 077 && head -c 24 /dev/urandom | base64 >"$WORK/token")
     export HELIOFS_TOKEN_FILE=$WORK/token
     for id in 1 2 3; do start_node "$id"; done
     "$HELIOFS" raft init "helio://127.0.0.1:${ports[0]}"
@@ -144,7 +145,7 @@ start_node() {
     local id=$1
     # HELIOFS_META_FLAGS: for trying settings out.
     # shellcheck disable=SC2086
-    start "node-$id" "$HELIOFS" meta --id "$id" --data-dir "$WORK/node-$id" --listen "127.0.0.1:${NODE_PORT[id]}" \
+    start "${REGION:-}node-$id" "$HELIOFS" meta --id "$id" --data-dir "$WORK/${REGION:-}node-$id" --listen "127.0.0.1:${NODE_PORT[id]}" \
         ${HELIOFS_META_FLAGS:-}
     NODE_PID[id]=$STARTED
     wait_for 60 "node $id's start" node_answers "$id"

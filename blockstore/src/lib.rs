@@ -26,9 +26,9 @@ pub mod segment;
 pub mod store;
 
 pub use error::{Kind, StoreError};
-pub use keys::{Passphrase, VolumeKey};
+pub use keys::{KeyOpener, Passphrase, RsaKey, VolumeKey};
 pub use object::Bucket;
 pub use read::window::{ReadAhead, ReadAheadOptions};
 pub use segment::{EncodedSegment, FrameNumber, FrameRange, SegmentBuilder};
-pub use store::SegmentStore;
 pub use store::options::{DiskCacheOptions, StoreOptions};
+pub use store::{CopyNews, SegmentStore};

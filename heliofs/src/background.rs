@@ -20,12 +20,16 @@ pub(crate) fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
-/// Starts the child with `arguments` and waits for its word; its process id and what it said.
-pub(crate) fn spawn(arguments: &[OsString]) -> Outcome<(u32, Value)> {
+/// Starts the child with `arguments`, and `environment` in addition to ours, and waits for its word; its process id and what it said.
+pub(crate) fn spawn(
+    arguments: &[OsString],
+    environment: Vec<(&'static str, OsString)>,
+) -> Outcome<(u32, Value)> {
     let program = std::env::current_exe().while_("find this program")?;
     let mut child = Command::new(program)
         .args(arguments)
         .env(CHILD, "1")
+        .envs(environment)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         // Panics and the like before the log is open; afterwards the log has its own file.

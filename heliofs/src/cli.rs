@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Raft(commands::raft::Command),
     /// Creates a volume.
     Format(commands::format::Options),
+    /// Saves how a volume is reached from here, under a name that stands for all of it.
+    Auth(commands::auth::Options),
     /// Mounts a volume.
     Mount(commands::mount::Options),
     /// Unmounts a volume.
@@ -65,8 +67,20 @@ pub(crate) enum Command {
     Clone(commands::clone::Options),
     /// Reads files through a mount, so that they lie in its caches.
     Warmup(commands::warmup::Options),
+    /// Shows what is below directories, and where most of it lies.
+    Summary(commands::summary::Options),
+    /// Measures a mount: large files, small files, attributes.
+    Bench(commands::bench::Options),
+    /// Copies what a bucket, a prefix or a local path lacks of another.
+    Sync(commands::sync::Options),
     /// Measures an object store.
     Objbench(commands::objbench::Options),
+    /// Limits what directories, users and groups may use.
+    #[command(subcommand)]
+    Quota(commands::quota::Command),
+    /// Makes, shows and removes read-only copies of directories.
+    #[command(subcommand)]
+    Snapshot(commands::snapshot::Command),
     /// Shows what is in the trash, and puts it back.
     Restore(commands::restore::Options),
     /// Prints a volume's history.

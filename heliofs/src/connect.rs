@@ -1,11 +1,12 @@
 //! From what a user types to a cluster, a volume, a session.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use meta_client::{Cluster, MetaUrl, Session, SessionOptions, Token};
 
 use crate::cli::Access;
-use crate::commands::version;
+use crate::commands::{auth, version};
 use crate::failure::{Failure, Outcome};
 
 /// A cluster and how it was named.
@@ -49,10 +50,17 @@ impl Access {
         ))
     }
 
-    /// The cluster at a META-URL.
+    /// The cluster at a META-URL, or of a name that was saved with `heliofs auth`.
     pub(crate) fn connect(&self, url: &str) -> Outcome<Connected> {
+        let (url, token) = match auth::find(url)? {
+            Some(saved) if self.token_file.is_none() => {
+                (saved.meta, Token::from_file(&saved.token_file)?)
+            }
+            Some(saved) => (saved.meta, self.token()?),
+            None => (url.to_owned(), self.token()?),
+        };
         let url: MetaUrl = url.parse()?;
-        let cluster = Cluster::from_url(&url, self.token()?);
+        let cluster = Cluster::from_url(&url, token);
         Ok(Connected { url, cluster })
     }
 
@@ -85,14 +93,30 @@ impl Access {
 impl Target {
     /// A session for a command.
     pub(crate) async fn session(&self, read_only: bool) -> Outcome<Session> {
+        self.attach(self.options(read_only)).await
+    }
+
+    /// A session for a command whose questions take minutes to answer.
+    pub(crate) async fn patient_session(&self, read_only: bool) -> Outcome<Session> {
         let options = SessionOptions {
+            op_deadline: Duration::from_secs(300),
+            ..self.options(read_only)
+        };
+        self.attach(options).await
+    }
+
+    fn options(&self, read_only: bool) -> SessionOptions {
+        SessionOptions {
             volume: self.volume.clone(),
             host: host_name(),
             build: version::BUILD.to_owned(),
             read_only,
             short_lived: true,
             ..SessionOptions::default()
-        };
+        }
+    }
+
+    async fn attach(&self, options: SessionOptions) -> Outcome<Session> {
         Ok(Session::attach(self.cluster.clone(), options).await?)
     }
 }

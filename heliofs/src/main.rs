@@ -8,9 +8,11 @@
 //! - [`units`], [`output`], [`progress`]: sizes, times and tables as people write and read them
 
 mod background;
+mod buckets;
 mod cli;
 mod commands;
 mod connect;
+mod copying;
 mod failure;
 mod fstab;
 mod log;

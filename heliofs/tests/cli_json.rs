@@ -13,7 +13,7 @@ use support::cluster::{HELIOFS, run};
 use support::mount::is_mounted;
 use support::{Cluster, Process, wait_for};
 
-const COMMANDS: [&str; 18] = [
+const COMMANDS: [&str; 19] = [
     "up",
     "meta",
     "raft status",
@@ -31,6 +31,7 @@ const COMMANDS: [&str; 18] = [
     "config",
     "destroy",
     "rmr",
+    "sync",
     "changelog",
 ];
 

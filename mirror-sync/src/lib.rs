@@ -4,9 +4,11 @@
 //! - [`supervise`]: while this node leads, one follower per mirrored volume
 //! - [`follow`]: one volume: slot, load if needed, then entry after entry; [`bootstrap`]: the load; [`report`]: how far it is,
 //!   said to the source
+//! - [`copy`]: objects into the region's own bucket, in a mount or a worker
 //! - [`plan`]: frames of the changelog to proposals, pure; [`lag`]: how old what is applied is, pure
 
 pub mod bootstrap;
+pub mod copy;
 pub mod follow;
 pub mod lag;
 pub mod plan;

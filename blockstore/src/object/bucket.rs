@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use heliofs_proto::v1::StorageConfig;
@@ -19,26 +18,18 @@ use object_store::{
 };
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, SemaphorePermit};
-use tokio::time::Instant;
 
+use super::attempts::Patience;
 use super::backend::{self, Backend};
-use super::fault::{Fault, classify};
+use super::fault::{Fault, as_error, classify};
 use super::rate::RateLimit;
 use crate::metrics::Metrics;
 use crate::{Kind, StoreError, StoreOptions};
-
-/// A request may take this much longer per byte: a link of 1 MiB/s is slow, not dead.
-const ALLOWANCE_BYTES_PER_SECOND: u64 = 1 << 20;
 
 /// A request that is slow may be hedged this much later for its length.
 const HEDGE_BYTES_PER_SECOND: u64 = 4 << 20;
 /// One request of so many may be hedged.
 const HEDGE_EVERY: u64 = 10;
-
-/// First pause between attempts; doubled each time, with jitter.
-const BACKOFF_MIN: Duration = Duration::from_millis(50);
-/// Longest pause: a store that comes back is noticed within it.
-const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
 /// The objects below `<prefix>/<volume name>/` of a bucket.
 ///
@@ -48,8 +39,7 @@ pub struct Bucket {
     backend: Backend,
     prefix: Path,
     volume_name: String,
-    deadline: Duration,
-    attempt_timeout: Duration,
+    patience: Patience,
     uploads: Semaphore,
     downloads: Semaphore,
     upload_limit: Option<RateLimit>,
@@ -78,6 +68,22 @@ impl Bucket {
         options: &StoreOptions,
     ) -> Result<Self, StoreError> {
         let metrics = Arc::new(Metrics::new(volume_name, options.registry.as_ref()));
+        Self::over(
+            backend::open(config, options)?,
+            volume_name,
+            options,
+            metrics,
+        )
+    }
+
+    /// As [`Bucket::open`], of another region: counted apart from the volume's own.
+    pub fn open_second(
+        config: &StorageConfig,
+        volume_name: &str,
+        options: &StoreOptions,
+    ) -> Result<Self, StoreError> {
+        let counted_as = format!("{volume_name} (second bucket)");
+        let metrics = Arc::new(Metrics::new(&counted_as, options.registry.as_ref()));
         Self::over(
             backend::open(config, options)?,
             volume_name,
@@ -117,8 +123,7 @@ impl Bucket {
             backend,
             prefix,
             volume_name: volume_name.to_owned(),
-            deadline: options.deadline,
-            attempt_timeout: options.attempt_timeout,
+            patience: Patience::new(options),
             uploads: Semaphore::new(options.uploads_max.max(1)),
             downloads: Semaphore::new(options.downloads_max.max(1)),
             upload_limit: RateLimit::new(options.upload_bytes_per_second),
@@ -332,6 +337,13 @@ impl Bucket {
         self.fetch(name, None, 64 << 20).await
     }
 
+    /// A whole object of about `length` bytes, which say how long it may take.
+    ///
+    /// Errors: `NotFound`, `Denied`, `Unavailable`.
+    pub async fn get_about(&self, name: &str, length: u64) -> Result<Bytes, StoreError> {
+        self.fetch(name, None, length).await
+    }
+
     async fn fetch(
         &self,
         name: &str,
@@ -504,7 +516,7 @@ impl Bucket {
         key: &str,
         turns: &'a Semaphore,
     ) -> Result<SemaphorePermit<'a>, StoreError> {
-        let waiting = tokio::time::timeout(self.deadline, turns.acquire());
+        let waiting = tokio::time::timeout(self.patience.deadline, turns.acquire());
         match waiting.await {
             Ok(permit) => Ok(permit.expect("nobody closes this semaphore")),
             Err(_) => {
@@ -512,7 +524,7 @@ impl Bucket {
                 Err(StoreError::Unavailable {
                     operation,
                     key: key.to_owned(),
-                    waited: self.deadline,
+                    waited: self.patience.deadline,
                     attempts: 0,
                     detail: "others before it are waiting for the store".to_owned(),
                 })
@@ -520,69 +532,20 @@ impl Bucket {
         }
     }
 
-    /// Runs `attempt` until it succeeds, fails for good, or the deadline passes.
+    /// See [`Patience::attempts`].
     async fn attempts<T, F, Fut>(
         &self,
         operation: &'static str,
         key: &str,
         bytes: u64,
-        mut attempt: F,
+        attempt: F,
     ) -> Result<T, StoreError>
     where
         F: FnMut() -> Fut,
         Fut: Future<Output = Result<T, StoreError>>,
     {
-        let allowance = Duration::from_secs(bytes / ALLOWANCE_BYTES_PER_SECOND);
-        let begin = Instant::now();
-        let end = begin + self.deadline + allowance;
-        let mut pauses = ExponentialBuilder::default()
-            .with_min_delay(BACKOFF_MIN)
-            .with_max_delay(BACKOFF_MAX)
-            .with_jitter()
-            .without_max_times()
-            .build();
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let until = end.min(Instant::now() + self.attempt_timeout + allowance);
-            let detail = match tokio::time::timeout_at(until, attempt()).await {
-                Ok(Ok(value)) => return Ok(value),
-                Ok(Err(StoreError::Retry { detail, .. })) => detail,
-                Ok(Err(error)) => {
-                    // A missing or present object is an answer, not a failure.
-                    if !matches!(error.kind(), Kind::NotFound | Kind::AlreadyExists) {
-                        tracing::warn!(operation, key, %error, "the store refused");
-                        self.metrics.failures.inc();
-                    }
-                    return Err(error);
-                }
-                Err(_) => "no answer in time".to_owned(),
-            };
-            let pause = pauses.next().unwrap_or(BACKOFF_MAX);
-            if Instant::now() + pause >= end {
-                self.metrics.failures.inc();
-                tracing::warn!(operation, key, attempts, detail, "the store is unavailable");
-                return Err(StoreError::Unavailable {
-                    operation,
-                    key: key.to_owned(),
-                    waited: begin.elapsed(),
-                    attempts,
-                    detail,
-                });
-            }
-            self.metrics.retries.inc();
-            tracing::debug!(operation, key, attempts, detail, "trying again");
-            tokio::time::sleep(pause).await;
-        }
-    }
-}
-
-fn as_error(operation: &'static str, key: &str, error: object_store::Error) -> StoreError {
-    match classify(operation, key, error) {
-        Fault::Error(error) => error,
-        Fault::OutOfRange => StoreError::Invalid(format!("{operation} `{key}`: range is invalid")),
-        Fault::NoConditions => StoreError::Invalid(format!(
-            "{operation} `{key}`: the store does not implement it"
-        )),
+        self.patience
+            .attempts(&self.metrics, operation, key, bytes, attempt)
+            .await
     }
 }

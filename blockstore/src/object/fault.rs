@@ -77,6 +77,17 @@ pub(crate) fn classify(operation: &'static str, key: &str, error: Error) -> Faul
     })
 }
 
+/// `error` of an operation that neither reads a range nor puts under a condition.
+pub(crate) fn as_error(operation: &'static str, key: &str, error: Error) -> StoreError {
+    match classify(operation, key, error) {
+        Fault::Error(error) => error,
+        Fault::OutOfRange => StoreError::Invalid(format!("{operation} `{key}`: range is invalid")),
+        Fault::NoConditions => StoreError::Invalid(format!(
+            "{operation} `{key}`: the store does not implement it"
+        )),
+    }
+}
+
 /// The error with its causes, each once.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

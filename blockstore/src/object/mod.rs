@@ -4,14 +4,21 @@
 //! - [`s3`]: bucket URLs, and what only S3 has (create a bucket)
 //! - [`bucket`]: [`Bucket`], the operations on one volume's objects
 //! - [`marker`]: the object that says whose prefix this is
-//! - [`fault`]: what an error of `object_store` means
+//! - [`plain`]: [`PlainBucket`], objects under their own keys, whoever wrote them; [`listing`]: their names in order
+//! - [`fault`]: what an error of `object_store` means; [`attempts`]: when it is tried again; [`rate`]: limits
 
+mod attempts;
 pub mod backend;
 pub mod bucket;
 pub mod fault;
+mod listing;
 pub mod marker;
+pub mod plain;
 mod rate;
 pub mod s3;
 
 pub use backend::create_bucket;
 pub use bucket::Bucket;
+pub use listing::From;
+pub use plain::{PlainBucket, PlainObject};
+pub use rate::RateLimit;

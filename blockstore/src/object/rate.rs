@@ -10,7 +10,7 @@ const BURST: Duration = Duration::from_millis(500);
 
 /// Lets bytes pass at a rate, in the order of asking.
 #[derive(Debug)]
-pub(super) struct RateLimit {
+pub struct RateLimit {
     bytes_per_second: u64,
     paid: Mutex<Paid>,
 }
@@ -33,7 +33,7 @@ impl Paid {
 
 impl RateLimit {
     /// `None` for 0: no limit.
-    pub(super) fn new(bytes_per_second: u64) -> Option<Self> {
+    pub fn new(bytes_per_second: u64) -> Option<Self> {
         let until = Instant::now();
         (bytes_per_second > 0).then(|| Self {
             bytes_per_second,
@@ -42,14 +42,14 @@ impl RateLimit {
     }
 
     /// Charges bytes that were moved, when only the answer told how many they were.
-    pub(super) fn charge(&self, bytes: u64) {
+    pub fn charge(&self, bytes: u64) {
         self.paid
             .lock()
             .charge(bytes, self.bytes_per_second, Instant::now());
     }
 
     /// Charges `bytes` and waits until those before them are paid for.
-    pub(super) async fn admit(&self, bytes: u64) {
+    pub async fn admit(&self, bytes: u64) {
         let wait = {
             let mut paid = self.paid.lock();
             let now = Instant::now();

@@ -126,8 +126,7 @@ mod tests {
             segment: 7,
             frame: 4,
             frame_offset: 65000,
-            inline_bytes: Default::default(),
-            seq: 0,
+            ..v1::Extent::default()
         };
         let part = FrameRange::of_extent(&extent, 1100..9999).unwrap();
         assert_eq!((part.offset, part.length), (65100, 400));

@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 
 use super::flights::{Flight, Flights, Landing, Run};
 use super::scans::Scans;
+use super::second::Second;
 use super::stored::{Missed, Stored};
 use crate::cache::PageKey;
 use crate::cache::disks::Disks;
@@ -51,6 +52,8 @@ enum Head {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) bucket: Bucket,
+    /// Where objects are that the bucket lacks.
+    pub(super) second: Option<Second>,
     pub(super) volume: VolumeId,
     pub(super) memory: Option<MemoryTier>,
     pub(super) disk: Option<Arc<Disks>>,
@@ -69,6 +72,7 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new(
         bucket: Bucket,
+        second: Option<Second>,
         volume: VolumeId,
         encoder: FrameEncoder,
         mixed: bool,
@@ -98,6 +102,7 @@ impl Shared {
             mixed: AtomicBool::new(mixed || !encoder.is_plain()),
             encoder,
             bucket,
+            second,
             volume,
             runtime,
         })

@@ -6,6 +6,7 @@
 //! - `keep`: what goes into the caches
 //! - `local`: segments that lie on local disk
 //! - `scans`: how far a fetch reaches
+//! - `second`: another region's bucket, for what the own one lacks
 //! - `flights`: what is being fetched, so that nobody fetches it twice
 
 mod fetch;
@@ -14,6 +15,7 @@ mod keep;
 mod local;
 pub mod options;
 mod scans;
+mod second;
 mod stored;
 
 use std::sync::Arc;
@@ -25,7 +27,7 @@ use heliofs_proto::limits::FRAME_BYTES_MAX;
 use heliofs_proto::v1::StorageConfig;
 use object_store::PutPayload;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::metrics::Metrics;
 use crate::object::Bucket;
@@ -37,6 +39,8 @@ use crate::{
     EncodedSegment, FrameNumber, FrameRange, SegmentBuilder, StoreError, StoreOptions, VolumeKey,
 };
 use fetch::Shared;
+pub use second::CopyNews;
+use second::Second;
 
 /// Deletions of one [`SegmentStore::delete`] in flight.
 const DELETES_MAX: usize = 16;
@@ -60,7 +64,7 @@ impl SegmentStore {
     ///
     /// `volume` is the id that the segments were built under; on a mirror that is the source's.
     ///
-    /// Errors: `Invalid`, when the volume is encrypted and no passphrase is given too; `Denied` when the passphrase is wrong.
+    /// Errors: `Invalid`, when the volume is encrypted and neither passphrase nor RSA key is given too; `Denied` when they are wrong.
     /// Time: some 100 ms of this thread to open an encrypted volume's key.
     pub fn open(
         config: &StorageConfig,
@@ -73,11 +77,63 @@ impl SegmentStore {
         // "none" is what a volume says that had a codec once.
         Self::build_over(
             bucket,
+            None,
             volume,
             encoder,
             !config.compress.is_empty(),
             options,
         )
+    }
+
+    /// As [`SegmentStore::open`], with the bucket of another region, `second`, from which objects are read that `config`'s lacks.
+    /// What reads find out is to be received and acted upon; when the receiver is dropped, reads bring no more than they need.
+    pub fn open_with_second(
+        config: &StorageConfig,
+        second: &StorageConfig,
+        volume_name: &str,
+        volume: VolumeId,
+        options: StoreOptions,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<CopyNews>), StoreError> {
+        let encoder = encoder(config, &options)?;
+        let bucket = Bucket::open(config, volume_name, &options)?;
+        let second = Bucket::open_second(second, volume_name, &options)?;
+        let (second, news) = Second::new(second, config.segment_bytes);
+        let mixed = !config.compress.is_empty();
+        let store = Self::build_over(bucket, Some(second), volume, encoder, mixed, options)?;
+        Ok((store, news))
+    }
+
+    /// As [`SegmentStore::over`], with a second bucket, see [`SegmentStore::open_with_second`].
+    pub fn over_two(
+        bucket: Bucket,
+        second: Bucket,
+        segment_bytes: u64,
+        volume: VolumeId,
+        options: StoreOptions,
+    ) -> Result<(Arc<Self>, mpsc::Receiver<CopyNews>), StoreError> {
+        let (second, news) = Second::new(second, segment_bytes);
+        let encoder = FrameEncoder::default();
+        let store = Self::build_over(bucket, Some(second), volume, encoder, false, options)?;
+        Ok((store, news))
+    }
+
+    /// These segments are in the second bucket, and not in ours: reads need not look.
+    pub fn note_elsewhere(&self, segments: &[u64]) {
+        if let Some(second) = &self.shared.second {
+            second.note_elsewhere(segments);
+        }
+    }
+
+    /// The segment is in our bucket now.
+    pub fn note_here(&self, segment: SegmentId) {
+        if let Some(second) = &self.shared.second {
+            second.note_here(segment);
+        }
+    }
+
+    /// The second bucket, if there is one.
+    pub fn second_bucket(&self) -> Option<&Bucket> {
+        self.shared.second.as_ref().map(Second::bucket)
     }
 
     /// As [`SegmentStore::open`], over a bucket that is open already, and without a codec for what it writes.
@@ -96,11 +152,12 @@ impl SegmentStore {
         encoder: FrameEncoder,
         options: StoreOptions,
     ) -> Result<Arc<Self>, StoreError> {
-        Self::build_over(bucket, volume, encoder, false, options)
+        Self::build_over(bucket, None, volume, encoder, false, options)
     }
 
     fn build_over(
         bucket: Bucket,
+        second: Option<Second>,
         volume: VolumeId,
         encoder: FrameEncoder,
         mixed: bool,
@@ -116,6 +173,7 @@ impl SegmentStore {
             cache_uploads: options.cache_uploads,
             shared: Arc::new(Shared::new(
                 bucket,
+                second,
                 volume,
                 encoder,
                 mixed,
@@ -302,14 +360,12 @@ fn encoder(config: &StorageConfig, options: &StoreOptions) -> Result<FrameEncode
             config.compress
         ))
     })?;
-    let key = match (&config.encryption, &options.passphrase) {
+    let key = match (&config.encryption, &options.opener) {
         (None, _) => None,
-        (Some(encryption), Some(passphrase)) => {
-            Some(Arc::new(VolumeKey::open(encryption, passphrase)?))
-        }
+        (Some(encryption), Some(opener)) => Some(Arc::new(VolumeKey::open(encryption, opener)?)),
         (Some(_), None) => {
             return Err(StoreError::Invalid(
-                "the volume is encrypted, and no passphrase was given".to_owned(),
+                "the volume is encrypted, and no passphrase or key was given".to_owned(),
             ));
         }
     };

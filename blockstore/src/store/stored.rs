@@ -7,6 +7,7 @@ use bytes::Bytes;
 use heliofs_proto::ids::SegmentId;
 
 use super::fetch::Shared;
+use super::second::{CopyNews, Origin, Part};
 use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES, frame_extent_bytes};
 use crate::segment::object::{FrameEntry, decode_footer, decode_trailer};
 use crate::segment::page::{Page, PageFault, PageIdentity, take_page, take_pages};
@@ -100,7 +101,6 @@ impl Shared {
         frame: FrameNumber,
         wanted: Range<u32>,
     ) -> Vec<Stored> {
-        let name = segment.object_name();
         let metrics = self.bucket.metrics();
         metrics.misses.inc_by(wanted.len() as u64);
         let mut good: Vec<Option<Page>> = vec![None; wanted.len()];
@@ -112,14 +112,19 @@ impl Shared {
             // What would come along could not be kept, or is fetched by the readers of this frame.
             _ => own.clone(),
         };
-        for _ in 0..2 {
+        // Bad bytes of the own bucket, if there is another one to get good ones from.
+        let mut bad_copy = false;
+        for attempt in 0..self.attempts() {
             let or_error = |good: Vec<Option<Page>>, error: StoreError| {
                 good.into_iter()
                     .map(|page| page.ok_or_else(|| Missed::Failed(error.clone())))
                     .collect()
             };
-            let bytes = match self.bucket.get_range(&name, reach.clone()).await {
-                Ok(bytes) => bytes,
+            let (bytes, from) = match self
+                .part(segment, Part::Range(reach.clone()), attempt)
+                .await
+            {
+                Ok(got) => got,
                 Err(error) => return or_error(good, error),
             };
             if reach.end > own.end && (bytes.len() as u64) < reach.end - reach.start {
@@ -175,6 +180,12 @@ impl Shared {
                 self.keep_on_disk(segment, frame, pages, origin, &bytes, frame_bytes);
                 self.harvest(segment, frame, end, &bytes, wanted.start, frame_bytes);
             }
+            self.judge(
+                segment,
+                from,
+                faults.iter().any(Option::is_some),
+                &mut bad_copy,
+            );
             let done = |(at, page)| good[at as usize].is_some() || beyond(page);
             if (0u32..).zip(wanted.clone()).all(done) {
                 break;
@@ -200,6 +211,28 @@ impl Shared {
                 }
             })
             .collect()
+    }
+
+    /// How often bytes that fail verification are asked for.
+    fn attempts(&self) -> u32 {
+        match self.second {
+            Some(_) => 3,
+            None => 2,
+        }
+    }
+
+    /// Whether an answer verified says what the buckets hold.
+    fn judge(&self, segment: SegmentId, from: Origin, bad: bool, bad_copy: &mut bool) {
+        let Some(second) = &self.second else { return };
+        match (from, bad) {
+            (Origin::Own, true) => *bad_copy = true,
+            (Origin::Second, true) => second.forget(segment),
+            (Origin::Second, false) if *bad_copy => second.tell(CopyNews::Lost {
+                segment,
+                replace: true,
+            }),
+            _ => {}
+        }
     }
 
     /// The name that the pages of a frame carry according to its segment's footer; `None` when the footer lists no such frame.
@@ -229,14 +262,14 @@ impl Shared {
         segment: SegmentId,
         entry: &FrameEntry,
     ) -> Result<Bytes, StoreError> {
-        let name = segment.object_name();
         let from = entry.frame.start();
         let length = frame_extent_bytes(u64::from(entry.stored_bytes));
         let pages = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
         let origin = entry.identity(self.volume);
         let mut fault = None;
-        for _ in 0..2 {
-            let bytes = self.bucket.get_range(&name, from..from + length).await?;
+        for attempt in 0..self.attempts() {
+            let part = Part::Range(from..from + length);
+            let (bytes, _) = self.part(segment, part, attempt).await?;
             let mut rest = bytes.clone();
             match take_pages(&mut rest, &origin, 0, pages) {
                 Ok(_) if rest.is_empty() => return Ok(bytes),
@@ -258,14 +291,14 @@ impl Shared {
         &self,
         segment: SegmentId,
     ) -> Result<Vec<FrameEntry>, StoreError> {
-        let name = segment.object_name();
         let mut fault = None;
-        for _ in 0..2 {
-            let mut tail = self.bucket.get_tail(&name, FOOTER_GUESS_BYTES).await?;
+        for attempt in 0..self.attempts() {
+            let tail_of = |length| self.part(segment, Part::Tail(length), attempt);
+            let (mut tail, _) = tail_of(FOOTER_GUESS_BYTES).await?;
             let table = match decode_trailer(&tail) {
                 Ok(trailer) => {
                     if trailer.footer_bytes > tail.len() as u64 {
-                        tail = self.bucket.get_tail(&name, trailer.footer_bytes).await?;
+                        (tail, _) = tail_of(trailer.footer_bytes).await?;
                     }
                     decode_footer(&tail, self.volume, segment)
                 }

@@ -86,7 +86,10 @@ impl Fs {
             self.runtime.spawn(self.clone().run_recalls());
             self.runtime.spawn(self.clone().run_room());
         }
-        if self.options.delete_segments && !self.options.read_only {
+        // A mirror's mounts clean up its own bucket, from which nobody else deletes.
+        if self.options.delete_segments
+            && (!self.options.read_only || self.store.second_bucket().is_some())
+        {
             self.runtime.spawn(self.clone().run_deletions());
         }
         if let Some(options) = self.options.compaction.clone()

@@ -155,6 +155,7 @@ impl Fs {
             .get_extents(Ino(inode.ino), from, u64::MAX - from, PAGE_EXTENTS)
             .await?;
         let attr = page.attr.ok_or(Errno::IO)?;
+        self.store().note_elsewhere(&page.elsewhere);
         let mut state = inode.lock();
         state.learn(&attr, at, from..page.complete_to, &page.extents);
         Ok(())

@@ -26,6 +26,9 @@ use crate::{output, progress};
 /// Entries of a directory per question.
 const ENTRIES: u32 = 1024;
 
+/// How often one name may be replaced while it is being copied.
+const REPLACED_MAX: usize = 100;
+
 /// Entries copied at once.
 const AT_ONCE: usize = 32;
 
@@ -54,16 +57,9 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         return Err(Failure::usage("a source and a target must be named"));
     };
     let session = target.session(false).await?;
-    let cloner = Cloner {
-        session: &session,
-        linked: Mutex::default(),
-        bar: progress::bar("clone", 0, false, json),
-        copied: AtomicU64::new(0),
-        bytes: AtomicU64::new(0),
-    };
+    let cloner = Cloner::new(&session, Kind::Clone, json);
     let outcome = cloner.run(&from.inside, &to.inside).await;
-    cloner.bar.finish_and_clear();
-    let (copied, bytes) = (cloner.copied.into_inner(), cloner.bytes.into_inner());
+    let (copied, bytes) = cloner.copied();
     session.detach().await;
     outcome?;
     if json {
@@ -75,13 +71,36 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     ))
 }
 
-struct Cloner<'a> {
+/// What a copy is for.
+pub(super) enum Kind {
+    /// Somebody's own from then on.
+    Clone,
+    /// A snapshot; `source` is told by it.
+    Snapshot {
+        /// The path inside the volume.
+        source: String,
+    },
+}
+
+/// Copies trees within a volume.
+pub(super) struct Cloner<'a> {
     session: &'a Session,
+    kind: Kind,
     /// Copies of files with several names.
     linked: Mutex<HashMap<u64, u64>>,
     bar: ProgressBar,
     copied: AtomicU64,
     bytes: AtomicU64,
+}
+
+/// What became of one name.
+enum Copied {
+    /// Nothing is left to do for it.
+    Whole,
+    /// A directory, to be filled.
+    Directory(Pair),
+    /// It was removed or replaced meanwhile; nothing was made.
+    Gone,
 }
 
 /// A directory that is being filled.
@@ -91,16 +110,57 @@ struct Pair {
     target: u64,
 }
 
-fn caller(attr: &Attr) -> v1::Caller {
-    v1::Caller {
-        uid: attr.uid,
-        gid: attr.gid,
-        pid: std::process::id(),
+impl<'a> Cloner<'a> {
+    /// Copies for `kind`, through a session that may write.
+    pub(super) fn new(session: &'a Session, kind: Kind, json: bool) -> Self {
+        let what = match kind {
+            Kind::Clone => "clone",
+            Kind::Snapshot { .. } => "snapshot",
+        };
+        Self {
+            session,
+            kind,
+            linked: Mutex::default(),
+            bar: progress::bar(what, 0, false, json),
+            copied: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+        }
     }
-}
 
-impl Cloner<'_> {
-    async fn run(&self, from: &Path, to: &Path) -> Outcome {
+    /// Entries and bytes that were copied.
+    pub(super) fn copied(&self) -> (u64, u64) {
+        (
+            self.copied.load(Ordering::Relaxed),
+            self.bytes.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Whoever owns the original.
+    fn caller(&self, attr: &Attr) -> v1::Caller {
+        v1::Caller {
+            uid: attr.uid,
+            gid: attr.gid,
+            ..self.root()
+        }
+    }
+
+    fn root(&self) -> v1::Caller {
+        v1::Caller {
+            uid: 0,
+            gid: 0,
+            pid: std::process::id(),
+            snapshot: matches!(self.kind, Kind::Snapshot { .. }),
+        }
+    }
+
+    /// Copies what is at `from` as `to`; paths inside the volume.
+    pub(super) async fn run(&self, from: &Path, to: &Path) -> Outcome {
+        let outcome = self.copy(from, to).await;
+        self.bar.finish_and_clear();
+        outcome
+    }
+
+    async fn copy(&self, from: &Path, to: &Path) -> Outcome {
         let missing =
             |path: &Path| Failure::new(format!("/{}: no such file or directory", path.display()));
         let source = info::walk(self.session, from)
@@ -119,7 +179,11 @@ impl Cloner<'_> {
         }
         let hidden = Bytes::from(format!(".heliofs-clone-{}", units::random_hex()));
         let outcome = async {
-            self.one(&source, parent.ino, &hidden).await?;
+            let top = self.one(&source, parent.ino, &hidden).await?;
+            if let (Some(top), Kind::Snapshot { source }) = (top, &self.kind) {
+                self.change(self.root(), super::snapshot::mark(top, source))
+                    .await?;
+            }
             let rename = Op::Rename(v1::Rename {
                 parent: parent.ino,
                 name: hidden.clone(),
@@ -128,7 +192,7 @@ impl Cloner<'_> {
                 no_replace: true,
                 exchange: false,
             });
-            match self.change(v1::Caller::default(), rename).await {
+            match self.change(self.root(), rename).await {
                 Err(ClientError::Verdict(FsError::Exists)) => Err(exists()),
                 other => Ok(other.map(drop)?),
             }
@@ -139,7 +203,7 @@ impl Cloner<'_> {
                 parent: parent.ino,
                 name: hidden.clone(),
             });
-            match self.change(v1::Caller::default(), op).await {
+            match self.change(self.root(), op).await {
                 Ok(_) | Err(ClientError::Verdict(FsError::NotFound)) => {}
                 Err(error) => {
                     let hidden = String::from_utf8_lossy(&hidden);
@@ -154,10 +218,12 @@ impl Cloner<'_> {
         self.session.mutate(caller, op).await
     }
 
-    /// Copies one inode, and all below it, as `name` of `parent`.
-    async fn one(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome {
-        let Some(top) = self.entry(source, parent, name).await? else {
-            return Ok(());
+    /// Copies one inode, and all below it, as `name` of `parent`; the copy, if it is a directory.
+    async fn one(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Option<u64>> {
+        let top = match self.entry(source, parent, name).await? {
+            Copied::Directory(top) => top,
+            Copied::Whole => return Ok(None),
+            Copied::Gone => return Err(Failure::new("what was to be copied is gone")),
         };
         // Directories get their own times when nothing is added to them any more.
         let mut directories = vec![top];
@@ -176,7 +242,7 @@ impl Cloner<'_> {
                     // The hidden copy itself, if it lies in what is copied.
                     .filter(|entry| {
                         let own = pair.source.ino == parent && entry.name == *name;
-                        std::future::ready(!own)
+                        std::future::ready(!own && !self.left_out(pair.source.ino, &entry.name))
                     })
                     .map(|entry| async move {
                         let attr = match entry.attr {
@@ -189,7 +255,7 @@ impl Cloner<'_> {
                                 Err(error) => return Err(Failure::from(error)),
                             },
                         };
-                        self.entry(&attr, pair.target, &entry.name).await
+                        self.named(attr, pair, &entry.name).await
                     })
                     .buffered(AT_ONCE)
                     .try_collect()
@@ -204,11 +270,47 @@ impl Cloner<'_> {
         for pair in directories.iter().rev() {
             self.dress(&pair.source, pair.target).await?;
         }
-        Ok(())
+        Ok(Some(top.target))
     }
 
-    /// Copies one inode but not what is below it; a directory is returned to be filled. What is gone meanwhile is passed over.
-    async fn entry(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Option<Pair>> {
+    /// A snapshot of the root holds neither the others nor the trash.
+    fn left_out(&self, parent: u64, name: &[u8]) -> bool {
+        matches!(self.kind, Kind::Snapshot { .. })
+            && parent == Ino::ROOT.0
+            && [
+                super::snapshot::DIRECTORY.as_bytes(),
+                meta_core::trash::NAME,
+            ]
+            .contains(&name)
+    }
+
+    /// Copies what a name of a directory means, as [`Cloner::entry`] does: what has been put in its place since it was listed,
+    /// if it was replaced. What is gone is passed over.
+    async fn named(&self, mut attr: Attr, pair: Pair, name: &Bytes) -> Outcome<Option<Pair>> {
+        for _ in 0..REPLACED_MAX {
+            match self.entry(&attr, pair.target, name).await? {
+                Copied::Directory(pair) => return Ok(Some(pair)),
+                Copied::Whole => return Ok(None),
+                Copied::Gone => {}
+            }
+            match self
+                .session
+                .lookup(Ino(pair.source.ino), name.clone())
+                .await
+            {
+                Ok((now, _)) => attr = now,
+                Err(ClientError::Verdict(
+                    FsError::NotFound | FsError::Stale | FsError::NotDirectory,
+                )) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let name = String::from_utf8_lossy(name);
+        Err(Failure::new(format!("`{name}` is replaced all the time")))
+    }
+
+    /// Copies one inode but not what is below it.
+    async fn entry(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Copied> {
         let known = self.linked.lock().get(&source.ino).copied();
         if let Some(ino) = known {
             let link = Op::Link(v1::Link {
@@ -216,23 +318,44 @@ impl Cloner<'_> {
                 parent,
                 name: name.clone(),
             });
-            self.change(caller(source), link).await?;
+            self.change(self.caller(source), link).await?;
             self.count(0);
-            return Ok(None);
+            return Ok(Copied::Whole);
         }
         let kind = source.kind();
+        if kind == FileKind::File {
+            return self.file(source, parent, name).await;
+        }
         let symlink_target = match kind {
             FileKind::Symlink => match self.session.read_link(Ino(source.ino)).await {
                 Ok(target) => target,
-                Err(ClientError::Verdict(FsError::Stale)) => return Ok(None),
+                Err(ClientError::Verdict(FsError::Stale)) => return Ok(Copied::Gone),
                 Err(error) => return Err(error.into()),
             },
             _ => Bytes::new(),
         };
+        let target = self.create(source, parent, name, symlink_target).await?;
+        if kind == FileKind::Directory {
+            self.count(0);
+            return Ok(Copied::Directory(Pair {
+                source: *source,
+                target,
+            }));
+        }
+        self.finish(source, target, 0).await
+    }
+
+    async fn create(
+        &self,
+        source: &Attr,
+        parent: u64,
+        name: &Bytes,
+        symlink_target: Bytes,
+    ) -> Outcome<u64> {
         let create = Op::Create(v1::Create {
             parent,
             name: name.clone(),
-            kind: kind as i32,
+            kind: source.kind() as i32,
             // Closed to others until it is whole; its own mode comes at the end.
             mode: 0o700,
             umask: 0,
@@ -240,25 +363,17 @@ impl Cloner<'_> {
             symlink_target,
             exclusive: true,
         });
-        let made = self.change(caller(source), create).await?.attr;
-        let target = made.map(|attr| attr.ino).unwrap_or_default();
-        if kind == FileKind::Directory {
-            self.count(0);
-            return Ok(Some(Pair {
-                source: *source,
-                target,
-            }));
-        }
-        let mut size = 0;
-        if kind == FileKind::File {
-            size = self.share(source.ino, target).await?;
-        }
+        let made = self.change(self.caller(source), create).await?.attr;
+        Ok(made.map(|attr| attr.ino).unwrap_or_default())
+    }
+
+    async fn finish(&self, source: &Attr, target: u64, size: u64) -> Outcome<Copied> {
         self.dress(source, target).await?;
         if source.nlink > 1 {
             self.linked.lock().insert(source.ino, target);
         }
         self.count(size);
-        Ok(None)
+        Ok(Copied::Whole)
     }
 
     fn count(&self, bytes: u64) {
@@ -267,17 +382,22 @@ impl Cloner<'_> {
         self.bar.inc(1);
     }
 
-    /// Lets the target's content be the source's; its length.
-    async fn share(&self, source: u64, target: u64) -> Outcome<u64> {
-        // Opened, so that a mount that holds data of it back stores them first.
-        match self.session.open(Ino(source), 0, false).await {
-            Ok(_) => {}
-            Err(ClientError::Verdict(FsError::Stale)) => return Ok(0),
+    /// Copies a file. It is opened meanwhile, so that a mount that holds data of it back stores them first, and so that it lives
+    /// until it is copied.
+    async fn file(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Copied> {
+        let opened = match self.session.open(Ino(source.ino), 0, false).await {
+            Ok((opened, _)) => opened.attr.unwrap_or(*source),
+            Err(ClientError::Verdict(FsError::Stale)) => return Ok(Copied::Gone),
             Err(error) => return Err(error.into()),
-        }
-        let outcome = self.share_open(source, target).await;
-        self.session.release(Ino(source));
-        Ok(outcome?)
+        };
+        let copy = async {
+            let target = self.create(&opened, parent, name, Bytes::new()).await?;
+            let size = self.share_open(source.ino, target).await?;
+            self.finish(&opened, target, size).await
+        };
+        let outcome = copy.await;
+        self.session.release(Ino(source.ino));
+        outcome
     }
 
     async fn share_open(&self, source: u64, target: u64) -> Result<u64, ClientError> {
@@ -291,7 +411,7 @@ impl Cloner<'_> {
                 length: u64::MAX >> 2,
                 kill_suidgid: false,
             });
-            let copied = self.change(v1::Caller::default(), copy).await?.value;
+            let copied = self.change(self.root(), copy).await?.value;
             if copied == 0 {
                 return Ok(at);
             }
@@ -315,7 +435,7 @@ impl Cloner<'_> {
                     value,
                     ..v1::SetXattr::default()
                 });
-                self.change(v1::Caller::default(), set).await?;
+                self.change(self.root(), set).await?;
             }
         }
         let at = |nanos| {
@@ -330,7 +450,7 @@ impl Cloner<'_> {
             mtime: at(source.mtime),
             ..v1::SetAttr::default()
         });
-        self.change(v1::Caller::default(), set).await?;
+        self.change(self.root(), set).await?;
         Ok(())
     }
 }

@@ -47,18 +47,23 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     let volume = config::find(&target.cluster, &target.volume).await?;
     config::not_a_mirror(&volume)?;
     let storage = volume.storage.clone().unwrap_or_default();
-    segments::bucket(&storage, &volume.name).await?;
+    segments::bucket(&storage, config::prefix(&volume)).await?;
     let store_options = StoreOptions {
         deadline: Duration::from_secs(30),
         cache_uploads: false,
-        passphrase: match storage.encryption {
+        opener: match storage.encryption {
             Some(_) => Some(options.passphrase.required()?),
             None => None,
         },
         ..StoreOptions::default()
     };
     let session = target.session(false).await?;
-    let store = SegmentStore::open(&storage, &volume.name, session.volume_id(), store_options);
+    let store = SegmentStore::open(
+        &storage,
+        config::prefix(&volume),
+        session.volume_id(),
+        store_options,
+    );
     let outcome = match store {
         Ok(store) => {
             let compactor = Compactor {

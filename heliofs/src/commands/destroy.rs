@@ -53,9 +53,9 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     }
     // Metadata first: were it last, an interruption would leave files without data. What this order may leave behind are
     // objects that nobody refers to, and the marker that tells whose they were.
-    let bucket = Bucket::open(&storage, &volume.name, &StoreOptions::default());
+    let bucket = Bucket::open(&storage, config::prefix(&volume), &StoreOptions::default());
     target.cluster.destroy_volume(volume.id.into()).await?;
-    if volume.mirror.is_some() {
+    if volume.mirror.is_some() && volume.second.is_none() {
         // The objects are the source's.
         if json {
             return output::print_json(&json!({ "destroyed": volume.name, "objects_deleted": 0 }));
@@ -76,7 +76,7 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         ))
         .hint(format!(
             "delete what lies below `{}/` in the bucket",
-            volume.name
+            config::prefix(&volume)
         ))
     })?;
     if json {

@@ -140,7 +140,7 @@ async fn check(options: &Options, target: &Target, places: &[Place], json: bool)
     }
     let prefix = config::prefix(&volume);
     let bucket = segments::bucket(&storage, prefix).await?;
-    let session = target.session(!options.repair).await?;
+    let session = target.patient_session(!options.repair).await?;
     let check = Check {
         options,
         json,
@@ -232,18 +232,25 @@ impl Check<'_> {
 
     /// The records of the node that is asked, against each other.
     async fn records(&self, report: &mut Report) -> Outcome {
-        let ask = Ask::CheckRecords(v1::CheckRecords {});
-        let Answer::Records(checked) = self.session.maintain(ask).await? else {
-            return Err(Failure::new(
-                "the cluster gave another answer than was asked for",
-            ));
-        };
-        if checked.skipped && !self.json {
-            output::line(
-                "the records were not compared: the volume has too many to do so in memory",
-            )?;
+        let bar = progress::bar("records", 1, false, self.json);
+        let (mut part, mut parts) = (0, 0);
+        loop {
+            let ask = Ask::CheckRecords(v1::CheckRecords { part, parts });
+            let Answer::Records(checked) = self.session.maintain(ask).await? else {
+                return Err(Failure::new(
+                    "the cluster gave another answer than was asked for",
+                ));
+            };
+            report.problems.extend(checked.problems);
+            parts = checked.parts;
+            part += 1;
+            bar.set_length(parts.into());
+            bar.inc(1);
+            if part >= parts {
+                break;
+            }
         }
-        report.problems = checked.problems;
+        bar.finish_and_clear();
         Ok(())
     }
 
@@ -373,7 +380,7 @@ impl Check<'_> {
                 // As a mount of this volume names it. Nothing is added to it that was not asked for.
                 DiskCacheOptions::new(directory.join(&self.storage.uuid), u64::MAX)
             }),
-            passphrase: match self.storage.encryption {
+            opener: match self.storage.encryption {
                 Some(_) => Some(self.options.passphrase.required()?),
                 None => None,
             },

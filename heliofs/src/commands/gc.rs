@@ -57,9 +57,12 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         .access
         .target(&options.url, options.name.as_deref())?;
     let volume = config::find(&target.cluster, &target.volume).await?;
-    config::not_a_mirror(&volume)?;
+    if volume.second.is_none() {
+        // A mirror's own bucket is its own to clean up.
+        config::not_a_mirror(&volume)?;
+    }
     let storage = volume.storage.clone().unwrap_or_default();
-    let bucket = segments::bucket(&storage, &volume.name).await?;
+    let bucket = segments::bucket(&storage, config::prefix(&volume)).await?;
     let session = target.session(true).await?;
     let outcome = collect(&bucket, &storage, &session, options.delete, json).await;
     session.detach().await;

@@ -60,6 +60,9 @@ pub(crate) struct Options {
     /// A mount that was silent for this long has lost its session [default: 30s].
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     session_timeout: Option<Duration>,
+    /// How often all records are read again and compared with the digests; 0s: never [default: 10m].
+    #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
+    scrub_interval: Option<Duration>,
     /// For tests: stamps advance this much faster than time, so that horizons of hours are over in minutes.
     #[arg(long, hide = true, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     stamp_speed: Option<u32>,
@@ -118,6 +121,7 @@ impl Options {
             (self.election_min, &mut raft.election_min),
             (self.election_max, &mut raft.election_max),
             (self.session_timeout, &mut config.sessions.timeout),
+            (self.scrub_interval, &mut config.scrub_interval),
         ] {
             if let Some(value) = flag {
                 *setting = value;
@@ -235,6 +239,7 @@ mod tests {
             election_min: None,
             election_max: None,
             session_timeout: Some(Duration::from_secs(7)),
+            scrub_interval: None,
             stamp_speed: None,
             mirror: mirror::Options::default(),
         }

@@ -1,14 +1,18 @@
 //! `heliofs mirror …`: what a source keeps for its mirrors, and how a mirror is.
 //!
-//! - [`promote`]: the mirror becomes the volume
+//! - [`bucket`]: a mirror's own bucket; [`worker`]: fills it
+//! - [`promote`]: the mirror becomes the volume; [`rejoin`]: the old source becomes its mirror
 //! - [`slots`]: at the source; [`show`]: status at the mirror; [`token`]: waiting for what was written; [`verify`]: record by
 //!   record
 
+mod bucket;
 mod promote;
+mod rejoin;
 mod show;
 mod slots;
 mod token;
 mod verify;
+mod worker;
 
 use clap::{Args, Subcommand};
 
@@ -48,8 +52,14 @@ pub(crate) enum Command {
     Wait(token::Wait),
     /// Drops what a mirror has of a volume and loads it anew, at the mirror.
     Reload(At),
+    /// Gives a mirror a bucket of its own, into which objects are copied, at the mirror.
+    Bucket(bucket::Options),
+    /// Copies objects into a mirror's own bucket, beside its mounts; several share the work.
+    Worker(worker::Options),
     /// Makes a mirror the volume that is written to, under a new epoch; the source becomes read-only first.
     Promote(promote::Options),
+    /// Makes an old source a mirror of the one that was promoted, and exports what only it has.
+    Rejoin(rejoin::Options),
     /// Compares a mirror's records with the source's; exit code 2 when they differ.
     Verify(verify::Options),
 }
@@ -65,7 +75,10 @@ pub(crate) async fn run(command: Command, json: bool) -> Outcome {
         Command::Token(at) => token::print(at, json).await,
         Command::Wait(options) => token::wait(options, json).await,
         Command::Reload(at) => show::reload(at, json).await,
+        Command::Bucket(options) => bucket::run(options, json).await,
+        Command::Worker(options) => worker::run(options, json).await,
         Command::Promote(options) => promote::run(options, json).await,
+        Command::Rejoin(options) => rejoin::run(options, json).await,
         Command::Verify(options) => verify::run(options, json).await,
     }
 }

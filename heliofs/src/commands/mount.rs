@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::json;
 
 pub(crate) use self::options::{Serving, check_mount_point};
-use super::{runtime, service_threads};
+use super::{auth, runtime, service_threads};
 use crate::cli::Access;
 use crate::failure::{Failure, Outcome, While};
 use crate::log::{self, Role};
@@ -23,7 +23,7 @@ use crate::{background, output};
 pub(crate) struct Options {
     #[command(flatten)]
     access: Access,
-    /// META-URL NAME MOUNTPOINT, or helio://HOST[,HOST…]/NAME MOUNTPOINT.
+    /// META-URL NAME MOUNTPOINT, helio://HOST[,HOST…]/NAME MOUNTPOINT, or NAME MOUNTPOINT with what `heliofs auth` saved.
     #[arg(num_args = 2..=3, required = true, value_names = ["META-URL", "NAME", "MOUNTPOINT"])]
     places: Vec<String>,
     /// Returns once it is mounted, and serves in the background.
@@ -41,12 +41,23 @@ pub(crate) fn run(mut options: Options, json: bool, verbose: u8) -> Outcome {
     let mount_point = options.places.pop().expect("clap asks for two or three");
     let url = options.places.remove(0);
     let name = options.places.pop();
+    // The background process finds it for itself, so that no secret is in its arguments.
+    let typed = match auth::find(&url)? {
+        Some(saved) if name.is_none() => {
+            options.serving.buckets = options.serving.buckets.or(saved.buckets);
+            options.access.token_file.get_or_insert(saved.token_file);
+            Some(url.clone())
+        }
+        _ => None,
+    };
     // What is wrong here is said before anything runs.
     let target = options.access.target(&url, name.as_deref())?;
     let mount_point = check_mount_point(&mount_point)?;
     if options.background && !background::is_child() {
-        let arguments: Vec<OsString> = child_arguments(&options, &target, &mount_point, verbose);
-        let (pid, ready) = background::spawn(&arguments)?;
+        let arguments: Vec<OsString> =
+            child_arguments(&options, &target, typed.as_deref(), &mount_point, verbose);
+        let environment = options.serving.buckets.to_environment();
+        let (pid, ready) = background::spawn(&arguments, environment)?;
         if json {
             return output::print_json(&ready);
         }
@@ -88,6 +99,7 @@ fn absolute(path: PathBuf) -> Outcome<PathBuf> {
 fn child_arguments(
     options: &Options,
     target: &crate::connect::Target,
+    saved: Option<&str>,
     mount_point: &std::path::Path,
     verbose: u8,
 ) -> Vec<OsString> {
@@ -101,10 +113,8 @@ fn child_arguments(
         arguments.extend(["--log-file".into(), path(file).into()]);
     }
     arguments.extend(options.serving.to_arguments());
-    arguments.extend([
-        target.url.to_string().into(),
-        mount_point.as_os_str().to_owned(),
-    ]);
+    let place = saved.map_or_else(|| target.url.to_string(), str::to_owned);
+    arguments.extend([place.into(), mount_point.as_os_str().to_owned()]);
     arguments
 }
 

@@ -135,11 +135,13 @@ impl Cluster {
         Ok(call!(self, mirror_status, mutates = false, body)?.mirrors)
     }
 
-    /// Waits until a mirror has applied `position`; `false`: it had not when `within` was over. The position it has then.
+    /// Waits until a mirror has applied `position`, with `data` also until its bucket has every segment of it; `false`: it had
+    /// not when `within` was over. The position that was reached.
     pub async fn mirror_wait(
         &self,
         volume: &str,
         position: Position,
+        data: bool,
         within: Duration,
     ) -> Result<(bool, Position), ClusterError> {
         let until = Instant::now() + within;
@@ -149,14 +151,42 @@ impl Cluster {
                 volume: volume.to_owned(),
                 position: Some(position.into()),
                 wait_ms: left.min(WAIT).as_millis() as u32,
-                data: false,
+                data,
             };
             let answer = call!(self, mirror_wait, mutates = false, body)?;
             if answer.reached || left.is_zero() {
-                let applied = answer.applied.map(Position::from).unwrap_or_default();
-                return Ok((answer.reached, applied));
+                let reached = match data {
+                    true => answer.complete,
+                    false => answer.applied,
+                };
+                return Ok((
+                    answer.reached,
+                    reached.map(Position::from).unwrap_or_default(),
+                ));
             }
         }
+    }
+
+    /// Gives a mirror a bucket of its own, or changes how it is copied into it. Repeating it is safe.
+    pub async fn set_bucket(&self, ask: v1::SetBucketRequest) -> Result<(), ClusterError> {
+        call!(self, set_bucket, mutates = false, ask).map(drop)
+    }
+
+    /// Segments that a mirror's own bucket lacks, in order of their ids from `after` on; where to go on, or `None` at the end.
+    pub async fn list_missing(
+        &self,
+        volume: &str,
+        quarantined: bool,
+        after: u64,
+    ) -> Result<(Vec<v1::ListedMissing>, Option<u64>), ClusterError> {
+        let body = v1::ListMissingRequest {
+            volume: volume.to_owned(),
+            quarantined,
+            after,
+            segments_max: 0,
+        };
+        let answer = call!(self, list_missing, mutates = false, body)?;
+        Ok((answer.missing, (!answer.end).then_some(answer.after)))
     }
 
     /// Makes a mirror load a volume anew.

@@ -138,6 +138,8 @@ pub struct NodeConfig {
     pub cache: CacheSizes,
     /// Client sessions.
     pub sessions: SessionTimings,
+    /// How often all records are read and compared with the digests; zero: never.
+    pub scrub_interval: Duration,
 }
 
 impl NodeConfig {
@@ -154,6 +156,7 @@ impl NodeConfig {
             log: LogRetention::default(),
             cache: CacheSizes::default(),
             sessions: SessionTimings::default(),
+            scrub_interval: Duration::from_secs(600),
         }
     }
 }

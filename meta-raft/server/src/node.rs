@@ -242,6 +242,13 @@ impl Node {
             };
             tasks.spawn(departures.run(cancel.clone()));
         }
+        let damage = Damage::default();
+        tasks.spawn(crate::scrub::run(
+            state.clone(),
+            damage.clone(),
+            config.scrub_interval,
+            cancel.clone(),
+        ));
         let context = Arc::new(NodeContext {
             node_id: config.node_id,
             store_uuid: identity.store,
@@ -254,7 +261,7 @@ impl Node {
             leadership,
             raft: admin,
             observers,
-            damage: Damage::default(),
+            damage,
             mirrors: MirrorBoard::default(),
             token: token.clone(),
             cancel: cancel.clone(),

@@ -402,7 +402,7 @@ async fn a_kill_with_one_familys_buffer_flushed_leaves_what_the_log_leads_to() {
         let (replayed_position, replayed_sums) = state.digest(volume).unwrap();
         assert_eq!(replayed_position, position, "flushed up to {flushed:?}");
         assert!(replayed_sums == sums, "flushed up to {flushed:?}");
-        let (_, recomputed) = state.recompute(volume).unwrap();
+        let recomputed = state.scrub(volume, |_| true).unwrap().unwrap().sums;
         assert!(recomputed == sums, "the sums are not those of the records");
         assert_eq!(state.applied().0, sound.applied().0);
     }
@@ -410,4 +410,51 @@ async fn a_kill_with_one_familys_buffer_flushed_leaves_what_the_log_leads_to() {
         lost_and_found > 0,
         "no kill came between a flush and the next: this proves nothing"
     );
+}
+
+/// A record that changed at rest, without anybody's applying it, as a bit that flips below all checksums would.
+#[test]
+fn a_scrub_finds_one_record_that_rotted() {
+    let dir = TempDir::new().unwrap();
+    let volume = VolumeId(1);
+    let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
+    let all: Vec<Entry> = (0..200).map(filling).collect();
+    for entries in all.chunks(64) {
+        state.apply(entries).unwrap();
+    }
+    let sound = state.scrub(volume, |_| true).unwrap().unwrap();
+    assert!(sound.differing.is_empty() && sound.records > 200);
+    assert_eq!(sound.position, state.digest(volume).unwrap().0);
+    state.flush().unwrap();
+    drop(state);
+
+    let current = std::fs::read_dir(dir.path()).unwrap();
+    let current = current.map(|entry| entry.unwrap().path());
+    let path = current
+        .filter(|path| path.is_dir())
+        .find(|path| {
+            path.file_name()
+                .unwrap()
+                .to_string_lossy()
+                .starts_with("state-")
+        })
+        .unwrap();
+    let options = rocksdb::Options::default();
+    let families = ["replicated", "local", "default"];
+    let db = rocksdb::DB::open_cf(&options, path, families).unwrap();
+    let replicated = db.cf_handle("replicated").unwrap();
+    let (from, _) = meta_core::keys::tag_range(volume, meta_core::keys::Tag::Inode);
+    let mode = rocksdb::IteratorMode::From(&from, rocksdb::Direction::Forward);
+    let (key, value) = db.iterator_cf(replicated, mode).nth(50).unwrap().unwrap();
+    let mut rotten = value.to_vec();
+    *rotten.last_mut().unwrap() ^= 1;
+    db.put_cf(replicated, &key, rotten).unwrap();
+    db.flush_cf(replicated).unwrap();
+    drop(db);
+
+    let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
+    let found = state.scrub(volume, |_| true).unwrap().unwrap();
+    assert_eq!(found.differing, [meta_core::digest::bucket(&key)]);
+    state.note_divergence(volume, found.position);
+    assert_eq!(state.diverged(volume), Some(found.position));
 }

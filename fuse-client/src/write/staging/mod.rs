@@ -103,13 +103,13 @@ pub struct Staging {
     refuses: AtomicBool,
 }
 
-/// A folder that was taken, and the records in it.
-pub type Taken = (Arc<Staging>, Vec<PathBuf>);
+/// A folder that was taken, and the records that were in it.
+pub type Opened = (Arc<Staging>, Vec<PathBuf>);
 
 impl Staging {
     /// Takes the folder, and lists the records that are in it, in the order in which they were staged. `None` when it is not to
     /// be used actively and is missing, empty or in use.
-    pub fn open(options: StagingOptions) -> Result<Option<Taken>, StagingError> {
+    pub fn open(options: StagingOptions) -> Result<Option<Opened>, StagingError> {
         let directory = options.directory.clone();
         let failed = |error: io::Error| StagingError::Io {
             directory: directory.clone(),

@@ -23,6 +23,7 @@ pub(super) struct FileSettings {
     pub(super) token_file: Option<PathBuf>,
     /// `read-index` or `leader-lease`
     reads: Option<String>,
+    scrub_interval: Option<Time>,
     raft: Raft,
     sessions: Sessions,
     log: Log,
@@ -114,6 +115,7 @@ impl FileSettings {
         let size = |size: Option<Size>| size.map(|size| size.0);
         let small =
             |bytes: Option<Size>| bytes.map(|bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX));
+        set(&mut config.scrub_interval, time(self.scrub_interval));
         set(&mut config.raft.heartbeat, time(self.raft.heartbeat));
         set(&mut config.raft.election_min, time(self.raft.election_min));
         set(&mut config.raft.election_max, time(self.raft.election_max));

@@ -53,7 +53,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let status = target.cluster.mirror_status(Some(&target.volume)).await?;
     let status = status
         .into_iter()
-        .next()
+        .find(|status| status.mirror.is_some())
         .ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))?;
     let mirror = status.mirror.clone().unwrap_or_default();
     let access = Access {
@@ -99,7 +99,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         })?;
         let waited = target
             .cluster
-            .mirror_wait(&target.volume, at, options.timeout);
+            .mirror_wait(&target.volume, at, false, options.timeout);
         let (reached, applied) = waited.await?;
         if !reached {
             return Err(Failure::new(format!(
@@ -116,6 +116,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         seq: first.seq - 1,
     };
     let seconds = begun.elapsed().as_secs_f64();
+    let pending = status.copies.clone().unwrap_or_default();
     if json {
         return output::print_json(&json!({
             "volume": target.volume,
@@ -123,6 +124,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             "first_position": first.to_string(),
             "lost_entries_known": lost,
             "lag_ms": if options.force { status.lag_ms } else { 0 },
+            "objects_at_source_only": pending.pending_segments + pending.quarantined_segments,
             "seconds": seconds,
         }));
     }
@@ -136,6 +138,13 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
              last seen",
             status.contact_ms as f64 / 1000.0
         ))?;
+        if pending.pending_segments + pending.quarantined_segments > 0 {
+            output::line(format_args!(
+                "{} objects are in the source's bucket only: files that need them can be read while that bucket can; \
+                 `heliofs mirror status --missing` lists them",
+                pending.pending_segments + pending.quarantined_segments
+            ))?;
+        }
     }
     Ok(())
 }

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use clap::Args;
-use heliofs_proto::v1::{MirrorState, MirrorStatus};
+use heliofs_proto::v1::{CopyState, MirrorState, MirrorStatus};
 use serde_json::json;
 
 use super::At;
 use super::slots::show_position;
 use crate::failure::Outcome;
 use crate::output;
-use crate::units::show_millis;
+use crate::units::{show_millis, show_size};
 
 /// How often `--watch` looks.
 const EVERY: Duration = Duration::from_secs(1);
@@ -23,6 +23,9 @@ pub(crate) struct Options {
     /// Goes on, once a second.
     #[arg(short, long)]
     watch: bool,
+    /// Lists what the mirror's own bucket lacks of a volume.
+    #[arg(long, conflicts_with = "watch")]
+    missing: bool,
 }
 
 pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
@@ -31,7 +34,7 @@ pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
         MirrorState::Loading => "loading",
         MirrorState::Following => "following",
         MirrorState::Stopped => "stopped",
-        MirrorState::Unspecified => "unknown",
+        MirrorState::Unspecified => "promoted",
     };
     json!({
         "volume": status.name,
@@ -53,10 +56,98 @@ pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
         "loaded_records": status.loaded_records,
         "digests_agreed": status.digests_agreed,
         "loads": mirror.load,
+        "bucket": status.copies.as_ref().map(copies_json),
+        "copies_leased": status.copies_leased,
+        "copiers": status.copiers,
     })
 }
 
+fn copies_json(copies: &CopyState) -> serde_json::Value {
+    json!({
+        "walking": copies.walk != 0,
+        "pending_segments": copies.pending_segments,
+        "pending_bytes": copies.pending_bytes,
+        "quarantined_segments": copies.quarantined_segments,
+        "copied_segments": copies.copied_segments,
+        "copied_bytes": copies.copied_bytes,
+        "pulled_bytes": copies.pulled_bytes,
+        "lost_segments": copies.lost_segments,
+    })
+}
+
+/// One line about the own bucket.
+fn show_copies(status: &MirrorStatus) -> String {
+    let Some(copies) = &status.copies else {
+        return "shared".to_owned();
+    };
+    let mut parts = Vec::new();
+    if copies.walk != 0 {
+        parts.push("looking".to_owned());
+    }
+    if copies.pending_segments > 0 {
+        parts.push(format!(
+            "{} to copy ({}), {} under way",
+            copies.pending_segments,
+            show_size(copies.pending_bytes),
+            status.copies_leased
+        ));
+    }
+    if copies.quarantined_segments > 0 {
+        parts.push(format!("{} can't be had", copies.quarantined_segments));
+    }
+    match parts.is_empty() {
+        true => "has all".to_owned(),
+        false => parts.join(", "),
+    }
+}
+
+/// What the bucket lacks, one line each.
+async fn missing(at: At, json: bool) -> Outcome {
+    let target = at.access.target(&at.url, at.name.as_deref())?;
+    let mut after = 0;
+    let mut all = Vec::new();
+    loop {
+        let (missing, next) = target
+            .cluster
+            .list_missing(&target.volume, false, after)
+            .await?;
+        for listed in missing {
+            let what = listed.missing.unwrap_or_default();
+            if json {
+                all.push(json!({
+                    "segment": listed.segment,
+                    "length": what.length,
+                    "since": show_position(what.since),
+                    "quarantine": (!what.quarantine.is_empty()).then_some(what.quarantine),
+                }));
+                continue;
+            }
+            let why = match what.quarantine.as_str() {
+                "" => "to be copied",
+                why => why,
+            };
+            output::line(format_args!(
+                "{:016x}  {:>10}  since {}  {why}",
+                listed.segment,
+                show_size(what.length),
+                show_position(what.since)
+            ))?;
+        }
+        match next {
+            Some(next) => after = next,
+            None => break,
+        }
+    }
+    match json {
+        true => output::print_json(&all.into()),
+        false => Ok(()),
+    }
+}
+
 pub(super) async fn run(options: Options, json: bool) -> Outcome {
+    if options.missing {
+        return missing(options.at, json).await;
+    }
     let connected = options.at.access.connect(&options.at.url)?;
     let volume = options.at.name.or(connected.url.volume);
     loop {
@@ -80,7 +171,8 @@ fn print(mirrors: &[MirrorStatus]) -> Outcome {
         return output::line("this cluster mirrors nothing: see `heliofs meta --mirror-of`");
     }
     let mut table = output::table([
-        "volume", "doing", "applied", "behind", "lag", "heard", "from", "detail",
+        "volume", "doing", "applied", "behind", "lag", "complete", "bucket", "heard", "from",
+        "detail",
     ]);
     for status in mirrors {
         let mirror = status.mirror.clone().unwrap_or_default();
@@ -90,6 +182,8 @@ fn print(mirrors: &[MirrorStatus]) -> Outcome {
             show_position(status.applied),
             status.lag_entries.to_string(),
             show_millis(status.lag_ms),
+            show_position(status.complete),
+            show_copies(status),
             format!("{} ago", show_millis(status.contact_ms)),
             format!("{}/{}", mirror.source, mirror.volume),
             status.detail.clone(),

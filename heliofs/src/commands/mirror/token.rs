@@ -23,6 +23,9 @@ pub(crate) struct Wait {
     /// Gives up after this long, with exit code 1.
     #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
     timeout: Duration,
+    /// Waits for the data as well: until the mirror's own bucket has every object that is referenced there.
+    #[arg(long)]
+    data: bool,
 }
 
 fn parse(token: &str) -> Outcome<Position> {
@@ -48,13 +51,18 @@ pub(super) async fn wait(mut options: Wait, json: bool) -> Outcome {
     let name = options.places.first().map(String::as_str);
     let target = options.access.target(&url, name)?;
     let begun = std::time::Instant::now();
-    let waited = target
-        .cluster
-        .mirror_wait(&target.volume, position, options.timeout);
-    let (reached, applied) = waited.await?;
+    let waited =
+        target
+            .cluster
+            .mirror_wait(&target.volume, position, options.data, options.timeout);
+    let (reached, at) = waited.await?;
+    let what = match options.data {
+        true => "complete",
+        false => "applied",
+    };
     if !reached {
         return Err(Failure::new(format!(
-            "{} has not reached {position} within {:?}: it is at {applied}",
+            "{} has not reached {position} within {:?}: {what} is {at}",
             target.volume, options.timeout
         ))
         .hint("`heliofs mirror status` shows what it does"));
@@ -62,10 +70,10 @@ pub(super) async fn wait(mut options: Wait, json: bool) -> Outcome {
     let millis = begun.elapsed().as_millis() as u64;
     if json {
         return output::print_json(
-            &json!({ "volume": target.volume, "applied": applied.to_string(), "waited_ms": millis }),
+            &json!({ "volume": target.volume, what: at.to_string(), "waited_ms": millis }),
         );
     }
-    output::line(format_args!("{} is at {applied}", target.volume))
+    output::line(format_args!("{} is {what} up to {at}", target.volume))
 }
 
 #[cfg(test)]

@@ -14,9 +14,11 @@ use fuse_client::{
 use meta_client::{Cluster, Session, SessionOptions};
 use tokio_util::sync::CancellationToken;
 
+use crate::buckets::BucketAccess;
 use crate::cli::Access;
 use crate::commands::version;
 use crate::connect::host_name;
+use crate::copying::{self, CopyMetrics};
 use crate::failure::{Failure, Outcome, While};
 use crate::mounts::MountNote;
 use crate::passphrase::PassphraseSource;
@@ -32,6 +34,15 @@ pub(crate) enum Atime {
     Relatime,
     /// Always.
     Strictatime,
+}
+
+/// What a mount of a mirror shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum MirrorRead {
+    /// What is applied.
+    Latest,
+    /// What the region's own bucket has all of.
+    Complete,
 }
 
 /// Settings of a mount.
@@ -96,6 +107,12 @@ pub(crate) struct Serving {
     /// Time between two looks for sparse objects to compact.
     #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
     pub(crate) compact_interval: Duration,
+    /// Of a mirror with a bucket of its own: shows the latest state, of which objects may have to come from the source's bucket, or
+    /// the latest of which its own bucket has all.
+    #[arg(long, value_enum, default_value = "latest", value_name = "STATE")]
+    pub(crate) mirror_read: MirrorRead,
+    #[command(flatten)]
+    pub(crate) buckets: BucketAccess,
     #[command(flatten)]
     pub(crate) passphrase: PassphraseSource,
     /// Serves /metrics and /ready here.
@@ -181,12 +198,13 @@ impl Serving {
                     self.free_space_ratio = parse_ratio(needed()?).map_err(wrong)?;
                 }
                 "passphrase-file" => self.passphrase.passphrase_file = Some(needed()?.into()),
+                "encrypt-key" => self.passphrase.encrypt_key = Some(needed()?.into()),
                 "token-file" => access.token_file = Some(needed()?.into()),
                 name if IGNORED.contains(&name) || name.starts_with("x-") => {}
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, flush-age=, writeback, upload-delay=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, token-file=",
+                         io-timeout=, close-sync, flush-age=, writeback, upload-delay=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
                     ));
                 }
             }
@@ -226,6 +244,9 @@ impl Serving {
             self.metrics.map(|address| address.to_string().into()),
         );
         arguments.extend(self.passphrase.to_arguments());
+        let mirror_read = self.mirror_read.to_possible_value();
+        let mirror_read = mirror_read.expect("no variant is skipped");
+        arguments.extend(["--mirror-read".into(), mirror_read.get_name().into()]);
         for (name, value) in [
             ("--upload-limit", self.upload_limit.to_string()),
             ("--download-limit", self.download_limit.to_string()),
@@ -352,6 +373,7 @@ impl Serving {
                 read_only: self.read_only,
                 watcher: Some(coherence.clone()),
                 takes_leases: !self.read_only && (!self.close_sync || self.writeback),
+                complete: self.mirror_read == MirrorRead::Complete,
                 ..SessionOptions::default()
             },
         )
@@ -373,8 +395,10 @@ impl Serving {
         note: &MountNote,
         registry: prometheus::Registry,
     ) -> Outcome<Mounted> {
-        let storage = session.storage();
         let welcome = session.welcome();
+        let (storage, second) = self
+            .buckets
+            .apply(session.storage(), welcome.second.clone())?;
         // The server refuses changes of a mirror; the kernel says so at once.
         let read_only = self.read_only || welcome.mirror;
         let prefix = welcome.prefix.as_str();
@@ -397,7 +421,7 @@ impl Serving {
             upload_bytes_per_second: self.upload_limit,
             download_bytes_per_second: self.download_limit,
             hedge_after: Some(HEDGE_AFTER),
-            passphrase: match storage.encryption {
+            opener: match storage.encryption {
                 Some(_) => Some(self.passphrase.required()?),
                 None => None,
             },
@@ -421,7 +445,28 @@ impl Serving {
                 .hint("was the bucket restored or copied from elsewhere? `heliofs config` shows where it should be"),
             other => other.into(),
         })?;
-        let store = SegmentStore::open(&storage, prefix, session.volume_id(), store_options)?;
+        if let Some(second) = &second {
+            let bucket = blockstore::Bucket::open(second, prefix, &quick)?;
+            copying::check_second(&bucket, &second.uuid).await?;
+        }
+        let id = session.volume_id();
+        let copies = match &second {
+            Some(second) if !self.no_bgjob => {
+                Some(copying::open(&storage, second, prefix, &store_options)?)
+            }
+            _ => None,
+        };
+        let (store, news) = match &second {
+            None => (
+                SegmentStore::open(&storage, prefix, id, store_options)?,
+                None,
+            ),
+            Some(second) => {
+                let (store, news) =
+                    SegmentStore::open_with_second(&storage, second, prefix, id, store_options)?;
+                (store, Some(news))
+            }
+        };
         let options = MountOptions {
             volume: volume.to_owned(),
             fs: FsOptions {
@@ -455,7 +500,7 @@ impl Serving {
             &runtime,
             session.clone(),
             coherence,
-            store,
+            store.clone(),
             &note.mount_point,
             options,
         )
@@ -466,6 +511,10 @@ impl Serving {
                 note.mount_point.display()
             ))
         })?;
+        if let (Some(buckets), Some(news)) = (copies, news) {
+            let metrics = CopyMetrics::new(&registry, volume);
+            copying::start(buckets, mounted.fs().clone(), store, news, metrics);
+        }
         if let Some(listen) = self.metrics {
             let exposed = Exposed {
                 metrics: Box::new(move || serve_metrics::encode(&registry)),
@@ -561,6 +610,8 @@ mod tests {
             free_space_ratio: 0.1,
             no_bgjob: false,
             compact_interval: Duration::from_secs(60),
+            mirror_read: MirrorRead::Latest,
+            buckets: BucketAccess::default(),
             passphrase: PassphraseSource::default(),
             metrics: None,
         }

@@ -172,8 +172,12 @@ impl Session {
                 let response = settle(self.shared().wait(answer).await?)?;
                 let (page, position) = expect_body!(response, Extents, "get_extents")?;
                 let attr = page.attr;
-                let extents = Some(page);
-                (v1::Opened { attr, extents }, position)
+                let opened = v1::Opened {
+                    attr,
+                    extents: Some(page),
+                    quota_room: None,
+                };
+                (opened, position)
             }
         };
         guard.keep();
@@ -275,8 +279,8 @@ impl Session {
     }
 
     /// Usage and limits of the volume.
-    pub async fn stat_fs(&self) -> Result<v1::StatFsReply, ClientError> {
-        let body = Body::StatFs(v1::StatFs {});
+    pub async fn stat_fs(&self, ino: Ino) -> Result<v1::StatFsReply, ClientError> {
+        let body = Body::StatFs(v1::StatFs { ino: ino.0 });
         Ok(expect_body!(self.read(body).await?, StatFs, "stat_fs")?.0)
     }
 
@@ -407,6 +411,27 @@ impl Session {
         let (deletions, _) = expect_body!(self.read(body).await?, Deletions, "take_deletions")?;
         let segments = deletions.segments.into_iter().map(SegmentId).collect();
         Ok((segments, deletions.waiting))
+    }
+}
+
+impl Session {
+    /// Reports what became of copy tasks, and leases up to `segments_max` more, the `wanted` ones first. For volumes whose
+    /// welcome names a second bucket.
+    ///
+    /// Errors: `Verdict(NOT_SUPPORTED)` for a volume with one bucket. A report that failed may be sent again.
+    pub async fn take_copies(
+        &self,
+        report: v1::CopyReport,
+        segments_max: u32,
+        wanted: &[SegmentId],
+    ) -> Result<v1::Copies, ClientError> {
+        let body = Body::TakeCopies(v1::TakeCopies {
+            report: Some(report),
+            segments_max,
+            wanted: wanted.iter().map(|id| id.0).collect(),
+        });
+        let (copies, _) = expect_body!(self.read(body).await?, Copies, "take_copies")?;
+        Ok(copies)
     }
 }
 

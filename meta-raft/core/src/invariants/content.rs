@@ -2,49 +2,71 @@
 
 use std::collections::BTreeMap;
 
-use heliofs_proto::ids::{Ino, SegmentId};
+use heliofs_proto::ids::{Ino, SegmentId, VolumeId};
 use heliofs_proto::limits::{FILE_BYTES_MAX, SEGMENTS_PER_BLOCK};
 use heliofs_proto::v1::FileKind;
 
-use super::{Found, Records};
+use super::{Found, Records, decode, each_of, number};
+use crate::change::Corruption;
+use crate::keys::Tag;
 use crate::records::{ExtentData, ExtentRecord};
+use crate::view::View;
 
-pub(super) fn check(records: &Records, found: &mut Found) {
+pub(super) fn check(
+    view: &impl View,
+    volume: VolumeId,
+    records: &Records,
+    found: &mut Found,
+) -> Result<(), Corruption> {
+    let part = records.part;
+    let mut bytes = 0;
     let mut allocated: BTreeMap<Ino, u64> = BTreeMap::new();
     let mut live: BTreeMap<SegmentId, u64> = BTreeMap::new();
     // Where the last live extent of the file at hand ends.
     let mut end = (Ino(0), 0);
-    for ((ino, offset), extent) in &records.extents {
-        *allocated.entry(*ino).or_default() += extent.length;
-        if let ExtentData::Segment { segment, .. } = extent.data {
+    each_of(view, volume, Tag::Extent, |key, value| {
+        let (ino, offset) = (Ino(number(key, 0)?), number(key, 1)?);
+        let extent: ExtentRecord = decode(key, value)?;
+        bytes += extent.length;
+        if let ExtentData::Segment { segment, .. } = extent.data
+            && part.has(segment.0)
+        {
             *live.entry(segment).or_default() += extent.length;
         }
-        let inode = records.inodes.get(ino);
+        if !part.has_ino(ino) {
+            return Ok(());
+        }
+        *allocated.entry(ino).or_default() += extent.length;
+        let inode = records.inodes.get(&ino);
         found.expect(
             inode.is_some_and(|inode| inode.kind == FileKind::File),
             || format!("extent {ino}/{offset} belongs to no file"),
         );
         found.expect(
-            extent.length > 0 && offset + extent.length <= FILE_BYTES_MAX,
+            extent.length > 0
+                && offset
+                    .checked_add(extent.length)
+                    .is_some_and(|end| end <= FILE_BYTES_MAX),
             || format!("extent {ino}/{offset} has length {}", extent.length),
         );
-        if is_dead(records, *ino, *offset, extent) {
-            continue;
+        if is_dead(records, ino, offset, &extent) {
+            return Ok(());
         }
-        found.expect(end.0 != *ino || end.1 <= *offset, || {
+        found.expect(end.0 != ino || end.1 <= offset, || {
             format!(
                 "extent {ino}/{offset} overlaps the one before, which ends at {}",
                 end.1
             )
         });
-        end = (*ino, offset + extent.length);
+        end = (ino, offset.saturating_add(extent.length));
         found.expect(inode.is_none_or(|inode| end.1 <= inode.size), || {
             format!(
                 "extent {ino}/{offset} ends at {}, behind the end of its file",
                 end.1
             )
         });
-    }
+        Ok(())
+    })?;
     for (ino, inode) in &records.inodes {
         let sum = allocated.get(ino).copied().unwrap_or(0);
         found.expect(inode.allocated == sum, || {
@@ -94,11 +116,11 @@ pub(super) fn check(records: &Records, found: &mut Found) {
             format!("extents name segment {id}, which has no record")
         });
     }
-    let bytes: u64 = allocated.values().sum();
     let used = records.counters.used_bytes;
-    found.expect(used == bytes, || {
+    found.expect(!part.is_first() || used == bytes, || {
         format!("{used} bytes count as used, extents have {bytes}")
     });
+    Ok(())
 }
 
 fn is_dead(records: &Records, ino: Ino, offset: u64, extent: &ExtentRecord) -> bool {

@@ -2,10 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use heliofs_proto::ids::Ino;
+use heliofs_proto::ids::{Ino, VolumeId};
+use heliofs_proto::v1::FileKind;
 
-use super::{Found, Records};
+use super::{Found, Records, decode, each_of, get, number};
+use crate::change::Corruption;
+use crate::keys::{self, Tag};
 use crate::ops::dir::{COOKIE_FIRST, check_name};
+use crate::records::{CookieRecord, InodeRecord, NameRecord};
+use crate::view::View;
 
 /// What the entries say about an inode.
 #[derive(Default)]
@@ -18,29 +23,46 @@ struct Seen {
     parent: Option<Ino>,
 }
 
-pub(super) fn check(records: &Records, found: &mut Found) {
+pub(super) fn check(
+    view: &impl View,
+    volume: VolumeId,
+    records: &Records,
+    found: &mut Found,
+) -> Result<(), Corruption> {
+    let part = records.part;
     let mut seen: BTreeMap<Ino, Seen> = BTreeMap::new();
-    for ((parent, name), entry) in &records.names {
-        let at = || format!("entry {parent}/{:?}", String::from_utf8_lossy(name));
-        found.expect(check_name(name).is_ok(), || {
+    each_of(view, volume, Tag::Name, |key, value| {
+        let (parent, name) = (Ino(number(key, 0)?), keys::name_of(key));
+        let entry: NameRecord = decode(key, value)?;
+        let at = || format!("entry {parent}/{:?}", String::from_utf8_lossy(&name));
+        let is_directory = entry.kind == FileKind::Directory;
+        if part.has_ino(entry.ino) {
+            let inode = records.inodes.get(&entry.ino);
+            found.expect(inode.is_some_and(|inode| inode.kind == entry.kind), || {
+                format!(
+                    "{} names {}, which does not exist or is of another kind",
+                    at(),
+                    entry.ino
+                )
+            });
+            let child = seen.entry(entry.ino).or_default();
+            child.names += 1;
+            child.parent = Some(parent);
+        }
+        if !part.has_ino(parent) {
+            return Ok(());
+        }
+        found.expect(check_name(&name).is_ok(), || {
             format!("{} has no valid name", at())
         });
-        let twin = records.cookies.get(&(*parent, entry.cookie));
+        let twin: Option<CookieRecord> = get(view, &keys::cookie(volume, parent, entry.cookie))?;
         let agrees = twin.is_some_and(|twin| {
-            twin.name == *name && twin.ino == entry.ino && twin.kind == entry.kind
+            twin.name == name && twin.ino == entry.ino && twin.kind == entry.kind
         });
         found.expect(agrees, || {
             format!("{} and its cookie {} disagree", at(), entry.cookie)
         });
-        let inode = records.inodes.get(&entry.ino);
-        found.expect(inode.is_some_and(|inode| inode.kind == entry.kind), || {
-            format!(
-                "{} names {}, which does not exist or is of another kind",
-                at(),
-                entry.ino
-            )
-        });
-        let dir = records.inodes.get(parent);
+        let dir = records.inodes.get(&parent);
         found.expect(dir.is_some_and(|dir| dir.is_directory()), || {
             format!("{} lies in what is no directory", at())
         });
@@ -48,20 +70,23 @@ pub(super) fn check(records: &Records, found: &mut Found) {
             dir.is_some_and(|dir| (COOKIE_FIRST..dir.next_cookie).contains(&entry.cookie)),
             || format!("{} has a cookie that was never given out", at()),
         );
-        let is_directory = inode.is_some_and(|inode| inode.is_directory());
-        let dir = seen.entry(*parent).or_default();
+        let dir = seen.entry(parent).or_default();
         dir.name_bytes += name.len() as u64;
         dir.subdirectories += u32::from(is_directory);
-        let child = seen.entry(entry.ino).or_default();
-        child.names += 1;
-        child.parent = Some(*parent);
-    }
-    for ((parent, cookie), entry) in &records.cookies {
-        let twin = records.names.get(&(*parent, entry.name.clone()));
-        found.expect(twin.is_some_and(|twin| twin.cookie == *cookie), || {
+        Ok(())
+    })?;
+    each_of(view, volume, Tag::Cookie, |key, value| {
+        let (parent, cookie) = (Ino(number(key, 0)?), number(key, 1)?);
+        if !part.has_ino(parent) {
+            return Ok(());
+        }
+        let entry: CookieRecord = decode(key, value)?;
+        let twin: Option<NameRecord> = get(view, &keys::name(volume, parent, &entry.name))?;
+        found.expect(twin.is_some_and(|twin| twin.cookie == cookie), || {
             format!("cookie {parent}/{cookie} has no entry by name")
         });
-    }
+        Ok(())
+    })?;
     let none = Seen::default();
     let dismantled: BTreeSet<Ino> = records.remove_trees.keys().map(|(_, ino)| *ino).collect();
     for (ino, inode) in &records.inodes {
@@ -120,14 +145,14 @@ pub(super) fn check(records: &Records, found: &mut Found) {
                     inode.parent
                 )
             });
-            found.expect(reaches_the_top(records, *ino), || {
-                format!("directory {ino} is cut off")
-            });
+            let top = reaches_the_top(view, volume, records, *ino)?;
+            found.expect(top, || format!("directory {ino} is cut off"));
         }
     }
-    found.expect(records.inodes.contains_key(&Ino::ROOT), || {
-        "there is no root".to_owned()
-    });
+    found.expect(
+        !part.has_ino(Ino::ROOT) || records.inodes.contains_key(&Ino::ROOT),
+        || "there is no root".to_owned(),
+    );
     for ino in records.orphans.keys().chain(&dismantled) {
         found.expect(records.inodes.contains_key(ino), || {
             format!("{ino} waits to be removed and does not exist")
@@ -140,17 +165,27 @@ pub(super) fn check(records: &Records, found: &mut Found) {
             || format!("{ino} waits to be emptied and is no directory with entries"),
         );
     }
+    Ok(())
 }
 
 /// Whether the parents of a directory lead to the root or to the top of a tree that is being removed.
-fn reaches_the_top(records: &Records, mut ino: Ino) -> bool {
-    for _ in 0..records.inodes.len() {
-        match records.inodes.get(&ino) {
-            None => return false,
-            Some(_) if ino == Ino::ROOT => return true,
-            Some(inode) if inode.nlink == 0 => return true,
+fn reaches_the_top(
+    view: &impl View,
+    volume: VolumeId,
+    records: &Records,
+    mut ino: Ino,
+) -> Result<bool, Corruption> {
+    for _ in 0..=records.counters.used_inodes {
+        let inode: Option<InodeRecord> = match records.inodes.get(&ino) {
+            Some(inode) => Some(inode.clone()),
+            None => get(view, &keys::inode(volume, ino))?,
+        };
+        match inode {
+            None => return Ok(false),
+            Some(_) if ino == Ino::ROOT => return Ok(true),
+            Some(inode) if inode.nlink == 0 => return Ok(true),
             Some(inode) => ino = inode.parent,
         }
     }
-    false
+    Ok(false)
 }

@@ -36,5 +36,6 @@ pub fn get_extents(
             .collect(),
         complete_to: page.complete_to,
         attr: Some(inode.attr(ino)),
+        ..v1::ExtentPage::default()
     })
 }

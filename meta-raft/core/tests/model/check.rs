@@ -26,6 +26,12 @@ pub(crate) fn check(world: &World) {
     if let Err(contradictions) = invariants::check(records, VOLUME) {
         panic!("{contradictions:#?}");
     }
+    for index in 0..3 {
+        let part = invariants::Part { index, of: 3 };
+        if let Err(contradictions) = invariants::check_part(records, VOLUME, part) {
+            panic!("{part:?}: {contradictions:#?}");
+        }
+    }
     let mut recomputed = Sums::default();
     for (key, value) in records {
         recomputed.add(key, value);

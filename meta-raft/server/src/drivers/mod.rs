@@ -3,6 +3,8 @@
 //! - [`reign`]: makes the soft state when a term begins, runs the drivers, drops all when it ends
 //! - [`reap`]: removes orphans that nobody has open; [`work`]: goes on with erasures and tree removals
 //! - [`slots`]: gives up what is kept for mirrors that are too far behind
+//! - `copies`: finds what a region's own bucket lacks
+//! - `pins`: moves forward what is shown of a region's own bucket
 //! - [`trash`]: removes hours of the trash that are over
 //! - [`expiry`]: ends sessions that are silent; [`beats`]: says how far a volume is, and its digest
 //!
@@ -10,7 +12,9 @@
 //! take more than half of what the log can do.
 
 pub mod beats;
+mod copies;
 pub mod expiry;
+mod pins;
 pub mod reap;
 pub mod reign;
 pub mod slots;

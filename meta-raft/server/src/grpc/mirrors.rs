@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::ids::{Position, SegmentId, VolumeId};
 use heliofs_proto::v1::{self, change_slot_request, local_command::Op, slot_change};
 use tokio::time::Instant;
 use tonic::{Response, Status};
@@ -17,6 +17,9 @@ pub const LOG_BYTES_MAX: u64 = 1 << 30;
 
 /// One wait lasts at most this long; clients ask again.
 const WAIT_MAX: Duration = Duration::from_secs(4);
+
+/// Missing segments looked at for one answer.
+const LISTED_MAX: usize = 4096;
 
 fn no_slot(volume: &str, mirror: &str) -> Status {
     Status::not_found(format!("volume `{volume}` has no slot `{mirror}`"))
@@ -141,23 +144,38 @@ impl AdminService {
         };
         let mirrors = volumes.into_iter().filter_map(|volume| {
             let id = VolumeId(volume.id);
-            let mirror = volume.mirror?;
-            let told = self
-                .ctx
-                .mirrors
-                .status(id)
-                .unwrap_or_else(|| v1::MirrorStatus {
-                    doing: "starting".to_owned(),
+            if volume.mirror.is_none() && volume.second.is_none() {
+                return None;
+            }
+            let told = match volume.mirror {
+                Some(_) => self.ctx.mirrors.status(id),
+                // It is written here, and its bucket may still lack something.
+                None => Some(v1::MirrorStatus {
+                    doing: "promoted".to_owned(),
                     ..Default::default()
-                });
+                }),
+            };
+            let told = told.unwrap_or_else(|| v1::MirrorStatus {
+                doing: "starting".to_owned(),
+                ..Default::default()
+            });
             let (applied, time) = self.ctx.state.head(id).unwrap_or_default();
+            // Records that can't be read are told by whoever reads them.
+            let sessions = self.ctx.hub.volume(id).ok().flatten();
+            let (leased, copiers) = sessions.map_or((0, 0), |sessions| {
+                let soft = sessions.soft();
+                (soft.copies.segments.len(), soft.copies.segments.holders())
+            });
             Some(v1::MirrorStatus {
                 volume: volume.id,
                 name: volume.name,
-                mirror: Some(mirror),
+                mirror: volume.mirror,
                 applied: Some(applied.into()),
                 applied_time: time.0,
-                complete: Some(told.complete.unwrap_or(applied.into())),
+                complete: self.ctx.state.complete(id).ok().map(Into::into),
+                copies: self.ctx.state.copy_state(id),
+                copies_leased: leased as u64,
+                copiers: copiers as u64,
                 digests_agreed: self.ctx.state.beats_agreed(id),
                 ..told
             })
@@ -196,7 +214,12 @@ impl AdminService {
                 .state
                 .head(id)
                 .map_or(Position::START, |(head, _)| head);
-            let reached = !loading && applied >= wanted;
+            let complete = match ask.data {
+                true => self.ctx.state.complete(id),
+                false => Ok(applied),
+            };
+            let complete = complete.map_err(|error| Status::internal(error.to_string()))?;
+            let reached = !loading && applied >= wanted && complete >= wanted;
             let late = !reached
                 && matches!(
                     tokio::time::timeout_at(until, rung.changed()).await,
@@ -206,6 +229,7 @@ impl AdminService {
                 return Ok(Response::new(v1::MirrorWaitResponse {
                     reached,
                     applied: Some(applied.into()),
+                    complete: Some(complete.into()),
                 }));
             }
         }
@@ -257,6 +281,59 @@ impl AdminService {
         }
     }
 
+    pub(super) async fn bucket_set(
+        &self,
+        ask: v1::SetBucketRequest,
+    ) -> Answer<v1::SetBucketResponse> {
+        let volume = self.named_now(&ask.volume).await?;
+        let set = v1::SecondBucket {
+            volume: volume.id,
+            own: ask.own,
+            copy_bytes_per_second: ask.copy_bytes_per_second,
+            retry: ask.retry,
+        };
+        match self.propose_local(Op::SecondBucket(set)).await? {
+            LocalReply::Done => Ok(Response::new(v1::SetBucketResponse {})),
+            LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(super) async fn missing_listed(
+        &self,
+        ask: v1::ListMissingRequest,
+    ) -> Answer<v1::ListMissingResponse> {
+        let volume = self.named_now(&ask.volume).await?;
+        let max = match ask.segments_max as usize {
+            0 => LISTED_MAX,
+            max => max.min(LISTED_MAX),
+        };
+        let after = SegmentId(ask.after);
+        let found = self
+            .ctx
+            .state
+            .all_missing(VolumeId(volume.id), after, max)
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let end = found.len() < max;
+        let wanted =
+            |missing: &v1::MissingSegment| !ask.quarantined || !missing.quarantine.is_empty();
+        let missing = found
+            .into_iter()
+            .map(|(segment, missing)| v1::ListedMissing {
+                segment: segment.0,
+                missing: Some(missing),
+            })
+            .collect::<Vec<_>>();
+        let after = missing.last().map_or(ask.after, |last| last.segment);
+        let mut missing = missing;
+        missing.retain(|listed| listed.missing.as_ref().is_some_and(wanted));
+        Ok(Response::new(v1::ListMissingResponse {
+            missing,
+            end,
+            after,
+        }))
+    }
+
     pub(super) async fn reload(
         &self,
         ask: v1::MirrorReloadRequest,
@@ -272,7 +349,8 @@ impl AdminService {
         let begin = v1::MirrorLoadBegin {
             volume: volume.id,
             name: volume.name,
-            storage: volume.storage,
+            // The follower's load says where the source's objects are.
+            storage: None,
             settings: volume.settings,
             mirror: Some(mirror),
         };

@@ -1,6 +1,6 @@
 //! The deletion queue's other end: dead segments are leased to sessions, which delete them from the bucket.
 //!
-//! [`DeletionLeases`] is pure: time is an argument.
+//! [`SegmentLeases`], which copy tasks use as well, is pure: time is an argument.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -70,10 +70,23 @@ pub(super) async fn serve(
         .unwrap_or_default();
     let max = (ask.segments_max as usize).min(SEGMENTS_MAX);
     let leased = volume.soft().deletions.len();
+    // Somebody is shown an older position.
+    let shown = volume.soft().pin().map(|pin| pin.position);
+    if shown.is_none() && ctx.state.is_dual(volume.id) && ctx.state.is_mirror(volume.id) {
+        // After a change of leader somebody may still be shown what is not known yet.
+        return Ok(v1::Response {
+            body: Some(v1::response::Body::Deletions(v1::Deletions {
+                segments: Vec::new(),
+                waiting: ctx.state.deletions_waiting(volume.id),
+            })),
+            ..Default::default()
+        });
+    }
     let candidates = ctx
         .state
         .deletions(
             volume.id,
+            shown,
             freed_before(settings.deletion_grace_seconds),
             max + leased,
         )
@@ -103,16 +116,16 @@ fn freed_before(grace_seconds: u64) -> UnixNanos {
     UnixNanos(i64::try_from(then.as_nanos()).unwrap_or(i64::MAX))
 }
 
-/// A session that took segments has this long to delete them before others are given the same.
+/// A session that took segments has this long to deal with them before others are given the same.
 const LEASE: Duration = Duration::from_secs(60);
 
 /// The leases of one volume.
 #[derive(Default)]
-pub struct DeletionLeases {
+pub struct SegmentLeases {
     leases: HashMap<u64, (u64, Instant)>,
 }
 
-impl DeletionLeases {
+impl SegmentLeases {
     /// Leases up to `max` of the candidates that are free.
     pub fn take(
         &mut self,
@@ -146,10 +159,16 @@ impl DeletionLeases {
     }
 
     /// These are deleted.
-    pub fn done(&mut self, segments: &[u64]) {
+    pub fn done<'a>(&mut self, segments: impl IntoIterator<Item = &'a u64>) {
         for segment in segments {
             self.leases.remove(segment);
         }
+    }
+
+    /// Sessions that have leases.
+    pub fn holders(&self) -> usize {
+        let holders = self.leases.values().map(|(holder, _)| holder);
+        holders.collect::<std::collections::BTreeSet<_>>().len()
     }
 
     /// The session's leases are free again.
@@ -165,7 +184,7 @@ mod tests {
     #[test]
     fn a_segment_is_leased_to_one_session_until_done_ended_or_late() {
         let now = Instant::now();
-        let mut leases = DeletionLeases::default();
+        let mut leases = SegmentLeases::default();
         assert_eq!(leases.take(1, [10, 11, 12], 2, now), [10, 11]);
         assert_eq!(leases.take(2, [10, 11, 12], 2, now), [12]);
         leases.done(&[10]);

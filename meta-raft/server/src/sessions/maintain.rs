@@ -19,8 +19,11 @@ use super::reads::refusal;
 /// Segments looked at for one answer about sparse ones; the next question goes on behind them.
 const SEGMENTS_EXAMINED_MAX: usize = 16 * PAGE_MAX;
 
-/// A check holds all records in memory, about 1 KiB per inode: more than this could take the node's.
-const CHECKED_INODES_MAX: u64 = 1_000_000;
+/// A check holds its inodes and segments in memory, about 1 KiB for each: one of more than these is made in parts.
+const CHECKED_AT_ONCE: u64 = 500_000;
+
+/// Most parts of a check that a client may ask for: an answer takes a pass over the volume.
+const PARTS_MAX: u32 = 1 << 20;
 
 /// Contradictions told; the first ones tell where to look.
 const PROBLEMS_MAX: usize = 1000;
@@ -103,7 +106,24 @@ pub(super) async fn serve(
                     .collect(),
             })
         }
-        Ask::CheckRecords(_) => Answer::Records(check_records(ctx, volume).await?),
+        Ask::CheckRecords(ask) => {
+            if ask.parts > PARTS_MAX || ask.part >= ask.parts.max(1) {
+                return Ok(refusal(FsError::Invalid));
+            }
+            Answer::Records(check_records(ctx, volume, ask).await?)
+        }
+        Ask::ListQuotas(ask) => {
+            let max = (ask.quotas_max as usize).min(PAGE_MAX);
+            let after = (ask.after_kind(), ask.after_id);
+            let quotas = ctx
+                .state
+                .snapshot_view(|view| query::quotas(view, id, after, max))
+                .map_err(Failed::Corrupt)?;
+            Answer::Quotas(v1::QuotaPage {
+                end: quotas.len() < max,
+                quotas,
+            })
+        }
         Ask::TakeSparse(ask) => Answer::Sparse(take_sparse(ctx, volume, session, ask)?),
     };
     Ok(v1::Response {
@@ -117,20 +137,26 @@ pub(super) async fn serve(
 async fn check_records(
     ctx: &Context,
     volume: &VolumeSessions,
+    ask: v1::CheckRecords,
 ) -> Result<v1::CheckedRecords, Failed> {
     let id = volume.id;
-    let counters = ctx
-        .state
-        .snapshot_view(|view| query::counters(view, id))
-        .map_err(Failed::Corrupt)?;
-    if counters.used_inodes > CHECKED_INODES_MAX {
-        return Ok(v1::CheckedRecords {
-            skipped: true,
-            ..v1::CheckedRecords::default()
-        });
-    }
+    let parts = match ask.parts {
+        0 => {
+            let counters = ctx
+                .state
+                .snapshot_view(|view| query::counters(view, id))
+                .map_err(Failed::Corrupt)?;
+            let held = counters.used_inodes.saturating_add(counters.segments);
+            u32::try_from(held.div_ceil(CHECKED_AT_ONCE)).map_or(PARTS_MAX, |parts| parts.max(1))
+        }
+        parts => parts,
+    };
+    let part = invariants::Part {
+        index: ask.part.into(),
+        of: parts.into(),
+    };
     let state = ctx.state.clone();
-    let check = move || state.snapshot_view(|view| invariants::check(view, id));
+    let check = move || state.snapshot_view(|view| invariants::check_part(view, id, part));
     let checked = tokio::task::spawn_blocking(check).await.map_err(|error| {
         Failed::Corrupt(Corruption::Store(format!(
             "the check was broken off: {error}"
@@ -138,10 +164,7 @@ async fn check_records(
     })?;
     let mut problems = checked.err().unwrap_or_default();
     problems.truncate(PROBLEMS_MAX);
-    Ok(v1::CheckedRecords {
-        problems,
-        skipped: false,
-    })
+    Ok(v1::CheckedRecords { problems, parts })
 }
 
 fn take_sparse(

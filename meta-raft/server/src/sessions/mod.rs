@@ -2,10 +2,11 @@
 //!
 //! - [`attach`]: the service; [`stream`]: one session's stream; [`outbox`]: what leaves on it
 //! - [`hub`]: all volumes' soft state, while this node leads; [`soft`]: one volume's
-//! - [`locks`], [`opens`], [`write_leases`], [`orphans`], [`interest`], [`grace`], [`deletions`]: its parts, pure
+//! - [`locks`], [`opens`], [`write_leases`], [`orphans`], [`interest`], [`grace`], [`deletions`], [`copies`]: its parts, pure
 //! - [`reads`]: answers from a view, and what they tell; [`summary`]: the one read that takes long
 
 pub mod attach;
+pub mod copies;
 pub mod deletions;
 pub mod grace;
 pub mod hub;

@@ -5,12 +5,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1::{self, FsError, LockKind};
 
-use super::deletions::DeletionLeases;
+use super::copies::CopyLeases;
+use super::deletions::SegmentLeases;
 use super::grace::Grace;
 use super::interest::{Effects, Interest, StreamId, Told, everything};
 use super::locks::{LockTable, Owner, Ticket, Verdict};
@@ -21,6 +23,7 @@ use super::outbox::{Outbox, Outgoing};
 use super::reads;
 use super::write_leases::{Returned, WriteLeases};
 use crate::observer::AppliedItem;
+use crate::store::Pin;
 
 #[cfg(test)]
 mod tests;
@@ -144,9 +147,13 @@ pub struct Soft {
     /// The volume is a mirror: commands are of the source's sessions.
     mirror: bool,
     /// Which dead segments are leased to whom.
-    pub deletions: DeletionLeases,
+    pub deletions: SegmentLeases,
     /// Which session compacts.
     pub compaction: CompactionLease,
+    /// Which copy tasks are leased to whom.
+    pub copies: CopyLeases,
+    /// What streams are shown that read only what the region's own bucket has all of.
+    pin: Option<Arc<Pin>>,
 }
 
 impl Soft {
@@ -167,8 +174,10 @@ impl Soft {
             seen: Position::START,
             orphans: Orphans::default(),
             mirror: false,
-            deletions: DeletionLeases::default(),
+            deletions: SegmentLeases::default(),
             compaction: CompactionLease::default(),
+            copies: CopyLeases::default(),
+            pin: None,
         }
     }
 
@@ -408,6 +417,7 @@ impl Soft {
         let granted = self.locks.end_session(session);
         self.granted(granted);
         self.deletions.end_session(session);
+        self.copies.segments.end_session(session);
         self.compaction.end_session(session);
         self.leases.end_session(session);
         let freed = self.opens.end_session(session);
@@ -780,6 +790,9 @@ impl Soft {
                         | Op::Fallocate(_)
                         | Op::CopyRange(_)
                         | Op::RemoveTree(_)
+                        | Op::Rename(_)
+                        | Op::QuotaSet(_)
+                        | Op::QuotaRemove(_)
                 )
             );
             return Wake { reap, work };
@@ -821,6 +834,19 @@ impl Soft {
         outbox.send(Outgoing::Response(response));
     }
 
+    /// What streams are shown that asked for what is complete; `None`: nothing is yet.
+    pub fn pin(&self) -> Option<Arc<Pin>> {
+        self.pin.clone()
+    }
+
+    /// Such streams are shown a later position from here on.
+    pub fn show(&mut self, pin: Arc<Pin>) {
+        for (_, outbox) in self.streams.values() {
+            outbox.show(pin.position);
+        }
+        self.pin = Some(pin);
+    }
+
     /// Queues the answer of a read at `position`, with what changed since for what it tells.
     pub fn tell(
         &mut self,
@@ -854,8 +880,18 @@ impl Soft {
         for told in told {
             self.interest.tell(stream, *told, send);
             if forgotten && self.seen > position {
-                // What changed since is not known any more: everything may have.
-                send(stream, everything(told.ino, told.what));
+                // What changed since is not known any more: everything may have, at once after what a stream is shown.
+                let at = match own.is_pinned() {
+                    true => Position {
+                        seq: position.seq + 1,
+                        ..self.seen
+                    },
+                    false => self.seen,
+                };
+                own.send(Outgoing::Invalidation(v1::Invalidation {
+                    position: Some(at.into()),
+                    ..everything(told.ino, told.what)
+                }));
             }
         }
         if !told.is_empty() {
@@ -863,8 +899,20 @@ impl Soft {
                 if *seq <= position.seq {
                     break;
                 }
-                self.interest
-                    .change_for(stream, effects, |message| send(stream, message));
+                // Told at its own position to those who are not shown it yet.
+                let at = match own.is_pinned() {
+                    true => Position {
+                        seq: *seq,
+                        ..self.seen
+                    },
+                    false => self.seen,
+                };
+                self.interest.change_for(stream, effects, |message| {
+                    own.send(Outgoing::Invalidation(v1::Invalidation {
+                        position: Some(at.into()),
+                        ..message
+                    }));
+                });
             }
         }
         // Leases that were granted since the answer was read.

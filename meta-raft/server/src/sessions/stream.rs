@@ -24,7 +24,7 @@ use super::outbox::{Outbox, Outgoing};
 use super::reads::{self, Answer, refusal};
 use super::soft::Wake;
 use super::write_leases::Returned;
-use super::{deletions, maintain, summary};
+use super::{copies, deletions, maintain, summary};
 use crate::proposer::{ProposeError, Proposed};
 use crate::read_gate::ReadError;
 
@@ -232,6 +232,10 @@ impl SessionStream {
                     *in_flight += weight;
                     work.push(Box::pin(self.take_deletions(id, ask)));
                 }
+                Body::TakeCopies(ask) => {
+                    *in_flight += weight;
+                    work.push(Box::pin(self.take_copies(id, ask)));
+                }
                 Body::Maintain(ask) => {
                     *in_flight += weight;
                     work.push(Box::pin(self.maintain(id, ask)));
@@ -401,10 +405,21 @@ impl SessionStream {
                 let mut reads_left = std::mem::take(&mut reads).into_iter().peekable();
                 while reads_left.peek().is_some() {
                     let turn: Vec<Read> = reads_left.by_ref().take(READS_PER_TURN).collect();
-                    let answered = ctx
-                        .state
-                        .snapshot_view(|view| answer_all(view, volume.id, &turn));
-                    let (position, answers) = match answered {
+                    let pin = match outbox.is_pinned() {
+                        true => volume.soft().pin(),
+                        false => None,
+                    };
+                    let answered = match &pin {
+                        Some(pin) => answer_all(pin.view(), volume.id, &turn),
+                        // The lead was lost, and what is complete is not known yet.
+                        None if outbox.is_pinned() => {
+                            return Done::Leave(Leave::Moved(String::new()));
+                        }
+                        None => ctx
+                            .state
+                            .snapshot_view(|view| answer_all(view, volume.id, &turn)),
+                    };
+                    let (position, mut answers) = match answered {
                         Ok((Some(position), answers)) => (position, answers),
                         // It is a mirror that is loaded anew.
                         Ok((None, _)) if ctx.state.volume(volume.id).is_some() => {
@@ -413,6 +428,10 @@ impl SessionStream {
                         Ok((None, answers)) => (Position::START, answers),
                         Err(corruption) => return Done::Leave(Leave::Corrupt(corruption)),
                     };
+                    if let Err(found) = copies::tell_elsewhere(&ctx.state, volume.id, &mut answers)
+                    {
+                        return Done::Leave(Leave::Corrupt(found));
+                    }
                     for (read, (_, answer)) in turn.iter().zip(&answers) {
                         if let (Some(Registered { first: true, .. }), Body::Open(open)) =
                             (read.opened, &read.body)
@@ -454,22 +473,36 @@ impl SessionStream {
         let (session, outbox, read_only) = (self.session, self.outbox.clone(), self.read_only);
         let weight = weight(&Body::TakeDeletions(v1::TakeDeletions::default()));
         async move {
-            let response = if read_only {
+            // A mirror's mounts clean up its own bucket.
+            let response = if read_only && !ctx.state.is_dual(volume.id) {
                 refusal(FsError::ReadOnly)
             } else {
                 match deletions::serve(&ctx, &volume, session, ask).await {
                     Ok(response) => response,
-                    Err(deletions::Failed::Moved(leader)) => {
-                        return Done::Leave(Leave::Moved(leader));
-                    }
-                    Err(deletions::Failed::Read(error)) => return Done::Leave(leave_for(error)),
-                    Err(deletions::Failed::Corrupt(corruption)) => {
-                        return Done::Leave(Leave::Corrupt(corruption));
-                    }
+                    Err(failed) => return Done::Leave(leave_after(failed)),
                 }
             };
             outbox.send(Outgoing::Response(v1::Response { id, ..response }));
             Done::Answered(weight)
+        }
+    }
+
+    fn take_copies(
+        &self,
+        id: u64,
+        ask: v1::TakeCopies,
+    ) -> impl Future<Output = Done> + Send + use<> {
+        let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
+        let (session, outbox) = (self.session, self.outbox.clone());
+        let weight = weight(&Body::TakeCopies(v1::TakeCopies::default()));
+        async move {
+            match copies::serve(&ctx, &volume, session, ask).await {
+                Ok(response) => {
+                    outbox.send(Outgoing::Response(v1::Response { id, ..response }));
+                    Done::Answered(weight)
+                }
+                Err(failed) => Done::Leave(leave_after(failed)),
+            }
         }
     }
 
@@ -483,11 +516,7 @@ impl SessionStream {
                     outbox.send(Outgoing::Response(v1::Response { id, ..response }));
                     Done::Answered(weight)
                 }
-                Err(deletions::Failed::Moved(leader)) => Done::Leave(Leave::Moved(leader)),
-                Err(deletions::Failed::Read(error)) => Done::Leave(leave_for(error)),
-                Err(deletions::Failed::Corrupt(corruption)) => {
-                    Done::Leave(Leave::Corrupt(corruption))
-                }
+                Err(failed) => Done::Leave(leave_after(failed)),
             }
         }
     }
@@ -645,6 +674,14 @@ fn leave_for(error: ReadError) -> Leave {
     }
 }
 
+fn leave_after(failed: deletions::Failed) -> Leave {
+    match failed {
+        deletions::Failed::Moved(leader) => Leave::Moved(leader),
+        deletions::Failed::Read(error) => leave_for(error),
+        deletions::Failed::Corrupt(corruption) => Leave::Corrupt(corruption),
+    }
+}
+
 /// What a request counts towards [`IN_FLIGHT_MAX`]: large answers count for more.
 fn weight(body: &Body) -> usize {
     match body {
@@ -652,7 +689,7 @@ fn weight(body: &Body) -> usize {
         Body::ReadDir(ask) => 1 + (ask.entries_max as usize).min(4096) / 64,
         Body::GetExtents(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
         Body::Open(ask) => 1 + (ask.extents_max as usize).min(4096) / 64,
-        Body::ListXattr(_) | Body::GetXattr(_) | Body::TakeDeletions(_) => 8,
+        Body::ListXattr(_) | Body::GetXattr(_) | Body::TakeDeletions(_) | Body::TakeCopies(_) => 8,
         Body::Summary(_) | Body::Maintain(_) => 64,
         Body::Command(_)
         | Body::Lookup(_)

@@ -1,5 +1,6 @@
 //! One applied group: any number of log entries, one overlay, one write batch.
 
+mod copies;
 mod mirror;
 mod slots;
 
@@ -139,6 +140,10 @@ struct Group<'g, 'e> {
     queues_changed: BTreeSet<VolumeId>,
     /// Freed in this group and not in the store yet.
     freed: BTreeMap<(VolumeId, SegmentId), UnixNanos>,
+    /// Taken off the deletion queue in this group.
+    unqueued: BTreeSet<(VolumeId, SegmentId)>,
+    missing: copies::Missing,
+    copies_changed: BTreeSet<VolumeId>,
     items: Vec<AppliedItem<'e>>,
     volumes_changed: bool,
 }
@@ -162,6 +167,9 @@ impl State {
             wiped: BTreeSet::new(),
             queues_changed: BTreeSet::new(),
             freed: BTreeMap::new(),
+            unqueued: BTreeSet::new(),
+            missing: copies::Missing::new(),
+            copies_changed: BTreeSet::new(),
             items: Vec::new(),
             volumes_changed: false,
         };
@@ -169,7 +177,11 @@ impl State {
         for entry in entries {
             outcomes.push(group.entry(entry)?);
         }
+        let copies_changed = !group.copies_changed.is_empty() || group.volumes_changed;
         let (items, volumes_changed) = group.write(entries)?;
+        if copies_changed {
+            self.set_lacking(memory.lacks_any());
+        }
         Ok(AppliedGroup {
             items,
             entries: outcomes,
@@ -272,9 +284,14 @@ impl<'e> Group<'_, 'e> {
             .absorb(applied.position, applied.time, &applied.changes, |bucket| {
                 sums.insert((volume, bucket));
             });
+        // What a mirror's source stored is in the source's bucket; what is written here is in ours.
+        let copied = known.record.mirror.is_some() && known.record.second.is_some();
         self.overlay.absorb(&applied.changes);
+        if copied {
+            self.note_segments(volume, &applied.changes, applied.position)?;
+        }
         for segment in applied.freed {
-            self.free(volume, segment, applied.time, applied.position);
+            self.free(volume, segment, applied.time, applied.position)?;
         }
         self.items.push(AppliedItem {
             volume,
@@ -288,10 +305,34 @@ impl<'e> Group<'_, 'e> {
         Ok(Outcome::Item(self.items.len() - 1))
     }
 
-    fn free(&mut self, volume: VolumeId, segment: SegmentId, at: UnixNanos, position: Position) {
-        if self.in_anothers_bucket(volume) {
-            return;
+    fn free(
+        &mut self,
+        volume: VolumeId,
+        segment: SegmentId,
+        at: UnixNanos,
+        position: Position,
+    ) -> Result<(), ApplyError> {
+        let elsewhere = match self.is_dual(volume) {
+            true => self.freed_before_copied(volume, segment, position)?,
+            false => self.in_anothers_bucket(volume),
+        };
+        if !elsewhere {
+            self.queue_deletion(volume, segment, at, position)?;
         }
+        Ok(())
+    }
+
+    fn queue_deletion(
+        &mut self,
+        volume: VolumeId,
+        segment: SegmentId,
+        at: UnixNanos,
+        position: Position,
+    ) -> Result<(), ApplyError> {
+        if self.queued_at(volume, segment)?.is_some() {
+            return Ok(());
+        }
+        self.unqueued.remove(&(volume, segment));
         let local = self.generation.local();
         self.batch.put_cf(
             local,
@@ -308,6 +349,27 @@ impl<'e> Group<'_, 'e> {
             known.waiting += 1;
         }
         self.queues_changed.insert(volume);
+        Ok(())
+    }
+
+    /// Since when a segment is in the deletion queue.
+    fn queued_at(
+        &self,
+        volume: VolumeId,
+        segment: SegmentId,
+    ) -> Result<Option<UnixNanos>, ApplyError> {
+        if let Some(at) = self.freed.get(&(volume, segment)) {
+            return Ok(Some(*at));
+        }
+        if self.unqueued.contains(&(volume, segment)) || self.wiped.contains(&volume) {
+            return Ok(None);
+        }
+        let of = local::deletion_of(volume, segment);
+        let found = self.generation.db.get_cf(self.generation.local(), of);
+        let found = found.map_err(ApplyError::Write)?;
+        Ok(found
+            .and_then(|bytes| bytes.as_slice().try_into().ok())
+            .map(|bytes| UnixNanos(i64::from_be_bytes(bytes))))
     }
 
     fn local_command(
@@ -331,6 +393,9 @@ impl<'e> Group<'_, 'e> {
             Some(Op::SlotCreate(create)) => self.slot_create(time, create),
             Some(Op::SlotReport(report)) => self.slot_report(time, report),
             Some(Op::SlotChange(change)) => self.slot_change(change),
+            Some(Op::SecondBucket(ask)) => self.second_bucket(ask),
+            Some(Op::CopiesNeeded(needed)) => self.copies_needed(needed)?,
+            Some(Op::CopyReport(report)) => self.copy_report(time, report)?,
             None => LocalReply::Invalid("this build does not know the command".to_owned()),
         })
     }
@@ -383,6 +448,8 @@ impl<'e> Group<'_, 'e> {
             waiting: 0,
             placed: None,
             slots: BTreeMap::new(),
+            copies: v1::CopyState::default(),
+            watched: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
         let outcome = self.command(index, time, Cow::Owned(init))?;
@@ -437,6 +504,9 @@ impl<'e> Group<'_, 'e> {
         self.sums.retain(|(of, _)| *of != volume);
         self.queues_changed.remove(&volume);
         self.freed.retain(|(of, _), _| *of != volume);
+        self.missing.retain(|(of, _), _| *of != volume);
+        self.unqueued.retain(|(of, _)| *of != volume);
+        self.copies_changed.remove(&volume);
     }
 
     fn deletions_done(&mut self, done: &v1::DeletionsDone) -> Result<LocalReply, ApplyError> {
@@ -448,16 +518,9 @@ impl<'e> Group<'_, 'e> {
         let mut removed: BTreeSet<SegmentId> = BTreeSet::new();
         for segment in done.segments.iter().copied().map(SegmentId) {
             let of = local::deletion_of(volume, segment);
-            let freed_at = match self.freed.remove(&(volume, segment)) {
-                Some(at) => Some(at),
-                None => self
-                    .generation
-                    .db
-                    .get_cf(local, &of)
-                    .map_err(ApplyError::Write)?
-                    .and_then(|bytes| bytes.as_slice().try_into().ok())
-                    .map(|bytes| UnixNanos(i64::from_be_bytes(bytes))),
-            };
+            let freed_at = self.queued_at(volume, segment)?;
+            self.freed.remove(&(volume, segment));
+            self.unqueued.insert((volume, segment));
             // Reported twice, by the lessee of an expired lease and by its successor: counts once.
             let Some(freed_at) = freed_at else {
                 continue;
@@ -514,10 +577,23 @@ impl<'e> Group<'_, 'e> {
                 self.batch.put_cf(local, local::waiting(volume), waiting);
             }
         }
+        for volume in self.copies_changed {
+            if let Some(known) = self.memory.volumes.get(&volume) {
+                let state = known.copies.encode_to_vec();
+                self.batch.put_cf(local, local::copies(volume), state);
+            }
+        }
         for volume in self.wiped {
             let (from, to) = meta_core::keys::volume_range(volume);
             self.batch.delete_range_cf(replicated, from, to);
-            for (from, to) in [local::sums(volume), local::places(volume)] {
+            for (from, to) in [
+                local::sums(volume),
+                local::places(volume),
+                local::all_pending(volume),
+                local::all_missing(volume),
+                local::all_deletions(volume),
+                local::all_deletions_of(volume),
+            ] {
                 self.batch.delete_range_cf(local, from, to);
             }
         }

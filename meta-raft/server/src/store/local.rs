@@ -11,6 +11,9 @@
 //! | `D` volume, freed-at (i64, sign flipped), segment | in the deletion queue since; epoch (u32) and seq (u64) of the freeing command, nothing in old stores |
 //! | `d` volume, segment | freed-at: finds the record above |
 //! | `L` volume, name | MirrorSlot: what is kept for a mirror |
+//! | `C` volume, seq (u64), epoch (u32), segment | nothing: the segment is missing since that position, and may be copied |
+//! | `c` volume, segment | MissingSegment: this region's bucket lacks it |
+//! | `O` volume | CopyState: how far this region's bucket is |
 //! | `W` volume | length of the deletion queue, u64 |
 //! | `P` volume, seq | log index (u64), epoch (u32), time (i64), replayed (1, since mirrors): `seq` is the volume's first command in that entry; sparse |
 
@@ -32,9 +35,23 @@ const DELETION_OF: u8 = b'd';
 const WAITING: u8 = b'W';
 const PLACE: u8 = b'P';
 const SLOT: u8 = b'L';
+const PENDING: u8 = b'C';
+const MISSING: u8 = b'c';
+const COPIES: u8 = b'O';
 
 /// The tags of all records of one volume.
-const TAGS: [u8; 7] = [VOLUME, SUM, DELETION, DELETION_OF, WAITING, PLACE, SLOT];
+const TAGS: [u8; 10] = [
+    VOLUME,
+    SUM,
+    DELETION,
+    DELETION_OF,
+    WAITING,
+    PLACE,
+    SLOT,
+    PENDING,
+    MISSING,
+    COPIES,
+];
 
 fn key(tag: u8, volume: VolumeId, rest: &[&[u8]]) -> Vec<u8> {
     let mut key = Vec::with_capacity(24);
@@ -126,9 +143,58 @@ pub fn slots(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
     range(SLOT, volume)
 }
 
+/// A segment that is to be copied, missing since a position: the oldest come first.
+pub fn pending(volume: VolumeId, since: Position, segment: SegmentId) -> Vec<u8> {
+    let parts: [&[u8]; 3] = [
+        &since.seq.to_be_bytes(),
+        &since.epoch.0.to_be_bytes(),
+        &segment.0.to_be_bytes(),
+    ];
+    key(PENDING, volume, &parts)
+}
+
+/// What [`pending`] made the key of.
+pub fn decode_pending(key: &[u8]) -> Option<(Position, SegmentId)> {
+    let since = Position {
+        seq: u64::from_be_bytes(*key.get(5..)?.first_chunk()?),
+        epoch: Epoch(u32::from_be_bytes(*key.get(13..)?.first_chunk()?)),
+    };
+    Some((since, SegmentId(u64::from_be_bytes(*key.last_chunk()?))))
+}
+
+/// All segments of a volume that are to be copied.
+pub fn all_pending(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(PENDING, volume)
+}
+
+/// A segment that this region's bucket lacks.
+pub fn missing(volume: VolumeId, segment: SegmentId) -> Vec<u8> {
+    key(MISSING, volume, &[&segment.0.to_be_bytes()])
+}
+
+/// All segments of a volume that this region's bucket lacks.
+pub fn all_missing(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(MISSING, volume)
+}
+
+/// How far this region's bucket is.
+pub fn copies(volume: VolumeId) -> Vec<u8> {
+    key(COPIES, volume, &[])
+}
+
 /// When a segment was freed.
 pub fn deletion_of(volume: VolumeId, segment: SegmentId) -> Vec<u8> {
     key(DELETION_OF, volume, &[&segment.0.to_be_bytes()])
+}
+
+/// A volume's whole deletion queue.
+pub fn all_deletions(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(DELETION, volume)
+}
+
+/// When the segments of the deletion queue were freed.
+pub fn all_deletions_of(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(DELETION_OF, volume)
 }
 
 /// Length of a volume's deletion queue.

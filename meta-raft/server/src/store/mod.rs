@@ -6,10 +6,14 @@
 //! - [`view`]: reads of the replicated records; `emptied`: what its scans need not walk over
 //! - [`local`]: records of the cluster that no volume's history holds
 //! - [`group`]: one applied group, written as one batch
+//! - `copies`: what this region's bucket lacks
+//! - `pins`: records held as they were at one position
+//! - `scrub`: sums of the records, recomputed
 //! - `mirrors`: what the state knows of mirrors of its volumes, and of those that are mirrors
 //! - [`digests`]: sums per volume, kept as changes are applied
 //! - [`directory`]: which `state-<n>` is live, and how another takes its place
 
+mod copies;
 pub mod digests;
 pub mod directory;
 mod emptied;
@@ -18,11 +22,15 @@ pub mod identity;
 pub mod local;
 pub mod log;
 mod mirrors;
+mod pins;
+mod scrub;
 pub mod state;
 pub mod view;
 mod writer;
 
 pub use log::LogStore;
+pub use pins::{Completeness, Pin};
+pub use scrub::Scrubbed;
 pub use state::State;
 
 /// Why a store can't be opened.

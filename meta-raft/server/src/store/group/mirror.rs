@@ -207,29 +207,63 @@ impl<'e> Group<'_, 'e> {
                 ));
             }
         };
+        let (storage, second) = buckets(before.map(|known| &known.record), begin);
+        let shared = match (&begin.storage, before) {
+            (None, Some(known)) => known.record.mirror.as_ref().is_some_and(|it| it.shared),
+            _ => second.is_none(),
+        };
         let record = v1::Volume {
             id: volume.0,
             name: begin.name.clone(),
-            storage: begin.storage.clone(),
+            storage,
+            copy_bytes_per_second: before.map_or(0, |known| known.record.copy_bytes_per_second),
             settings: begin.settings,
             mirror: Some(v1::MirrorOf {
                 state: MirrorState::Loading.into(),
                 reason: String::new(),
                 load,
                 parts: 0,
+                shared,
                 ..mirror.clone()
             }),
+            second,
             ..v1::Volume::default()
         };
         let known = Known {
             record: record.clone(),
             digest: Digest::default(),
-            waiting: before.map_or(0, |known| known.waiting),
+            // What waited for deletion may live in the history that is loaded; `gc` finds what does not.
+            waiting: 0,
             placed: None,
-            slots: before.map_or_else(BTreeMap::new, |known| known.slots.clone()),
+            // Its own mirrors have another history, or other places of it.
+            slots: before.map_or_else(BTreeMap::new, |known| {
+                let mut slots = known.slots.clone();
+                for slot in slots.values_mut() {
+                    "the volume was loaded anew".clone_into(&mut slot.invalid);
+                }
+                slots
+            }),
+            // What the bucket has is found out again when the records are there.
+            copies: before.map_or_else(v1::CopyState::default, |known| v1::CopyState {
+                pending_segments: 0,
+                pending_bytes: 0,
+                quarantined_segments: 0,
+                gaps: Vec::new(),
+                ..known.copies.clone()
+            }),
+            watched: BTreeMap::new(),
         };
+        let slots: Vec<v1::MirrorSlot> = known.slots.values().cloned().collect();
         self.memory.volumes.insert(volume, known);
+        for slot in &slots {
+            self.put_local(
+                &crate::store::local::slot(volume, &slot.name),
+                &prost::Message::encode_to_vec(slot),
+            );
+        }
         self.wiped.insert(volume);
+        self.queues_changed.insert(volume);
+        self.copies_changed.insert(volume);
         self.sums.retain(|(of, _)| *of != volume);
         if self.memory.next_volume <= volume.0 {
             self.memory.next_volume = volume.0 + 1;
@@ -322,6 +356,36 @@ impl<'e> Group<'_, 'e> {
             new: Some(end.head.clone()),
         }]);
         self.put_volume(&record);
+        self.walk_after_load(volume);
         LocalReply::Replayed(head.position)
+    }
+}
+
+/// The bucket of this region and the other one, when a volume is loaded; without a storage of the source they stay as they are. Who has a bucket keeps it, also a source that was
+/// demoted and becomes the mirror of its successor, if that writes into another one.
+fn buckets(
+    before: Option<&v1::Volume>,
+    begin: &v1::MirrorLoadBegin,
+) -> (Option<v1::StorageConfig>, Option<v1::StorageConfig>) {
+    let theirs = begin.storage.clone();
+    let Some(before) = before else {
+        return (theirs, None);
+    };
+    let ours = before.storage.clone();
+    if theirs.is_none() {
+        // What is loaded says where its objects are.
+        return (ours, before.second.clone());
+    }
+    let uuid = |storage: &Option<v1::StorageConfig>| {
+        storage
+            .as_ref()
+            .map(|storage| storage.uuid.clone())
+            .unwrap_or_default()
+    };
+    let shared = before.mirror.as_ref().is_some_and(|mirror| mirror.shared);
+    if shared || ours.is_none() || uuid(&ours) == uuid(&theirs) {
+        (theirs, None)
+    } else {
+        (ours, theirs)
     }
 }

@@ -1,0 +1,159 @@
+//! Copying objects of a mirror into its own bucket, in a mount or in a worker.
+
+use std::sync::Arc;
+
+use blockstore::{Bucket, CopyNews, SegmentStore, StoreError, StoreOptions};
+use fuse_client::fs::Fs;
+use heliofs_proto::ids::SegmentId;
+use heliofs_proto::v1::StorageConfig;
+use meta_client::Session;
+use mirror_sync::copy::{Buckets, Copier, CopyProgress, Host};
+use parking_lot::Mutex;
+use prometheus::{IntGauge, Opts, Registry};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::failure::{Failure, Outcome};
+
+/// Objects that a mount copies at once, beside what it is for.
+pub(crate) const MOUNT_PARALLEL: usize = 8;
+
+/// Counters of a copier: `heliofs_mirror_copy_…`.
+pub(crate) struct CopyMetrics {
+    segments: IntGauge,
+    bytes: IntGauge,
+    pulled: IntGauge,
+    bad: IntGauge,
+    waiting: IntGauge,
+}
+
+impl CopyMetrics {
+    /// In `registry`, for one volume.
+    pub(crate) fn new(registry: &Registry, volume: &str) -> Self {
+        let gauge = |name: &str, help: &str| {
+            let opts = Opts::new(format!("heliofs_mirror_copy_{name}"), help)
+                .const_label("volume", volume);
+            let gauge =
+                IntGauge::with_opts(opts).expect("names are literals that prometheus accepts");
+            if let Err(error) = registry.register(Box::new(gauge.clone())) {
+                tracing::warn!(name, %error, "a metric is not shown");
+            }
+            gauge
+        };
+        Self {
+            segments: gauge("segments_total", "Segments copied into the region's bucket"),
+            bytes: gauge("bytes_total", "Bytes copied into the region's bucket"),
+            pulled: gauge("pulled_bytes_total", "Bytes read from the source region"),
+            bad: gauge("bad_segments_total", "Segments that could not be had"),
+            waiting: gauge(
+                "waiting_segments",
+                "Missing segments that others copy, or that wait",
+            ),
+        }
+    }
+
+    /// As it is now.
+    pub(crate) fn show(&self, progress: &CopyProgress) {
+        let set =
+            |gauge: &IntGauge, value: u64| gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        set(&self.segments, progress.copied_segments);
+        set(&self.bytes, progress.copied_bytes);
+        set(&self.pulled, progress.pulled_bytes);
+        set(&self.bad, progress.bad_segments);
+        set(&self.waiting, progress.waiting);
+    }
+}
+
+/// A mount that copies.
+struct MountHost {
+    fs: Arc<Fs>,
+    store: Arc<SegmentStore>,
+    metrics: CopyMetrics,
+}
+
+impl Host for MountHost {
+    fn session(&self) -> Session {
+        self.fs.session()
+    }
+
+    fn copied(&self, segment: SegmentId) {
+        self.store.note_here(segment);
+    }
+
+    fn progress(&self, progress: &CopyProgress) {
+        self.metrics.show(progress);
+    }
+}
+
+/// Both buckets, opened for copying: apart from those that reads wait for.
+pub(crate) fn open(
+    storage: &StorageConfig,
+    second: &StorageConfig,
+    prefix: &str,
+    options: &StoreOptions,
+) -> Outcome<Buckets> {
+    let options = StoreOptions {
+        registry: None,
+        hedge_after: None,
+        ..options.clone()
+    };
+    Ok(Buckets {
+        own: Bucket::open(storage, prefix, &options)?,
+        second: Bucket::open(second, prefix, &options)?,
+        own_uuid: storage.uuid.clone(),
+        second_uuid: second.uuid.clone(),
+    })
+}
+
+/// Whether the second bucket is the source's; one that can't be asked now may be.
+///
+/// Errors: it is another's, or nobody's.
+pub(crate) async fn check_second(bucket: &Bucket, uuid: &str) -> Outcome {
+    match bucket.check_marker(uuid).await {
+        Ok(()) => Ok(()),
+        Err(error @ (StoreError::NotFound { .. } | StoreError::AlreadyExists { .. })) => Err(
+            Failure::new(format!("the second bucket is not the source's: {error}"))
+                .hint("--bucket2 says where the source's bucket is, seen from here"),
+        ),
+        Err(error) => {
+            tracing::warn!(%error, "the source's bucket can't be reached now");
+            Ok(())
+        }
+    }
+}
+
+/// Starts the copier of a mount; it lives as long as the process.
+pub(crate) fn start(
+    buckets: Buckets,
+    fs: Arc<Fs>,
+    store: Arc<SegmentStore>,
+    news: mpsc::Receiver<CopyNews>,
+    metrics: CopyMetrics,
+) {
+    let host = Arc::new(MountHost { fs, store, metrics });
+    let copier = Copier::new(buckets, host, MOUNT_PARALLEL);
+    tokio::spawn(copier.run(Some(news), CancellationToken::new()));
+}
+
+/// A worker: a session, renewed when it ends, and what was done.
+pub(crate) struct WorkerHost {
+    /// The session now.
+    pub(crate) session: Mutex<Session>,
+    /// What was done last.
+    pub(crate) progress: Mutex<CopyProgress>,
+    /// The same, for /metrics.
+    pub(crate) metrics: CopyMetrics,
+}
+
+impl Host for WorkerHost {
+    fn session(&self) -> Session {
+        self.session.lock().clone()
+    }
+
+    fn copied(&self, _: SegmentId) {}
+
+    fn progress(&self, progress: &CopyProgress) {
+        self.metrics.show(progress);
+        *self.progress.lock() = progress.clone();
+    }
+}

@@ -1,0 +1,228 @@
+//! Copy tasks: segments that this region's bucket lacks are leased to sessions, which copy them from the other bucket.
+//!
+//! [`CopyLeases`] is pure: time is an argument.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use heliofs_proto::ids::{SegmentId, VolumeId};
+use heliofs_proto::v1::{self, FsError, local_command, log_item::Item, response};
+use meta_core::records::{Record, SegmentRecord};
+use meta_core::{Corruption, View, keys};
+
+use super::Context;
+use super::deletions::{Failed, SegmentLeases};
+use super::hub::VolumeSessions;
+use super::reads::{Answer, refusal};
+use crate::proposer::ProposeError;
+use crate::store::State;
+
+/// Segments leased, or reported, in one request: bounds the entry that notes them.
+const SEGMENTS_MAX: usize = 1000;
+
+/// The rate's bucket holds what may be copied in this time: tasks come in batches.
+const BURST: Duration = Duration::from_secs(1);
+
+fn store_error(error: std::io::Error) -> Failed {
+    Failed::Corrupt(Corruption::Store(error.to_string()))
+}
+
+/// Takes a report, then leases more.
+pub(super) async fn serve(
+    ctx: &Context,
+    volume: &VolumeSessions,
+    session: u64,
+    ask: v1::TakeCopies,
+) -> Result<v1::Response, Failed> {
+    let id = volume.id;
+    let reported = ask.report.unwrap_or_default();
+    let news = reported.stored.len() + reported.bad.len() + reported.lost.len();
+    if !ctx.state.is_dual(id) {
+        return Ok(refusal(FsError::NotSupported));
+    }
+    if news > SEGMENTS_MAX || ask.wanted.len() > SEGMENTS_MAX {
+        return Ok(refusal(FsError::Invalid));
+    }
+    if news > 0 || reported.pulled_bytes > 0 {
+        let report = v1::CopyReport {
+            volume: id.0,
+            ..reported.clone()
+        };
+        let op = Some(local_command::Op::CopyReport(report));
+        let item = Item::Local(v1::LocalCommand { op });
+        match ctx.proposer.propose(item).await {
+            Ok(_) => {}
+            Err(ProposeError::NotLeader { leader }) => {
+                let leader = leader.map_or_else(String::new, |at| at.address);
+                return Err(Failed::Moved(leader));
+            }
+            Err(ProposeError::Unknown | ProposeError::Fatal(_)) => {
+                return Err(Failed::Moved(String::new()));
+            }
+        }
+        let bad = reported.bad.iter().map(|bad| &bad.segment);
+        let done = reported.stored.iter().chain(bad);
+        volume.soft().copies.segments.done(done);
+    }
+    ctx.gate.linearizable().await.map_err(Failed::Read)?;
+    let max = (ask.segments_max as usize).min(SEGMENTS_MAX);
+    let leased = volume.soft().copies.segments.len();
+    let mut candidates: Vec<(SegmentId, v1::MissingSegment)> = Vec::new();
+    let wanted = ask.wanted.iter().copied().map(SegmentId);
+    let pending = match max {
+        0 => Vec::new(),
+        _ => ctx.state.pending(id, max + leased).map_err(store_error)?,
+    };
+    for segment in wanted.chain(pending.into_iter().map(|(_, segment)| segment)) {
+        let missing = ctx.state.missing(id, segment).map_err(store_error)?;
+        candidates.extend(missing.map(|missing| (segment, missing)));
+    }
+    candidates.retain(|(_, missing)| missing.quarantine.is_empty());
+    let rate = ctx
+        .state
+        .volume(id)
+        .map_or(0, |record| record.copy_bytes_per_second);
+    let taken = volume.soft().copies.take(
+        session,
+        candidates.iter().map(|(id, it)| (id.0, it.length)),
+        max,
+        rate,
+        Instant::now(),
+    );
+    let mut known: BTreeMap<u64, v1::MissingSegment> =
+        candidates.into_iter().map(|(id, it)| (id.0, it)).collect();
+    let tasks = ctx
+        .state
+        .snapshot_view(|view| {
+            let mut tasks = Vec::with_capacity(taken.len());
+            for segment in taken {
+                let missing = known.remove(&segment).unwrap_or_default();
+                tasks.extend(task(view, id, SegmentId(segment), &missing)?);
+            }
+            Ok(tasks)
+        })
+        .map_err(Failed::Corrupt)?;
+    let waiting = ctx
+        .state
+        .copy_state(id)
+        .map_or(0, |state| state.pending_segments)
+        .saturating_sub(tasks.len() as u64);
+    Ok(v1::Response {
+        body: Some(response::Body::Copies(v1::Copies { tasks, waiting })),
+        ..Default::default()
+    })
+}
+
+/// `None`: the segment was removed meanwhile.
+fn task(
+    view: &impl View,
+    volume: VolumeId,
+    segment: SegmentId,
+    missing: &v1::MissingSegment,
+) -> Result<Option<v1::CopyTask>, Corruption> {
+    let key = keys::segment(volume, segment);
+    let Some(value) = view.get(&key)? else {
+        return Ok(None);
+    };
+    let record = SegmentRecord::decode(&key, &value)?;
+    Ok(Some(v1::CopyTask {
+        segment: segment.0,
+        length: record.length,
+        checksum: record.checksum,
+        look: missing.look,
+        replace: missing.replace,
+    }))
+}
+
+/// Says of the extents in these answers which of their segments are in the other bucket only.
+pub(super) fn tell_elsewhere(
+    state: &State,
+    volume: VolumeId,
+    answers: &mut [(u64, Answer)],
+) -> Result<(), Corruption> {
+    if !state.lacks_any(volume) {
+        return Ok(());
+    }
+    let walk = state.copy_state(volume).unwrap_or_default();
+    for (_, answer) in answers {
+        let page = match &mut answer.response.body {
+            Some(response::Body::Extents(page)) => Some(page),
+            Some(response::Body::Opened(opened)) => opened.extents.as_mut(),
+            _ => None,
+        };
+        let Some(page) = page else { continue };
+        let mut segments: Vec<u64> = page.extents.iter().map(|extent| extent.segment).collect();
+        segments.sort_unstable();
+        segments.dedup();
+        for segment in segments.into_iter().filter(|segment| *segment != 0) {
+            let not_walked = walk.walk != 0 && walk.first_walk && segment > walk.walked;
+            let missing = state.missing(volume, SegmentId(segment));
+            let missing = missing.map_err(|error| Corruption::Store(error.to_string()))?;
+            // One that may lie there is worth a look.
+            if missing.is_some_and(|missing| !missing.look) || not_walked {
+                page.elsewhere.push(segment);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Which segments are being copied by whom, and how fast tasks may be handed out.
+#[derive(Default)]
+pub struct CopyLeases {
+    /// The leases.
+    pub segments: SegmentLeases,
+    /// When what was handed out is paid for.
+    paid_at: Option<Instant>,
+}
+
+impl CopyLeases {
+    /// Leases up to `max` of the candidates (id and bytes) that are free, no faster than `rate` bytes per second unless
+    /// that is 0.
+    pub fn take(
+        &mut self,
+        session: u64,
+        candidates: impl IntoIterator<Item = (u64, u64)>,
+        max: usize,
+        rate: u64,
+        now: Instant,
+    ) -> Vec<u64> {
+        let candidates: Vec<(u64, u64)> = candidates.into_iter().collect();
+        if rate == 0 {
+            let ids = candidates.into_iter().map(|(id, _)| id);
+            return self.segments.take(session, ids, max, now);
+        }
+        let mut paid_at = self.paid_at.unwrap_or(now).max(now);
+        let mut taken = Vec::new();
+        for (id, bytes) in candidates {
+            if taken.len() >= max || paid_at >= now + BURST {
+                break;
+            }
+            let got = self.segments.take(session, [id], 1, now);
+            if !got.is_empty() {
+                paid_at += Duration::from_secs_f64(bytes as f64 / rate as f64);
+            }
+            taken.extend(got);
+        }
+        self.paid_at = Some(paid_at);
+        taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_are_handed_out_no_faster_than_the_rate() {
+        let now = Instant::now();
+        let mut leases = CopyLeases::default();
+        let all = (1..=10).map(|id| (id, 100));
+        assert_eq!(leases.take(1, all.clone(), 5, 0, now), [1, 2, 3, 4, 5]);
+        // One second's worth of 200 bytes.
+        assert_eq!(leases.take(1, all.clone(), 5, 200, now), [6, 7]);
+        assert_eq!(leases.take(2, all.clone(), 5, 200, now), [0u64; 0]);
+        let later = now + Duration::from_millis(500);
+        assert_eq!(leases.take(2, all, 5, 200, later), [8]);
+    }
+}

@@ -1,0 +1,453 @@
+//! Copies objects from the source region's bucket into this region's: tasks are leased from the mirror's leader, pulled,
+//! verified, uploaded and reported in batches. Any number of copiers share the work; each mount of the mirror is one.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockstore::{Bucket, CopyNews, Kind, StoreError};
+use bytes::Bytes;
+use heliofs_proto::ids::SegmentId;
+use heliofs_proto::v1;
+use meta_client::{ClientError, Session};
+use object_store::PutPayload;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Before the leader is asked again when it had nothing, and when it could not be asked.
+const IDLE: Duration = Duration::from_millis(250);
+const FAILED: Duration = Duration::from_secs(1);
+/// Longest pause after copies that failed.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// A report waits this long for more to report, or until it is this long.
+const REPORT_AFTER: Duration = Duration::from_millis(200);
+const REPORT_MAX: usize = 256;
+
+/// An object that the second bucket does not have is asked for this often, at least [`ABSENT_PAUSE`] apart, before that counts.
+const ABSENT_MAX: u32 = 3;
+const ABSENT_PAUSE: Duration = Duration::from_millis(500);
+
+/// Dead objects deleted at once, and the pause when there are none.
+const DELETIONS: u32 = 512;
+const DELETION_PAUSE: Duration = Duration::from_secs(5);
+
+/// Two buckets of one volume.
+#[derive(Debug)]
+pub struct Buckets {
+    /// This region's.
+    pub own: Bucket,
+    /// The source region's.
+    pub second: Bucket,
+    /// `StorageConfig.uuid` of each: reports name the one, and the other's marker tells whether it is what it should be.
+    pub own_uuid: String,
+    /// See `own_uuid`.
+    pub second_uuid: String,
+}
+
+/// What a copier has done.
+#[derive(Clone, Debug, Default)]
+pub struct CopyProgress {
+    /// Segments that are in this region's bucket now, and their bytes.
+    pub copied_segments: u64,
+    /// Bytes of them.
+    pub copied_bytes: u64,
+    /// Bytes that came from the source region.
+    pub pulled_bytes: u64,
+    /// Segments that were found in this region's bucket already.
+    pub found_segments: u64,
+    /// Segments that could not be had.
+    pub bad_segments: u64,
+    /// Missing segments that were leased to others, or waited, when the leader was last asked.
+    pub waiting: u64,
+    /// Tasks that this copier has under way.
+    pub under_way: u64,
+}
+
+/// Where a copier gets its sessions from, and whom it tells.
+pub trait Host: Send + Sync + 'static {
+    /// The session that tasks are leased to.
+    fn session(&self) -> Session;
+
+    /// A segment is in this region's bucket now.
+    fn copied(&self, segment: SegmentId);
+
+    /// Something was done.
+    fn progress(&self, progress: &CopyProgress);
+}
+
+/// One copier.
+pub struct Copier {
+    buckets: Arc<Buckets>,
+    host: Arc<dyn Host>,
+    parallel: usize,
+    report: v1::CopyReport,
+    report_since: Option<Instant>,
+    wanted: Vec<SegmentId>,
+    pulled: BTreeMap<SegmentId, Bytes>,
+    progress: CopyProgress,
+    /// Segments that are queued or under way here.
+    under_way: BTreeSet<u64>,
+    /// Before more is asked for after something failed; longer each time.
+    pause: Duration,
+}
+
+/// How a task ended.
+enum Ended {
+    Stored {
+        found: bool,
+    },
+    Bad(String),
+    /// Left for later, or for others: its lease runs out.
+    Later(StoreError),
+}
+
+struct Done {
+    task: v1::CopyTask,
+    ended: Ended,
+    pulled: u64,
+}
+
+impl Copier {
+    /// A copier that has up to `parallel` objects under way.
+    pub fn new(buckets: Buckets, host: Arc<dyn Host>, parallel: usize) -> Self {
+        let bucket = buckets.own_uuid.clone();
+        Self {
+            buckets: Arc::new(buckets),
+            host,
+            parallel: parallel.max(1),
+            report: v1::CopyReport {
+                bucket,
+                ..v1::CopyReport::default()
+            },
+            pause: IDLE,
+            under_way: BTreeSet::new(),
+            report_since: None,
+            wanted: Vec::new(),
+            pulled: BTreeMap::new(),
+            progress: CopyProgress::default(),
+        }
+    }
+
+    /// Copies until cancelled; what is under way then is left to others. `news`: what reads of this process find out.
+    pub async fn run(
+        mut self,
+        mut news: Option<mpsc::Receiver<CopyNews>>,
+        stop: CancellationToken,
+    ) {
+        let mut under_way: JoinSet<Done> = JoinSet::new();
+        let mut queue: VecDeque<v1::CopyTask> = VecDeque::new();
+        let mut ask_at = Instant::now();
+        loop {
+            let room = (self.parallel * 2).saturating_sub(queue.len() + under_way.len());
+            let now = Instant::now();
+            let hungry = room >= self.parallel && (now >= ask_at || !self.wanted.is_empty());
+            if hungry || self.report_is_due(now) {
+                match self.ask(if hungry { room } else { 0 }).await {
+                    Ok(tasks) if hungry => {
+                        ask_at = match tasks.is_empty() {
+                            true => Instant::now() + IDLE,
+                            false => Instant::now(),
+                        };
+                        // A lease that ran out while its task waited here comes again.
+                        let news = tasks
+                            .into_iter()
+                            .filter(|task| self.under_way.insert(task.segment));
+                        queue.extend(news);
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        tracing::debug!(%error, "no copy tasks to be had");
+                        ask_at = Instant::now() + FAILED;
+                        self.report_since = self.report_since.map(|_| ask_at);
+                    }
+                }
+            }
+            while under_way.len() < self.parallel
+                && let Some(task) = queue.pop_front()
+            {
+                let object = self.pulled.remove(&SegmentId(task.segment));
+                under_way.spawn(copy(Arc::clone(&self.buckets), task, object));
+            }
+            self.progress.under_way = under_way.len() as u64;
+            self.host.progress(&self.progress);
+            let report_at = self.report_since.map(|since| since + REPORT_AFTER);
+            // Without room for more there is nothing to ask for.
+            let can_ask = self.parallel * 2 >= queue.len() + under_way.len() + self.parallel;
+            let next = match report_at {
+                Some(at) if can_ask => at.min(ask_at),
+                Some(at) => at,
+                None => ask_at,
+            };
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(done) = under_way.join_next(), if !under_way.is_empty() => match done {
+                    Ok(done) => {
+                        self.under_way.remove(&done.task.segment);
+                        if self.take(done) {
+                            self.pause = IDLE;
+                        } else {
+                            // The store is away, or refuses: not one task after the other.
+                            self.pause = (self.pause * 2).min(PAUSE_MAX);
+                            ask_at = ask_at.max(Instant::now() + self.pause);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "a copy failed; its lease runs out");
+                        self.under_way.clear();
+                    }
+                },
+                heard = hear(&mut news) => self.hear(heard),
+                () = tokio::time::sleep_until(next), if can_ask || report_at.is_some() => {}
+            }
+        }
+        under_way.abort_all();
+        if let Err(error) = self.ask(0).await {
+            // Others find these objects in the bucket.
+            tracing::debug!(%error, "the last copies could not be reported");
+        }
+    }
+
+    fn report_is_due(&self, now: Instant) -> bool {
+        let news = self.report.stored.len() + self.report.bad.len() + self.report.lost.len();
+        news >= REPORT_MAX
+            || self
+                .report_since
+                .is_some_and(|since| now >= since + REPORT_AFTER)
+    }
+
+    async fn ask(&mut self, max: usize) -> Result<Vec<v1::CopyTask>, ClientError> {
+        let empty = v1::CopyReport {
+            bucket: self.report.bucket.clone(),
+            ..v1::CopyReport::default()
+        };
+        let report = std::mem::replace(&mut self.report, empty);
+        let wanted = std::mem::take(&mut self.wanted);
+        let stored: Vec<u64> = report.stored.clone();
+        let session = self.host.session();
+        match session
+            .take_copies(report.clone(), max as u32, &wanted)
+            .await
+        {
+            Ok(copies) => {
+                self.report_since = None;
+                for segment in stored {
+                    self.host.copied(SegmentId(segment));
+                }
+                self.progress.waiting = copies.waiting;
+                // What somebody else copies, or is copied already, needs no object of ours.
+                for segment in wanted {
+                    if !copies.tasks.iter().any(|task| task.segment == segment.0) {
+                        self.pulled.remove(&segment);
+                    }
+                }
+                Ok(copies.tasks)
+            }
+            Err(error) => {
+                // Reported again: nothing that is reported twice counts twice, but for the bytes.
+                self.report = report;
+                self.wanted = wanted;
+                Err(error)
+            }
+        }
+    }
+
+    fn hear(&mut self, news: CopyNews) {
+        match news {
+            CopyNews::Pulled { segment, object } => {
+                self.count_pulled(object.len() as u64);
+                if self.pulled.len() < self.parallel * 2 {
+                    self.pulled.insert(segment, object);
+                    self.wanted.push(segment);
+                }
+            }
+            CopyNews::Lost { segment, replace } => {
+                self.report.lost.push(v1::LostCopy {
+                    segment: segment.0,
+                    replace,
+                });
+                self.report_since.get_or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    fn count_pulled(&mut self, bytes: u64) {
+        if bytes > 0 {
+            self.progress.pulled_bytes += bytes;
+            self.report.pulled_bytes += bytes;
+            self.report_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Takes in how a task ended; `false`: it is left for later.
+    fn take(&mut self, done: Done) -> bool {
+        let Done {
+            task,
+            ended,
+            pulled,
+        } = done;
+        self.count_pulled(pulled);
+        match ended {
+            Ended::Stored { found } => {
+                self.progress.copied_segments += 1;
+                self.progress.copied_bytes += task.length;
+                self.progress.found_segments += u64::from(found);
+                self.report.stored.push(task.segment);
+            }
+            Ended::Bad(reason) => {
+                tracing::error!(segment = task.segment, reason, "a segment can't be copied");
+                self.progress.bad_segments += 1;
+                self.report.bad.push(v1::BadCopy {
+                    segment: task.segment,
+                    reason,
+                });
+            }
+            Ended::Later(error) => {
+                tracing::warn!(segment = task.segment, %error, "a segment could not be copied now");
+                return false;
+            }
+        }
+        self.report_since.get_or_insert_with(Instant::now);
+        true
+    }
+}
+
+/// The next news; never, without any.
+async fn hear(news: &mut Option<mpsc::Receiver<CopyNews>>) -> CopyNews {
+    if let Some(receiver) = news {
+        if let Some(heard) = receiver.recv().await {
+            return heard;
+        }
+        *news = None;
+    }
+    std::future::pending().await
+}
+
+fn is_whole(task: &v1::CopyTask, object: &Bytes) -> bool {
+    object.len() as u64 == task.length && crc32fast::hash(object) == task.checksum
+}
+
+async fn copy(buckets: Arc<Buckets>, task: v1::CopyTask, object: Option<Bytes>) -> Done {
+    let mut pulled = 0;
+    let ended = match copied(&buckets, &task, object, &mut pulled).await {
+        Ok(ended) => ended,
+        Err(error) => Ended::Later(error),
+    };
+    Done {
+        task,
+        ended,
+        pulled,
+    }
+}
+
+async fn copied(
+    buckets: &Buckets,
+    task: &v1::CopyTask,
+    object: Option<Bytes>,
+    pulled: &mut u64,
+) -> Result<Ended, StoreError> {
+    let name = SegmentId(task.segment).object_name();
+    let mut replace = task.replace;
+    if task.look {
+        match buckets.own.get_about(&name, task.length).await {
+            Ok(there) if is_whole(task, &there) => return Ok(Ended::Stored { found: true }),
+            Ok(_) => replace = true,
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let object = match object.filter(|object| is_whole(task, object)) {
+        Some(object) => object,
+        None => match pull(buckets, task, &name, pulled).await? {
+            Ok(object) => object,
+            Err(reason) => return Ok(Ended::Bad(reason)),
+        },
+    };
+    if replace {
+        buckets.own.put(&name, object).await?;
+        return Ok(Ended::Stored { found: false });
+    }
+    let payload = PutPayload::from_bytes(object.clone());
+    match buckets.own.put_new(&name, payload, task.checksum).await {
+        Ok(()) => {}
+        // Half of an object, or rot: metadata says what it must be.
+        Err(error) if error.kind() == Kind::AlreadyExists => {
+            buckets.own.put(&name, object).await?;
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(Ended::Stored { found: false })
+}
+
+/// The whole object, verified; or why the second bucket does not have it.
+async fn pull(
+    buckets: &Buckets,
+    task: &v1::CopyTask,
+    name: &str,
+    pulled: &mut u64,
+) -> Result<Result<Bytes, String>, StoreError> {
+    let mut reason = String::new();
+    for attempt in 0..ABSENT_MAX {
+        if attempt > 0 {
+            tokio::time::sleep(ABSENT_PAUSE).await;
+        }
+        match buckets.second.get_about(name, task.length).await {
+            Ok(object) => {
+                *pulled += object.len() as u64;
+                if is_whole(task, &object) {
+                    return Ok(Ok(object));
+                }
+                reason = format!(
+                    "the source's object is {} bytes with checksum {:08x}, and not {} with {:08x}",
+                    object.len(),
+                    crc32fast::hash(&object),
+                    task.length,
+                    task.checksum
+                );
+            }
+            Err(error) if error.kind() == Kind::NotFound => {
+                "the source's bucket does not have it".clone_into(&mut reason);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    // Of another bucket, or of one that was emptied, nothing can be said.
+    buckets.second.check_marker(&buckets.second_uuid).await?;
+    Ok(Err(reason))
+}
+
+/// Deletes what died from this region's bucket, until cancelled: for hosts that are no mounts, which do so themselves.
+pub async fn delete_dead(own: Bucket, host: Arc<dyn Host>, stop: CancellationToken) {
+    let mut done: Vec<SegmentId> = Vec::new();
+    loop {
+        let taken = host.session().take_deletions(DELETIONS, &done).await;
+        let pause = match taken {
+            Ok((taken, _)) => {
+                done.clear();
+                for segment in &taken {
+                    match own.delete(&segment.object_name()).await {
+                        Ok(()) => done.push(*segment),
+                        // It is leased again later.
+                        Err(error) => {
+                            tracing::warn!(segment = segment.0, %error, "a dead segment could not be deleted");
+                        }
+                    }
+                }
+                match taken.is_empty() {
+                    true => DELETION_PAUSE,
+                    false => Duration::ZERO,
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no dead segments to be had");
+                DELETION_PAUSE
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
