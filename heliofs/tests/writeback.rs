@@ -177,8 +177,8 @@ fn what_fsync_confirmed_in_a_large_copy_survives_sigkill() {
             );
         }
         flush_and_unmount(mount);
-        assert_eq!(set.staged(""), [PathBuf::new(); 0]);
-        assert_eq!(set.staged("conflicts"), [PathBuf::new(); 0], "{volume}");
+        assert!(set.staged("").is_empty(), "{volume}");
+        assert!(set.staged("conflicts").is_empty(), "{volume}");
     }
 }
 
