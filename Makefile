@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror lint install
+.PHONY: help build demo test suites fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy token-trials lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -47,6 +47,12 @@ bench-scale: ## Memory and disk of 5 million inodes; others' latencies beside hu
 
 bench-failover: ## How long creates stand still when the leader is killed, or frozen
 	@benches/failover
+
+token-trials: ## A thousand times: what was written before a token is in the mirror's own bucket after it was waited for
+	HELIOFS_TOKEN_TRIALS=1000 cargo nextest run --release --workspace --config-file .ci/nextest.toml -P trials --test mirror_copy a_token
+
+bench-copy: ## How fast objects are copied into a mirror's own bucket by one worker and by two, over a link
+	@benches/copy
 
 bench-mirror: ## How far a mirror is behind over links of 50, 150 and 300 ms, and how quickly it catches up
 	@benches/mirror

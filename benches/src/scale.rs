@@ -94,6 +94,7 @@ fn caller() -> v1::Caller {
         uid: 0,
         gid: 0,
         pid: std::process::id(),
+        ..v1::Caller::default()
     }
 }
 

@@ -23,7 +23,7 @@ fn main() {
     };
     let data = data.slice(..data.len().min(LENGTH));
     let passphrase = Passphrase::new("cost".to_owned());
-    let (key, _) = VolumeKey::create(&passphrase).expect("random numbers");
+    let (key, _) = VolumeKey::create(&passphrase.into()).expect("random numbers");
     let key = Arc::new(key);
     let identity = PageIdentity {
         volume: VolumeId(1),

@@ -1,6 +1,7 @@
-//! The key of an encrypted volume, and how a passphrase opens it.
+//! The key of an encrypted volume, and how a passphrase or an RSA key opens it.
 
 use std::fmt;
+use std::sync::Arc;
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use bytes::Bytes;
@@ -10,12 +11,17 @@ use ring::hkdf;
 use ring::rand::{SecureRandom, SystemRandom};
 use zeroize::{Zeroize, Zeroizing};
 
+mod rsa;
+
+pub use rsa::RsaKey;
+
 use crate::StoreError;
 
 /// The only cipher.
 const CIPHER: &str = "aes-256-gcm";
-/// The only way of wrapping.
+/// Ways of wrapping: by a key that comes from a passphrase, by an RSA key.
 const ARGON2ID: &str = "argon2id";
+const RSA_OAEP: &str = "rsa-oaep-sha256";
 /// Argon2's cost: what OWASP asks for at the least, thrice over; some 100 ms on one core.
 const MEMORY_KIB: u32 = 64 << 10;
 const PASSES: u32 = 2;
@@ -49,6 +55,21 @@ impl fmt::Debug for Passphrase {
     }
 }
 
+/// What opens a volume's key.
+#[derive(Clone, Debug)]
+pub enum KeyOpener {
+    /// A passphrase.
+    Passphrase(Passphrase),
+    /// An RSA key; without its private half it can only wrap.
+    Rsa(Arc<RsaKey>),
+}
+
+impl From<Passphrase> for KeyOpener {
+    fn from(passphrase: Passphrase) -> Self {
+        Self::Passphrase(passphrase)
+    }
+}
+
 /// The data key of a volume. All frames' keys are derived from it.
 pub struct VolumeKey {
     id: u32,
@@ -62,10 +83,10 @@ impl fmt::Debug for VolumeKey {
 }
 
 impl VolumeKey {
-    /// A new key for a new volume, wrapped by `passphrase`. What is returned goes into the volume's `StorageConfig`.
+    /// A new key for a new volume, wrapped for `opener`. What is returned goes into the volume's `StorageConfig`.
     ///
     /// Errors: `Invalid`, with an empty passphrase too.
-    pub fn create(passphrase: &Passphrase) -> Result<(Self, v1::Encryption), StoreError> {
+    pub fn create(opener: &KeyOpener) -> Result<(Self, v1::Encryption), StoreError> {
         let random = SystemRandom::new();
         let no_random = |_| StoreError::Invalid("the system gives no random numbers".to_owned());
         let mut secret = Zeroizing::new([0; 32]);
@@ -81,15 +102,26 @@ impl VolumeKey {
         let encryption = v1::Encryption {
             cipher: CIPHER.to_owned(),
             key_id: key.id,
-            keys: vec![key.wrap(passphrase)?],
+            keys: vec![key.wrap(opener)?],
         };
         Ok((key, encryption))
     }
 
-    /// The key, wrapped by another passphrase.
+    /// The key, wrapped for another passphrase or RSA key.
     ///
     /// Errors: `Invalid`, with an empty passphrase too.
-    pub fn wrap(&self, passphrase: &Passphrase) -> Result<v1::WrappedKey, StoreError> {
+    pub fn wrap(&self, opener: &KeyOpener) -> Result<v1::WrappedKey, StoreError> {
+        let passphrase = match opener {
+            KeyOpener::Passphrase(passphrase) => passphrase,
+            KeyOpener::Rsa(rsa) => {
+                return Ok(v1::WrappedKey {
+                    kind: RSA_OAEP.to_owned(),
+                    salt: rsa.fingerprint_bytes().to_vec().into(),
+                    wrapped: rsa.wrap(&self.secret, &self.id.to_le_bytes())?.into(),
+                    ..v1::WrappedKey::default()
+                });
+            }
+        };
         if passphrase.is_empty() {
             return Err(StoreError::Invalid("the passphrase is empty".to_owned()));
         }
@@ -119,14 +151,19 @@ impl VolumeKey {
 
     /// Opens the key of a volume. Takes some 100 ms of one core: not for a thread that others wait for.
     ///
-    /// Errors: `Denied` when the passphrase is wrong; `Invalid` when this release does not know how.
-    pub fn open(encryption: &v1::Encryption, passphrase: &Passphrase) -> Result<Self, StoreError> {
+    /// Errors: `Denied` when the passphrase or the RSA key is wrong; `Invalid` when this release does not know how, or the volume's key
+    /// is wrapped for the other kind.
+    pub fn open(encryption: &v1::Encryption, opener: &KeyOpener) -> Result<Self, StoreError> {
         if encryption.cipher != CIPHER {
             return Err(StoreError::Invalid(format!(
                 "the volume is encrypted with `{}`, which this release does not know; upgrade",
                 encryption.cipher
             )));
         }
+        let passphrase = match opener {
+            KeyOpener::Passphrase(passphrase) => passphrase,
+            KeyOpener::Rsa(rsa) => return Self::open_by_rsa(encryption, rsa),
+        };
         let mut known = false;
         for wrapped in encryption.keys.iter().filter(|key| key.kind == ARGON2ID) {
             known = true;
@@ -152,9 +189,46 @@ impl VolumeKey {
                 detail: "the passphrase is wrong".to_owned(),
             });
         }
-        Err(StoreError::Invalid(
-            "this release knows no way to open the volume's key; upgrade".to_owned(),
-        ))
+        Err(not_wrapped_for(encryption, "a passphrase"))
+    }
+
+    fn open_by_rsa(encryption: &v1::Encryption, rsa: &RsaKey) -> Result<Self, StoreError> {
+        let denied = |detail: String| StoreError::Denied {
+            operation: "open the volume's key",
+            key: format!("{:08x}", encryption.key_id),
+            detail,
+        };
+        if !rsa.is_private() {
+            return Err(denied(
+                "a public key opens nothing; the private key is needed".to_owned(),
+            ));
+        }
+        let mut others = Vec::new();
+        for wrapped in encryption.keys.iter().filter(|key| key.kind == RSA_OAEP) {
+            if wrapped.salt[..] != rsa.fingerprint_bytes()[..] {
+                others.push(hex(&wrapped.salt));
+                continue;
+            }
+            let label = encryption.key_id.to_le_bytes();
+            return match rsa.open(&wrapped.wrapped, &label) {
+                Some(secret) => Ok(Self {
+                    id: encryption.key_id,
+                    secret,
+                }),
+                None => Err(denied(
+                    "the volume's wrapped key is damaged: its own RSA key does not open it"
+                        .to_owned(),
+                )),
+            };
+        }
+        if others.is_empty() {
+            return Err(not_wrapped_for(encryption, "an RSA key"));
+        }
+        Err(denied(format!(
+            "the RSA key is wrong: its public key's SHA-256 is {}, the volume's {}",
+            rsa.fingerprint(),
+            others.join(" or ")
+        )))
     }
 
     /// Tells keys apart; not secret.
@@ -166,6 +240,27 @@ impl VolumeKey {
     pub(crate) fn derive(&self, salt: &[u8]) -> hkdf::Prk {
         hkdf::Salt::new(hkdf::HKDF_SHA256, salt).extract(&self.secret[..])
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The key that was given is of a kind that the volume's key is not wrapped for.
+fn not_wrapped_for(encryption: &v1::Encryption, given: &str) -> StoreError {
+    let kinds: Vec<&str> = encryption
+        .keys
+        .iter()
+        .map(|key| match key.kind.as_str() {
+            ARGON2ID => "a passphrase",
+            RSA_OAEP => "an RSA key",
+            _ => "something that this release does not know (upgrade)",
+        })
+        .collect();
+    StoreError::Invalid(format!(
+        "the volume's key is opened by {}, not by {given}",
+        kinds.join(" or ")
+    ))
 }
 
 fn wrapping_key(
@@ -191,8 +286,8 @@ fn wrapping_key(
 mod tests {
     use super::*;
 
-    fn phrase(text: &str) -> Passphrase {
-        Passphrase::new(text.to_owned())
+    fn phrase(text: &str) -> KeyOpener {
+        Passphrase::new(text.to_owned()).into()
     }
 
     #[test]
@@ -214,5 +309,77 @@ mod tests {
         assert!(VolumeKey::open(&encryption, &phrase("another")).is_err());
         assert!(VolumeKey::create(&phrase("\n")).is_err());
         assert!(!format!("{key:?} {:?}", phrase("secret")).contains("secret"));
+    }
+
+    fn pem(arguments: &[&str]) -> String {
+        let made = std::process::Command::new("openssl")
+            .args(arguments)
+            .output()
+            .expect("openssl is installed");
+        assert!(made.status.success(), "{made:?}");
+        String::from_utf8(made.stdout).unwrap()
+    }
+
+    #[test]
+    fn an_rsa_key_opens_what_its_public_half_wrapped_and_others_say_why_not() {
+        let generate = [
+            "genpkey",
+            "-algorithm",
+            "RSA",
+            "-pkeyopt",
+            "rsa_keygen_bits:2048",
+        ];
+        let (private, other) = (pem(&generate), pem(&generate));
+        let rsa = |text: &str, passphrase: Option<&str>| {
+            let passphrase = passphrase.map(|text| Passphrase::new(text.to_owned()));
+            RsaKey::from_pem(text, passphrase.as_ref())
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("key.pem");
+        std::fs::write(&file, &private).unwrap();
+        let file = file.to_str().unwrap();
+        let public = rsa(&pem(&["pkey", "-in", file, "-pubout"]), None).unwrap();
+        assert!(!public.is_private());
+        let public = KeyOpener::Rsa(Arc::new(public));
+        let (key, mut encryption) = VolumeKey::create(&public).unwrap();
+        let opener =
+            |text: &str, passphrase| KeyOpener::Rsa(Arc::new(rsa(text, passphrase).unwrap()));
+        let opened = VolumeKey::open(&encryption, &opener(&private, None)).unwrap();
+        assert_eq!((opened.id(), &opened.secret), (key.id(), &key.secret));
+
+        // With a passphrase of its own.
+        let locked = pem(&["pkcs8", "-topk8", "-in", file, "-passout", "pass:sesame"]);
+        assert!(locked.contains("ENCRYPTED PRIVATE KEY"));
+        VolumeKey::open(&encryption, &opener(&locked, Some("sesame"))).unwrap();
+        let refused = rsa(&locked, Some("barley")).unwrap_err();
+        assert_eq!(refused.kind(), crate::Kind::Denied, "{refused}");
+        assert!(
+            rsa(&locked, None)
+                .unwrap_err()
+                .to_string()
+                .contains("none was given")
+        );
+        let old = pem(&["rsa", "-in", file, "-traditional"]);
+        assert!(
+            rsa(&old, None)
+                .unwrap_err()
+                .to_string()
+                .contains("openssl pkcs8")
+        );
+        assert!(rsa("nothing", None).is_err());
+
+        let refused = |opener: &KeyOpener, encryption: &v1::Encryption| {
+            VolumeKey::open(encryption, opener).unwrap_err().to_string()
+        };
+        assert!(refused(&opener(&other, None), &encryption).contains("the RSA key is wrong"));
+        assert!(refused(&public, &encryption).contains("private key is needed"));
+        assert!(refused(&phrase("words"), &encryption).contains("opened by an RSA key"));
+        // Both ways open the same key.
+        encryption.keys.push(key.wrap(&phrase("words")).unwrap());
+        VolumeKey::open(&encryption, &phrase("words")).unwrap();
+        VolumeKey::open(&encryption, &opener(&private, None)).unwrap();
+        encryption.keys.remove(0);
+        assert!(refused(&opener(&private, None), &encryption).contains("opened by a passphrase"));
+        assert!(!format!("{:?}", opener(&private, None)).contains("PRIVATE"));
     }
 }

@@ -67,6 +67,7 @@ impl From<Caller> for v1::Caller {
             uid: caller.uid,
             gid: caller.gid,
             pid: caller.pid,
+            snapshot: false,
         }
     }
 }

@@ -686,10 +686,11 @@ impl Filesystem for Adapter {
         reply.ok();
     }
 
-    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, _request: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let ino = u64::from(ino);
         self.answer(
             Op::StatFs,
-            |fs| async move { fs.stat_fs().await },
+            move |fs| async move { fs.stat_fs(ino).await },
             |_, usage| match usage {
                 Ok(usage) => {
                     let or =

@@ -88,6 +88,8 @@ pub struct InodeState {
     pub failure: Option<Errno>,
     /// Data was lost for good: every flush says so, as long as the inode is open.
     pub lost: Option<Errno>,
+    /// It has no name any more: once nobody here has it open, what is not stored yet can be forgotten.
+    pub unlinked: bool,
     /// What a write must clear.
     pub privileges: Privileges,
     /// A commit of uploaded batches is scheduled.
@@ -96,6 +98,8 @@ pub struct InodeState {
     pub owed_releases: u32,
     /// The background is at it.
     pub flushing: bool,
+    /// Bytes that the file's tightest quota left when the server last told; `u64::MAX`: none limits it.
+    pub quota_room: u64,
     /// After a failed flush: when the background tries again, and how long it waits after that.
     pub retry: Option<(Instant, Duration)>,
 }
@@ -118,11 +122,13 @@ impl Inode {
                 dirty_since: None,
                 failure: None,
                 lost: None,
+                unlinked: false,
                 privileges: Privileges::Unknown,
                 commit_scheduled: false,
                 owed_releases: 0,
                 flushing: false,
                 retry: None,
+                quota_room: u64::MAX,
             }),
             changing: tokio::sync::Mutex::new(()),
             budget,

@@ -69,8 +69,18 @@ pub(crate) enum Command {
     Warmup(commands::warmup::Options),
     /// Copies what a bucket, a prefix or a local path lacks of another.
     Sync(commands::sync::Options),
+    /// Shows what is below directories, and where most of it lies.
+    Summary(commands::summary::Options),
+    /// Measures a mount: large files, small files, attributes.
+    Bench(commands::bench::Options),
     /// Measures an object store.
     Objbench(commands::objbench::Options),
+    /// Limits what directories, users and groups may use.
+    #[command(subcommand)]
+    Quota(commands::quota::Command),
+    /// Makes, shows and removes read-only copies of directories.
+    #[command(subcommand)]
+    Snapshot(commands::snapshot::Command),
     /// Shows what is in the trash, and puts it back.
     Restore(commands::restore::Options),
     /// Prints a volume's history.

@@ -181,7 +181,7 @@ impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
         let hint = match &error {
             StoreError::Denied { operation, .. } if operation.contains("key") => Some(
-                "give the passphrase of this volume: --passphrase-file FILE or HELIOFS_PASSPHRASE",
+                "give what opens this volume: --passphrase-file FILE or HELIOFS_PASSPHRASE; --encrypt-key FILE, whose own passphrase is in HELIOFS_KEY_PASSPHRASE",
             ),
             StoreError::Denied { .. } => Some(
                 "check the access key, the secret key and the bucket's policy; keys come from --access-key and \

@@ -66,6 +66,13 @@ impl Target for NodeTarget {
         self.0.state.head(volume)
     }
 
+    fn complete(&self, volume: VolumeId) -> Position {
+        self.0.state.complete(volume).unwrap_or_else(|error| {
+            tracing::warn!(%volume, %error, "what the bucket lacks can't be read");
+            Position::START
+        })
+    }
+
     fn diverged(&self, volume: VolumeId) -> Option<Position> {
         self.0.state.diverged(volume)
     }

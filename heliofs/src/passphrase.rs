@@ -1,9 +1,10 @@
-//! Where the passphrase of an encrypted volume comes from: never from argv.
+//! Where the passphrase or the RSA key of an encrypted volume comes from: no secret from argv.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use blockstore::Passphrase;
+use blockstore::{KeyOpener, Passphrase, RsaKey};
 use clap::Args;
 
 use crate::failure::{Failure, Outcome, While};
@@ -11,17 +12,37 @@ use crate::failure::{Failure, Outcome, While};
 /// The variable that holds it.
 const VARIABLE: &str = "HELIOFS_PASSPHRASE";
 
-/// How the passphrase is given.
+/// The variable that holds the passphrase of an RSA key.
+const KEY_VARIABLE: &str = "HELIOFS_KEY_PASSPHRASE";
+
+/// How the passphrase or the key is given.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct PassphraseSource {
     /// File with the passphrase of an encrypted volume, readable by its owner only. Else: HELIOFS_PASSPHRASE.
     #[arg(long, value_name = "FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
+    /// File with an RSA key in PEM that the volume's key is wrapped for, instead of a passphrase: the private key, readable by its
+    /// owner only (the passphrase that it may have itself: HELIOFS_KEY_PASSPHRASE); to format, the public key is enough.
+    #[arg(
+        long,
+        visible_alias = "encrypt-rsa-key",
+        value_name = "FILE",
+        conflicts_with = "passphrase_file"
+    )]
+    pub(crate) encrypt_key: Option<PathBuf>,
 }
 
 impl PassphraseSource {
-    /// The passphrase, if one is given.
-    pub(crate) fn find(&self) -> Outcome<Option<Passphrase>> {
+    /// Whether anything was given on the command line.
+    pub(crate) fn is_given(&self) -> bool {
+        self.passphrase_file.is_some() || self.encrypt_key.is_some()
+    }
+
+    /// The passphrase or the key, if one is given.
+    pub(crate) fn find(&self) -> Outcome<Option<KeyOpener>> {
+        if let Some(file) = &self.encrypt_key {
+            return Ok(Some(KeyOpener::Rsa(Arc::new(read_key(file)?))));
+        }
         let text = match (&self.passphrase_file, std::env::var(VARIABLE)) {
             (Some(file), _) => read_private(file, "passphrase")?,
             (None, Ok(text)) if !text.is_empty() => text,
@@ -31,14 +52,14 @@ impl PassphraseSource {
         if passphrase.is_empty() {
             return Err(Failure::usage("the passphrase is empty"));
         }
-        Ok(Some(passphrase))
+        Ok(Some(passphrase.into()))
     }
 
-    /// The passphrase; without one it is said how to give it.
-    pub(crate) fn required(&self) -> Outcome<Passphrase> {
+    /// The passphrase or the key; without one it is said how to give it.
+    pub(crate) fn required(&self) -> Outcome<KeyOpener> {
         self.find()?.ok_or_else(|| {
             Failure::usage("the volume is encrypted, and no passphrase was given").hint(format!(
-                "--passphrase-file FILE, or {VARIABLE} in the environment"
+                "--passphrase-file FILE, or {VARIABLE} in the environment; --encrypt-key FILE for an RSA key"
             ))
         })
     }
@@ -46,11 +67,31 @@ impl PassphraseSource {
     /// As a flag, for the background process. The path is made absolute; the variable is inherited.
     pub(crate) fn to_arguments(&self) -> Vec<OsString> {
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        self.passphrase_file
-            .iter()
-            .flat_map(|path| ["--passphrase-file".into(), absolute(path).into()])
+        let files = [
+            ("--passphrase-file", &self.passphrase_file),
+            ("--encrypt-key", &self.encrypt_key),
+        ];
+        files
+            .into_iter()
+            .filter_map(|(flag, path)| Some((flag, path.as_ref()?)))
+            .flat_map(|(flag, path)| [flag.into(), absolute(path).into()])
             .collect()
     }
+}
+
+/// An RSA key. A public one may be read by anybody.
+pub(crate) fn read_key(file: &Path) -> Outcome<RsaKey> {
+    let text =
+        std::fs::read_to_string(file).while_(format_args!("read the key in {}", file.display()))?;
+    let text = match text.contains("PRIVATE KEY") {
+        true => read_private(file, "key")?,
+        false => text,
+    };
+    let passphrase = match std::env::var(KEY_VARIABLE) {
+        Ok(text) if !text.is_empty() => Some(Passphrase::new(text)),
+        _ => None,
+    };
+    Ok(RsaKey::from_pem(&text, passphrase.as_ref())?)
 }
 
 /// The text of a file that nobody else may read; `what` it holds is for the error.

@@ -98,6 +98,89 @@ fn compressed_volumes_are_smaller_and_may_change_their_codec() {
     assert!(stored() - before >= 5 << 20);
 }
 
+fn openssl(arguments: &[&str]) -> String {
+    let made = std::process::Command::new("openssl")
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    String::from_utf8(made.stdout).unwrap()
+}
+
+#[test]
+fn an_rsa_key_opens_a_volume_that_was_formatted_with_its_public_half() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    let generate = [
+        "genpkey",
+        "-algorithm",
+        "RSA",
+        "-pkeyopt",
+        "rsa_keygen_bits:2048",
+    ];
+    let private = secret_file(&cluster, "private.pem", &openssl(&generate));
+    let other = secret_file(&cluster, "other.pem", &openssl(&generate));
+    let locked = openssl(&[
+        "pkcs8",
+        "-topk8",
+        "-in",
+        &private,
+        "-passout",
+        "pass:sesame",
+    ]);
+    let locked = secret_file(&cluster, "locked.pem", &locked);
+    let public = openssl(&["pkey", "-in", &private, "-pubout"]);
+    let public = secret_file(&cluster, "public.pem", &public);
+    fs::set_permissions(&public, fs::Permissions::from_mode(0o644)).unwrap();
+    cluster.format_file("wrapped", &["--encrypt", "--encrypt-key", &public]);
+    works(&cluster, "wrapped", &["--encrypt-rsa-key", &private], None);
+
+    let point = cluster.directory.join("mnt");
+    fs::create_dir(&point).unwrap();
+    let url = cluster.url();
+    let mount = |key: &str, passphrase: Option<&str>| {
+        let arguments = [
+            "mount",
+            &url,
+            "wrapped",
+            point.to_str().unwrap(),
+            "--cache-size",
+            "0",
+            "--encrypt-key",
+            key,
+        ];
+        cluster.run_with(&arguments, |command| {
+            command.envs(passphrase.map(|text| ("HELIOFS_KEY_PASSPHRASE", text)));
+        })
+    };
+    mount(&other, None).failure(1, "the RSA key is wrong");
+    mount(&public, None).failure(1, "private key is needed");
+    mount(&locked, None).failure(1, "none was given");
+    mount(&locked, Some("barley")).failure(1, "passphrase is wrong");
+    fs::set_permissions(&other, fs::Permissions::from_mode(0o640)).unwrap();
+    mount(&other, None).failure(1, "can be read by others");
+    assert!(!support::mount::is_mounted(&point));
+    mount(&locked, Some("sesame")).success();
+    assert!(support::mount::is_mounted(&point));
+    cluster.run(&["umount", point.to_str().unwrap()]).success();
+
+    // Another key takes its place; the data stays as it is.
+    fs::set_permissions(&other, fs::Permissions::from_mode(0o600)).unwrap();
+    let volume = cluster.volume_url("wrapped");
+    let change = [
+        "config",
+        &volume,
+        "--encrypt-key",
+        &private,
+        "--new-encrypt-key",
+        &other,
+    ];
+    cluster.run(&change).success();
+    mount(&private, None).failure(1, "the RSA key is wrong");
+    let mounted = Mount::of(&cluster, "wrapped", &["--encrypt-key", &other]);
+    assert!(fs::read(mounted.join("f70000")).unwrap() == prose(70_000));
+    mounted.unmount();
+}
+
 #[test]
 fn an_encrypted_volume_shows_nothing_to_whoever_has_only_the_bucket() {
     let cluster = Cluster::with_dirs(1, |_, _| None, &[]);

@@ -572,3 +572,195 @@ fn a_token_waited_for_with_data_means_every_byte() {
     copier.unmount();
     written.unmount();
 }
+
+/// Cut apart, both regions are written to. What the old one acknowledged is never seen in the new epoch; it is exported when the
+/// old one comes back, which then pulls only what it lacks.
+#[test]
+fn an_old_source_that_lived_on_exports_its_tail_and_rejoins() {
+    let mut regions = Regions::start(1);
+    regions.give_bucket(&[]).success();
+    let written = regions.source.mount(VOLUME);
+    write_files(&written.path, 20, 15);
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    regions.worker(&[]).success();
+    // As if nobody could reach the source: its address is another's.
+    regions
+        .mirror
+        .run(&[
+            "mirror",
+            "promote",
+            &regions.mirror_url(),
+            "--force",
+            "--i-know-the-source-is-dead",
+        ])
+        .failure(1, "the source answers");
+    let [nobody] = support::free_ports(1)[..] else {
+        panic!("one port")
+    };
+    let nobody = format!("helio://127.0.0.1:{nobody}");
+    let url = regions.mirror_url();
+    let force = [
+        "mirror",
+        "promote",
+        &url,
+        "--force",
+        "--i-know-the-source-is-dead",
+        "--source",
+        &nobody,
+    ];
+    regions.mirror.run(&force).success();
+    let late = 4;
+    for number in 0..late {
+        let mut file = File::create(written.join(format!("late-{number}"))).unwrap();
+        file.write_all(&vec![7; 50_000]).unwrap();
+        file.sync_all().unwrap();
+    }
+    let now = Mount::of(&regions.mirror, VOLUME, &[]);
+    write_files(&now.path, 21, 6);
+    let expected = tree(&now.path);
+    assert!(
+        !expected
+            .keys()
+            .any(|path| path.to_str().unwrap().starts_with("late"))
+    );
+    let mut written = written;
+    written.process.kill();
+    drop(written);
+
+    let token = regions.mirror.token_file.to_str().unwrap().to_owned();
+    let flags = [
+        "--mirror-of",
+        &regions.mirror.url(),
+        "--mirror-token-file",
+        &token,
+    ];
+    regions.source.flags = flags.map(str::to_owned).to_vec();
+    regions.source.stop_node(0);
+    regions.source.start_node(0);
+    let old = regions.source.volume_url(VOLUME);
+    let export = regions.bucket("tail.json");
+    let rejoin = [
+        "mirror",
+        "rejoin",
+        &old,
+        "--of",
+        &regions.mirror.volume_url(VOLUME),
+        "--of-token-file",
+        &token,
+        "--export",
+        export.to_str().unwrap(),
+        "--json",
+    ];
+    let said = regions.source.run(&rejoin).success().json();
+    let tail = fs::read_to_string(&export).unwrap();
+    let entries: Vec<Value> = tail
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(said["divergent_entries"], entries.len(), "{said}");
+    for number in 0..late {
+        let name = format!("late-{number}");
+        let found = entries
+            .iter()
+            .filter(|entry| entry["op"] == "create" && entry["fields"]["name"] == name.as_str());
+        assert_eq!(found.count(), 1, "{name} in {tail}");
+    }
+    assert_eq!(
+        entries
+            .iter()
+            .filter(|entry| entry["op"] == "create")
+            .count(),
+        late
+    );
+    let first: u64 = entries[0]["position"].as_str().unwrap()[2..]
+        .parse()
+        .unwrap();
+    for (at, entry) in entries.iter().enumerate() {
+        assert_eq!(
+            entry["position"],
+            format!("0:{}", first + at as u64),
+            "no gaps"
+        );
+    }
+    // It is what the new one is, and writes down nothing of its own any more.
+    let head = regions.mirror.run(&["mirror", "token", &url]).success();
+    wait_for_status(
+        &regions.source,
+        VOLUME,
+        "the old source's following",
+        |status| status["doing"] == "following" && status["applied"] == head.out.trim(),
+    );
+    let before: BTreeMap<PathBuf, Vec<u8>> = regions.objects("source");
+    let worker = regions
+        .source
+        .run(&["mirror", "worker", &old, "--once", "--json"])
+        .success()
+        .json();
+    assert!(worker["found_segments"].as_u64().unwrap() > 0, "{worker}");
+    let pulled = worker["pulled_bytes"].as_u64().unwrap();
+    let after = regions.objects("source");
+    let news: usize = after
+        .iter()
+        .filter(|(name, _)| !before.contains_key(*name))
+        .map(|(_, bytes)| bytes.len())
+        .sum();
+    assert_eq!(pulled, news as u64, "only differences are pulled: {worker}");
+    let seen = Mount::of(&regions.source, VOLUME, &["--no-bgjob"]);
+    assert_eq!(tree(&seen.path), expected);
+    assert_eq!(
+        File::create(seen.join("x")).unwrap_err().raw_os_error(),
+        Some(30),
+        "read-only"
+    );
+    seen.unmount();
+    now.unmount();
+}
+
+/// With `--mirror-read complete` a mount shows the volume as it was when the region's own bucket had all of it, moves forward with
+/// that and never back, also across a change of leader.
+#[test]
+fn a_mount_that_reads_what_is_complete_needs_nothing_from_the_source() {
+    let mut regions = Regions::start(3);
+    let written = regions.source.mount(VOLUME);
+    write_files(&written.path, 30, 15);
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    regions.give_bucket(&[]).success();
+    regions.worker(&[]).success();
+    let complete = ["--mirror-read", "complete", "--no-bgjob"];
+    let seen = Mount::of(&regions.mirror, VOLUME, &complete);
+    let before = tree(&written.path);
+    assert_eq!(tree(&seen.path), before);
+    // Nobody copies what comes now.
+    write_files(&written.path, 31, 8);
+    fs::remove_file(written.join("30-1")).unwrap();
+    let mut rewritten = File::create(written.join("30-2")).unwrap();
+    rewritten.write_all(&[1; 100_000]).unwrap();
+    rewritten.sync_all().unwrap();
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    let latest = Mount::of(&regions.mirror, VOLUME, &["--no-bgjob"]);
+    let after = tree(&written.path);
+    assert_eq!(tree(&latest.path), after);
+    latest.unmount();
+    assert_eq!(tree(&seen.path), before, "what is not copied is not shown");
+    regions.worker(&[]).success();
+    wait_for("the new state to be shown", Duration::from_secs(30), || {
+        (tree(&seen.path) == after).then_some(())
+    });
+    let away = regions.bucket("away");
+    fs::rename(regions.bucket("source"), &away).unwrap();
+    fs::create_dir(regions.bucket("source")).unwrap();
+    let leader = regions.mirror.leader();
+    regions.mirror.kill_node(leader);
+    assert_eq!(tree(&seen.path), after, "by another leader");
+    let fresh = Mount::of(&regions.mirror, VOLUME, &complete);
+    assert_eq!(
+        tree(&fresh.path),
+        after,
+        "with the source's bucket out of reach"
+    );
+    fresh.unmount();
+    fs::remove_dir(regions.bucket("source")).unwrap();
+    fs::rename(&away, regions.bucket("source")).unwrap();
+    seen.unmount();
+    written.unmount();
+}

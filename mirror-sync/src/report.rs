@@ -45,7 +45,7 @@ pub(crate) async fn run(
             volume: volume.0,
             name: slot.clone(),
             applied,
-            complete: applied,
+            complete: Some(target.complete(volume).into()),
             oldest: applied,
             cluster_id,
         };

@@ -54,6 +54,9 @@ pub trait Target: Send + Sync + 'static {
     /// How far a volume is, and its time there.
     fn head(&self, volume: VolumeId) -> Option<(Position, UnixNanos)>;
 
+    /// The greatest position all of whose objects are in this region's bucket; with one bucket for both regions, how far it is.
+    fn complete(&self, volume: VolumeId) -> Position;
+
     /// The first position at which a digest of the source did not agree.
     fn diverged(&self, volume: VolumeId) -> Option<Position>;
 

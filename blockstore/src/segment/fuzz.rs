@@ -65,7 +65,7 @@ fn rounds() -> u64 {
 }
 
 fn encoders() -> Vec<FrameEncoder> {
-    let (key, _) = VolumeKey::create(&Passphrase::new("fuzz".to_owned())).unwrap();
+    let (key, _) = VolumeKey::create(&Passphrase::new("fuzz".to_owned()).into()).unwrap();
     let key = Arc::new(key);
     let mut encoders = Vec::new();
     for compression in [Compression::None, Compression::Lz4, Compression::Zstd] {

@@ -62,7 +62,7 @@ impl SegmentStore {
     ///
     /// `volume` is the id that the segments were built under; on a mirror that is the source's.
     ///
-    /// Errors: `Invalid`, when the volume is encrypted and no passphrase is given too; `Denied` when the passphrase is wrong.
+    /// Errors: `Invalid`, when the volume is encrypted and neither passphrase nor RSA key is given too; `Denied` when they are wrong.
     /// Time: some 100 ms of this thread to open an encrypted volume's key.
     pub fn open(
         config: &StorageConfig,
@@ -358,14 +358,12 @@ fn encoder(config: &StorageConfig, options: &StoreOptions) -> Result<FrameEncode
             config.compress
         ))
     })?;
-    let key = match (&config.encryption, &options.passphrase) {
+    let key = match (&config.encryption, &options.opener) {
         (None, _) => None,
-        (Some(encryption), Some(passphrase)) => {
-            Some(Arc::new(VolumeKey::open(encryption, passphrase)?))
-        }
+        (Some(encryption), Some(opener)) => Some(Arc::new(VolumeKey::open(encryption, opener)?)),
         (Some(_), None) => {
             return Err(StoreError::Invalid(
-                "the volume is encrypted, and no passphrase was given".to_owned(),
+                "the volume is encrypted, and no passphrase or key was given".to_owned(),
             ));
         }
     };

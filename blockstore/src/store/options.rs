@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::Passphrase;
+use crate::KeyOpener;
 
 /// How a [`crate::SegmentStore`] behaves. `Default` suits a mount.
 #[derive(Clone, Debug)]
@@ -31,7 +31,7 @@ pub struct StoreOptions {
     /// A read that has no answer after this time (and a second per 4 MiB) is asked for once more, and the first answer taken.
     pub hedge_after: Option<Duration>,
     /// Opens the volume's key when the volume is encrypted.
-    pub passphrase: Option<Passphrase>,
+    pub opener: Option<KeyOpener>,
     /// Where metrics are registered.
     pub registry: Option<prometheus::Registry>,
 }
@@ -50,7 +50,7 @@ impl Default for StoreOptions {
             upload_bytes_per_second: 0,
             download_bytes_per_second: 0,
             hedge_after: None,
-            passphrase: None,
+            opener: None,
             registry: None,
         }
     }

@@ -127,6 +127,12 @@ impl Fs {
         };
         let attr = opened.answer.attr.ok_or(Errno::IO)?;
         self.saw(generation, &attr, at);
+        if how.write && attr.flags & v1::AttrFlag::Snapshot as u32 != 0 {
+            return Err(Errno::ROFS);
+        }
+        if let Some(room) = opened.answer.quota_room {
+            inode.lock().quota_room = room;
+        }
         if let Some(page) = &opened.answer.extents {
             self.store.note_elsewhere(&page.elsewhere);
             let mut state = inode.lock();
@@ -165,7 +171,7 @@ impl Fs {
         };
         let adoption = self.adoption.read().await;
         let made = self.make(parent, name, node, exclusive, true, caller).await;
-        let (entry, created) = match made {
+        let (entry, created, quota_room) = match made {
             // Something else than a file: it must be looked up and treated by its own rules.
             Err(Errno::EXIST) if !exclusive => return Err(Errno::STALE),
             made => made?,
@@ -188,6 +194,7 @@ impl Fs {
         {
             let mut state = inode.lock();
             state.saw(&entry.attr, entry.at, false);
+            state.quota_room = quota_room.unwrap_or(u64::MAX);
             if state.content.is_none() && entry.at >= state.content_floor {
                 let mut extents = ExtentMap::default();
                 extents.truncate(0);
@@ -217,27 +224,29 @@ impl Fs {
     }
 
     /// Whether the file's data may be kept back after close: nobody else can look at it without asking us, storing it has not
-    /// failed, and the volume is not about to be full.
+    /// failed, and neither the volume nor a quota is about to be full.
     fn may_defer(&self, inode: &Inode) -> bool {
-        let fails = {
+        let (fails, quota_room) = {
             let state = inode.lock();
-            state.failure.is_some() || state.lost.is_some()
+            let fails = state.failure.is_some() || state.lost.is_some();
+            (fails, state.quota_room)
         };
         !fails
             && self.options.defer_close
-            && self.has_ample_room()
+            && self.has_ample_room(quota_room)
             && self.session.load().holds_write_lease(Ino(inode.ino))
     }
 
-    /// Whether all that this mount holds back would fit into the volume twice. Near its limit closes wait, so that they can say
-    /// ENOSPC.
-    fn has_ample_room(&self) -> bool {
-        self.coherence.budget.used() <= self.room.load(Ordering::Relaxed) / 2
+    /// Whether all that this mount holds back would fit twice into the volume, and into the file's tightest quota. Near a limit
+    /// closes wait, so that they can say ENOSPC or EDQUOT.
+    fn has_ample_room(&self, quota_room: u64) -> bool {
+        let room = self.room.load(Ordering::Relaxed).min(quota_room);
+        self.coherence.budget.used() <= room / 2
     }
 
     /// Asks how much the volume's limit leaves; false when there is no answer.
     pub(super) async fn look_for_room(&self) -> bool {
-        match self.stat_fs().await {
+        match self.stat_fs(0).await {
             Ok(stat) => {
                 let room = match stat.capacity_bytes_max {
                     0 => u64::MAX,
@@ -257,6 +266,22 @@ impl Fs {
     pub async fn release(self: &Arc<Self>, handle: u64, flock_owner: Option<u64>) -> FsResult<()> {
         let file = self.files.remove(handle)?;
         let inode = &file.inode;
+        let forgotten = {
+            let mut state = inode.lock();
+            // Nobody can read it any more, here or, under the write lease, elsewhere. Storing it may not even be possible: what
+            // was written past a limit would be kept for ever.
+            let forgotten = state.unlinked
+                && state.handles == 1
+                && self.session.load().holds_write_lease(Ino(inode.ino));
+            if forgotten {
+                state.pieces.clear();
+                state.batches.clear();
+            }
+            forgotten
+        };
+        if forgotten {
+            self.settle(inode);
+        }
         let unsafe_data = !inode.lock().pieces.is_empty();
         if unsafe_data
             && !self.may_defer(inode)

@@ -151,7 +151,7 @@ impl Fs {
     }
 
     /// Makes an inode; `exclusive`: an existing name is refused, otherwise an existing regular file is returned. Second part:
-    /// whether it was made. `open`: it is open at the server afterwards, made or not.
+    /// whether it was made; third: the room that its quotas leave, if any limits it. `open`: it is open at the server afterwards, made or not.
     pub(super) async fn make(
         &self,
         parent: u64,
@@ -160,7 +160,7 @@ impl Fs {
         exclusive: bool,
         open: bool,
         caller: Caller,
-    ) -> FsResult<(Entry, bool)> {
+    ) -> FsResult<(Entry, bool, Option<u64>)> {
         self.writable()?;
         check_name(name)?;
         let name = Bytes::copy_from_slice(name);
@@ -189,7 +189,7 @@ impl Fs {
                 .cache
                 .put_new_directory(changed.generation, entry.attr.ino, changed.at);
         }
-        Ok((entry, changed.reply.created))
+        Ok((entry, changed.reply.created, changed.reply.quota_room))
     }
 
     /// mknod, mkdir and symlink.
@@ -237,6 +237,8 @@ impl Fs {
             {
                 let mut state = inode.lock();
                 if state.handles > 0 {
+                    // `Fs::release` does it.
+                    state.unlinked = true;
                     return;
                 }
                 state.pieces.clear();
@@ -354,8 +356,8 @@ impl Fs {
         }
     }
 
-    /// Usage and limits of the volume.
-    pub async fn stat_fs(&self) -> FsResult<v1::StatFsReply> {
-        Ok(self.session().stat_fs().await?)
+    /// Usage and limits of the directory quota that an inode is charged to; without one, and for inode 0: the volume's.
+    pub async fn stat_fs(&self, ino: u64) -> FsResult<v1::StatFsReply> {
+        Ok(self.session().stat_fs(Ino(ino)).await?)
     }
 }

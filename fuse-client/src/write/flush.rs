@@ -323,7 +323,7 @@ impl Fs {
             && reply.files.is_empty()
             && group.files.len() > 1
         {
-            // Refused as a whole, say for lack of room: one by one, what can be committed is.
+            // Refused as a whole, say for lack of room or quota: one by one, what can be committed is.
             for file in group.files {
                 // Not those of the others: what a commit brings and nothing names is freed at once.
                 let named = |segment: &v1::Segment| {
@@ -346,6 +346,7 @@ impl Fs {
                 Err(error) => Err(error.clone()),
                 Ok((reply, position)) => match reply.files.get(at) {
                     Some(file) if file.error() == FsError::None => {
+                        part.inode.lock().quota_room = file.quota_room.unwrap_or(u64::MAX);
                         file.attr.map(|attr| (attr, *position)).ok_or_else(|| {
                             ClientError::Invalid("a committed file without attributes".to_owned())
                         })

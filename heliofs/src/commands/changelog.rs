@@ -2,7 +2,7 @@
 
 use clap::Args;
 use heliofs_proto::ids::{Epoch, Position};
-use heliofs_proto::v1::{self, command::Op};
+use heliofs_proto::v1::{self, QuotaKind, command::Op};
 use meta_client::changelog::ChangelogItem;
 use serde_json::{Value, json};
 
@@ -67,20 +67,28 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     Ok(())
 }
 
-fn print(entry: &v1::ChangelogEntry, json: bool) -> Outcome {
+/// An entry as a reader of JSON sees it.
+pub(crate) fn as_json(entry: &v1::ChangelogEntry) -> Value {
     let position = Position::from(entry.position.unwrap_or_default());
     let command = entry.command.clone().unwrap_or_default();
     let (name, fields) = command.op.as_ref().map_or(("none", json!({})), describe);
+    json!({
+        "position": position.to_string(),
+        "time": show_time(entry.time),
+        "session": format!("{:016x}", command.session),
+        "sequence": command.sequence,
+        "op": name,
+        "fields": fields,
+    })
+}
+
+fn print(entry: &v1::ChangelogEntry, json: bool) -> Outcome {
     if json {
-        return output::line(json!({
-            "position": position.to_string(),
-            "time": show_time(entry.time),
-            "session": format!("{:016x}", command.session),
-            "sequence": command.sequence,
-            "op": name,
-            "fields": fields,
-        }));
+        return output::line(as_json(entry));
     }
+    let position = Position::from(entry.position.unwrap_or_default());
+    let command = entry.command.clone().unwrap_or_default();
+    let (name, fields) = command.op.as_ref().map_or(("none", json!({})), describe);
     let fields = match &fields {
         Value::Object(fields) => fields
             .iter()
@@ -240,6 +248,29 @@ fn describe(op: &Op) -> (&'static str, Value) {
             json!({ "parent": op.parent, "name": name(&op.name) }),
         ),
         Op::EpochBegin(op) => ("epoch-begin", json!({ "epoch": op.epoch })),
+        Op::QuotaSet(op) => (
+            "quota-set",
+            json!({
+                "kind": quota_kind(op.kind()),
+                "id": op.id,
+                "bytes_max": op.bytes_max,
+                "inodes_max": op.inodes_max,
+            }),
+        ),
+        Op::QuotaRemove(op) => (
+            "quota-remove",
+            json!({ "kind": quota_kind(op.kind()), "id": op.id }),
+        ),
+        Op::QuotaStep(op) => ("quota-step", json!({ "directory": op.directory })),
         Op::RemoveTreeStep(op) => ("remove-tree-step", json!({ "intent": op.intent })),
+    }
+}
+
+fn quota_kind(kind: QuotaKind) -> &'static str {
+    match kind {
+        QuotaKind::Unspecified => "unknown",
+        QuotaKind::Directory => "directory",
+        QuotaKind::User => "user",
+        QuotaKind::Group => "group",
     }
 }

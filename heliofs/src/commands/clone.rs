@@ -54,16 +54,9 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         return Err(Failure::usage("a source and a target must be named"));
     };
     let session = target.session(false).await?;
-    let cloner = Cloner {
-        session: &session,
-        linked: Mutex::default(),
-        bar: progress::bar("clone", 0, false, json),
-        copied: AtomicU64::new(0),
-        bytes: AtomicU64::new(0),
-    };
+    let cloner = Cloner::new(&session, Kind::Clone, json);
     let outcome = cloner.run(&from.inside, &to.inside).await;
-    cloner.bar.finish_and_clear();
-    let (copied, bytes) = (cloner.copied.into_inner(), cloner.bytes.into_inner());
+    let (copied, bytes) = cloner.copied();
     session.detach().await;
     outcome?;
     if json {
@@ -75,8 +68,21 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     ))
 }
 
-struct Cloner<'a> {
+/// What a copy is for.
+pub(super) enum Kind {
+    /// Somebody's own from then on.
+    Clone,
+    /// A snapshot; `source` is told by it.
+    Snapshot {
+        /// The path inside the volume.
+        source: String,
+    },
+}
+
+/// Copies trees within a volume.
+pub(super) struct Cloner<'a> {
     session: &'a Session,
+    kind: Kind,
     /// Copies of files with several names.
     linked: Mutex<HashMap<u64, u64>>,
     bar: ProgressBar,
@@ -91,16 +97,57 @@ struct Pair {
     target: u64,
 }
 
-fn caller(attr: &Attr) -> v1::Caller {
-    v1::Caller {
-        uid: attr.uid,
-        gid: attr.gid,
-        pid: std::process::id(),
+impl<'a> Cloner<'a> {
+    /// Copies for `kind`, through a session that may write.
+    pub(super) fn new(session: &'a Session, kind: Kind, json: bool) -> Self {
+        let what = match kind {
+            Kind::Clone => "clone",
+            Kind::Snapshot { .. } => "snapshot",
+        };
+        Self {
+            session,
+            kind,
+            linked: Mutex::default(),
+            bar: progress::bar(what, 0, false, json),
+            copied: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+        }
     }
-}
 
-impl Cloner<'_> {
-    async fn run(&self, from: &Path, to: &Path) -> Outcome {
+    /// Entries and bytes that were copied.
+    pub(super) fn copied(&self) -> (u64, u64) {
+        (
+            self.copied.load(Ordering::Relaxed),
+            self.bytes.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Whoever owns the original.
+    fn caller(&self, attr: &Attr) -> v1::Caller {
+        v1::Caller {
+            uid: attr.uid,
+            gid: attr.gid,
+            ..self.root()
+        }
+    }
+
+    fn root(&self) -> v1::Caller {
+        v1::Caller {
+            uid: 0,
+            gid: 0,
+            pid: std::process::id(),
+            snapshot: matches!(self.kind, Kind::Snapshot { .. }),
+        }
+    }
+
+    /// Copies what is at `from` as `to`; paths inside the volume.
+    pub(super) async fn run(&self, from: &Path, to: &Path) -> Outcome {
+        let outcome = self.copy(from, to).await;
+        self.bar.finish_and_clear();
+        outcome
+    }
+
+    async fn copy(&self, from: &Path, to: &Path) -> Outcome {
         let missing =
             |path: &Path| Failure::new(format!("/{}: no such file or directory", path.display()));
         let source = info::walk(self.session, from)
@@ -119,7 +166,11 @@ impl Cloner<'_> {
         }
         let hidden = Bytes::from(format!(".heliofs-clone-{}", units::random_hex()));
         let outcome = async {
-            self.one(&source, parent.ino, &hidden).await?;
+            let top = self.one(&source, parent.ino, &hidden).await?;
+            if let (Some(top), Kind::Snapshot { source }) = (top, &self.kind) {
+                self.change(self.root(), super::snapshot::mark(top, source))
+                    .await?;
+            }
             let rename = Op::Rename(v1::Rename {
                 parent: parent.ino,
                 name: hidden.clone(),
@@ -128,7 +179,7 @@ impl Cloner<'_> {
                 no_replace: true,
                 exchange: false,
             });
-            match self.change(v1::Caller::default(), rename).await {
+            match self.change(self.root(), rename).await {
                 Err(ClientError::Verdict(FsError::Exists)) => Err(exists()),
                 other => Ok(other.map(drop)?),
             }
@@ -139,7 +190,7 @@ impl Cloner<'_> {
                 parent: parent.ino,
                 name: hidden.clone(),
             });
-            match self.change(v1::Caller::default(), op).await {
+            match self.change(self.root(), op).await {
                 Ok(_) | Err(ClientError::Verdict(FsError::NotFound)) => {}
                 Err(error) => {
                     let hidden = String::from_utf8_lossy(&hidden);
@@ -154,10 +205,10 @@ impl Cloner<'_> {
         self.session.mutate(caller, op).await
     }
 
-    /// Copies one inode, and all below it, as `name` of `parent`.
-    async fn one(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome {
+    /// Copies one inode, and all below it, as `name` of `parent`; the copy, if it is a directory.
+    async fn one(&self, source: &Attr, parent: u64, name: &Bytes) -> Outcome<Option<u64>> {
         let Some(top) = self.entry(source, parent, name).await? else {
-            return Ok(());
+            return Ok(None);
         };
         // Directories get their own times when nothing is added to them any more.
         let mut directories = vec![top];
@@ -176,7 +227,7 @@ impl Cloner<'_> {
                     // The hidden copy itself, if it lies in what is copied.
                     .filter(|entry| {
                         let own = pair.source.ino == parent && entry.name == *name;
-                        std::future::ready(!own)
+                        std::future::ready(!own && !self.left_out(pair.source.ino, &entry.name))
                     })
                     .map(|entry| async move {
                         let attr = match entry.attr {
@@ -204,7 +255,18 @@ impl Cloner<'_> {
         for pair in directories.iter().rev() {
             self.dress(&pair.source, pair.target).await?;
         }
-        Ok(())
+        Ok(Some(top.target))
+    }
+
+    /// A snapshot of the root holds neither the others nor the trash.
+    fn left_out(&self, parent: u64, name: &[u8]) -> bool {
+        matches!(self.kind, Kind::Snapshot { .. })
+            && parent == Ino::ROOT.0
+            && [
+                super::snapshot::DIRECTORY.as_bytes(),
+                meta_core::trash::NAME,
+            ]
+            .contains(&name)
     }
 
     /// Copies one inode but not what is below it; a directory is returned to be filled. What is gone meanwhile is passed over.
@@ -216,7 +278,7 @@ impl Cloner<'_> {
                 parent,
                 name: name.clone(),
             });
-            self.change(caller(source), link).await?;
+            self.change(self.caller(source), link).await?;
             self.count(0);
             return Ok(None);
         }
@@ -240,7 +302,7 @@ impl Cloner<'_> {
             symlink_target,
             exclusive: true,
         });
-        let made = self.change(caller(source), create).await?.attr;
+        let made = self.change(self.caller(source), create).await?.attr;
         let target = made.map(|attr| attr.ino).unwrap_or_default();
         if kind == FileKind::Directory {
             self.count(0);
@@ -291,7 +353,7 @@ impl Cloner<'_> {
                 length: u64::MAX >> 2,
                 kill_suidgid: false,
             });
-            let copied = self.change(v1::Caller::default(), copy).await?.value;
+            let copied = self.change(self.root(), copy).await?.value;
             if copied == 0 {
                 return Ok(at);
             }
@@ -315,7 +377,7 @@ impl Cloner<'_> {
                     value,
                     ..v1::SetXattr::default()
                 });
-                self.change(v1::Caller::default(), set).await?;
+                self.change(self.root(), set).await?;
             }
         }
         let at = |nanos| {
@@ -330,7 +392,7 @@ impl Cloner<'_> {
             mtime: at(source.mtime),
             ..v1::SetAttr::default()
         });
-        self.change(v1::Caller::default(), set).await?;
+        self.change(self.root(), set).await?;
         Ok(())
     }
 }

@@ -51,7 +51,7 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     let store_options = StoreOptions {
         deadline: Duration::from_secs(30),
         cache_uploads: false,
-        passphrase: match storage.encryption {
+        opener: match storage.encryption {
             Some(_) => Some(options.passphrase.required()?),
             None => None,
         },

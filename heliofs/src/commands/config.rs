@@ -1,9 +1,10 @@
 //! `heliofs config`: shows or changes a volume's settings.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use blockstore::{Bucket, Passphrase, StoreOptions, VolumeKey};
+use blockstore::{Bucket, KeyOpener, Passphrase, StoreOptions, VolumeKey};
 use clap::Args;
 use heliofs_proto::v1::{UpdateVolumeRequest, Volume};
 use meta_client::ClusterError;
@@ -12,7 +13,7 @@ use super::format::{Compress, Keys};
 use super::status::volume_json;
 use crate::cli::Access;
 use crate::failure::{Failure, Outcome};
-use crate::passphrase::{PassphraseSource, read_private};
+use crate::passphrase::{PassphraseSource, read_key, read_private};
 use crate::units::{show_limit, show_size};
 use crate::{output, units};
 
@@ -45,6 +46,13 @@ pub(crate) struct Options {
     /// HELIOFS_PASSPHRASE. The data is not encrypted anew.
     #[arg(long, value_name = "FILE")]
     new_passphrase_file: Option<PathBuf>,
+    /// File with an RSA key (the public one is enough) that opens the volume from now on instead of what did before.
+    #[arg(long, value_name = "FILE", conflicts_with = "new_passphrase_file")]
+    new_encrypt_key: Option<PathBuf>,
+    /// Lets the volume use what releases brought since it was created: quotas and snapshots need 2. All metadata nodes and mirrors
+    /// must know it; there is no way back.
+    #[arg(long, value_name = "N")]
+    core_level: Option<u32>,
     #[command(flatten)]
     passphrase: PassphraseSource,
     #[command(flatten)]
@@ -70,17 +78,24 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     if let Some(grace) = options.deletion_grace {
         settings.deletion_grace_seconds = grace.as_secs();
     }
+    if let Some(level) = options.core_level {
+        settings.core_level = level;
+    }
     let mut storage = volume.storage.clone().unwrap_or_default();
     let unchanged = storage.clone();
     if let Some(compress) = options.compress {
         storage.compress = compress.name().to_owned();
     }
-    if let Some(file) = &options.new_passphrase_file {
+    let new = match (&options.new_passphrase_file, &options.new_encrypt_key) {
+        (Some(file), _) => Some(Passphrase::new(read_private(file, "passphrase")?).into()),
+        (None, Some(file)) => Some(KeyOpener::Rsa(Arc::new(read_key(file)?))),
+        (None, None) => None,
+    };
+    if let Some(new) = new {
         let Some(encryption) = &mut storage.encryption else {
             return Err(Failure::usage(format!("{} is not encrypted", volume.name)));
         };
         let key = VolumeKey::open(encryption, &options.passphrase.required()?)?;
-        let new = Passphrase::new(read_private(file, "passphrase")?);
         encryption.keys = vec![key.wrap(&new)?];
     }
     if options.keys.given() {
@@ -162,6 +177,7 @@ fn print(volume: &Volume) -> Outcome {
             show_limit(settings.capacity_bytes_max, show_size),
         ),
         ("inodes", show_limit(settings.inodes_max, |n| n.to_string())),
+        ("core level", settings.core_level.to_string()),
         ("trash days", settings.trash_days.to_string()),
         (
             "deletion grace",

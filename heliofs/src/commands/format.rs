@@ -7,6 +7,7 @@ use blockstore::{Bucket, StoreError, StoreOptions, VolumeKey};
 use clap::{Args, ValueEnum};
 use heliofs_proto::v1::{StorageConfig, VolumeCreate, VolumeSettings};
 use meta_client::{ClusterError, Token};
+use meta_core::limits::CORE_LEVEL_MAX;
 
 use crate::cli::Access;
 use crate::commands::status::volume_json;
@@ -148,7 +149,7 @@ pub(crate) struct Options {
     /// How new objects are compressed.
     #[arg(long, value_enum, default_value = "none", value_name = "CODEC")]
     compress: Compress,
-    /// Encrypts objects with AES-256-GCM; needs a passphrase, without which the data is lost.
+    /// Encrypts objects with AES-256-GCM; needs a passphrase or an RSA key (--encrypt-key), without which the data is lost.
     #[arg(long)]
     encrypt: bool,
     #[command(flatten)]
@@ -177,7 +178,7 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         .hint("choose from 64K to 64M"));
     }
     let settings = VolumeSettings {
-        core_level: 1,
+        core_level: CORE_LEVEL_MAX,
         capacity_bytes_max: options.capacity,
         inodes_max: options.inodes,
         trash_days: options.trash_days,
@@ -189,9 +190,9 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     };
     let encryption = match options.encrypt {
         true => Some(VolumeKey::create(&options.passphrase.required()?)?.1),
-        false if options.passphrase.passphrase_file.is_some() => {
+        false if options.passphrase.is_given() => {
             return Err(
-                Failure::usage("a passphrase for a volume that is not encrypted")
+                Failure::usage("a passphrase or a key for a volume that is not encrypted")
                     .hint("add --encrypt"),
             );
         }

@@ -344,7 +344,7 @@ impl Check<'_> {
                 // As a mount of this volume names it. Nothing is added to it that was not asked for.
                 DiskCacheOptions::new(directory.join(&self.storage.uuid), u64::MAX)
             }),
-            passphrase: match self.storage.encryption {
+            opener: match self.storage.encryption {
                 Some(_) => Some(self.options.passphrase.required()?),
                 None => None,
             },

@@ -1,12 +1,13 @@
 //! `heliofs mirror …`: what a source keeps for its mirrors, and how a mirror is.
 //!
 //! - [`bucket`]: a mirror's own bucket; [`worker`]: fills it
-//! - [`promote`]: the mirror becomes the volume
+//! - [`promote`]: the mirror becomes the volume; [`rejoin`]: the old source becomes its mirror
 //! - [`slots`]: at the source; [`show`]: status at the mirror; [`token`]: waiting for what was written; [`verify`]: record by
 //!   record
 
 mod bucket;
 mod promote;
+mod rejoin;
 mod show;
 mod slots;
 mod token;
@@ -57,6 +58,8 @@ pub(crate) enum Command {
     Worker(worker::Options),
     /// Makes a mirror the volume that is written to, under a new epoch; the source becomes read-only first.
     Promote(promote::Options),
+    /// Makes an old source a mirror of the one that was promoted, and exports what only it has.
+    Rejoin(rejoin::Options),
     /// Compares a mirror's records with the source's; exit code 2 when they differ.
     Verify(verify::Options),
 }
@@ -75,6 +78,7 @@ pub(crate) async fn run(command: Command, json: bool) -> Outcome {
         Command::Bucket(options) => bucket::run(options, json).await,
         Command::Worker(options) => worker::run(options, json).await,
         Command::Promote(options) => promote::run(options, json).await,
+        Command::Rejoin(options) => rejoin::run(options, json).await,
         Command::Verify(options) => verify::run(options, json).await,
     }
 }

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod auth;
+pub(crate) mod bench;
 pub(crate) mod changelog;
 pub(crate) mod clone;
 pub(crate) mod compact;
@@ -14,11 +15,14 @@ pub(crate) mod meta;
 pub(crate) mod mirror;
 pub(crate) mod mount;
 pub(crate) mod objbench;
+pub(crate) mod quota;
 pub(crate) mod raft;
 pub(crate) mod restore;
 pub(crate) mod rmr;
 pub(crate) mod segments;
+pub(crate) mod snapshot;
 pub(crate) mod status;
+pub(crate) mod summary;
 pub(crate) mod sync;
 pub(crate) mod umount;
 pub(crate) mod up;
@@ -61,6 +65,10 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Warmup(options) => warmup::run(&options, json),
         Command::Sync(options) => runtime(service_threads())?.block_on(sync::run(options, json)),
         Command::Objbench(options) => wait(objbench::run(options, json)),
+        Command::Quota(command) => wait(quota::run(command, json)),
+        Command::Snapshot(command) => wait(snapshot::run(command, json)),
+        Command::Summary(options) => wait(summary::run(options, json)),
+        Command::Bench(options) => bench::run(&options, json),
         Command::Restore(options) => wait(restore::run(options, json)),
         Command::Rmr(options) => wait(rmr::run(options, json)),
         Command::Changelog(options) => wait(changelog::run(options, json)),

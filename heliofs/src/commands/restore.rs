@@ -209,6 +209,7 @@ async fn put_back(session: &Session, it: &Kept) -> Outcome<Option<String>> {
         uid: 0,
         gid: 0,
         pid: std::process::id(),
+        ..v1::Caller::default()
     };
     Ok(match session.mutate(caller, op).await {
         Ok(_) => None,

@@ -71,6 +71,7 @@ async fn remove(session: &Session, place: &Place) -> Outcome {
         uid: 0,
         gid: 0,
         pid: std::process::id(),
+        ..v1::Caller::default()
     };
     match session.mutate(caller, op).await {
         Ok(_) => Ok(()),

@@ -163,7 +163,7 @@ async fn ensure_volume(cluster: &Cluster, data_dir: &Path) -> Outcome {
             ..StorageConfig::default()
         }),
         settings: Some(VolumeSettings {
-            core_level: 1,
+            core_level: meta_core::limits::CORE_LEVEL_MAX,
             deletion_grace_seconds: 600,
             ..VolumeSettings::default()
         }),

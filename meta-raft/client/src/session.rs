@@ -65,6 +65,8 @@ pub struct SessionOptions {
     pub watcher: Option<Arc<dyn Watcher>>,
     /// Ask for write leases with opens for writing and creates. Recalls go to the watcher.
     pub takes_leases: bool,
+    /// At a mirror with a bucket of its own: read only what that bucket has all of.
+    pub complete: bool,
 }
 
 impl Default for SessionOptions {
@@ -82,6 +84,7 @@ impl Default for SessionOptions {
             volume_token: Bytes::new(),
             watcher: None,
             takes_leases: false,
+            complete: false,
         }
     }
 }

@@ -91,7 +91,9 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
         Once::Refused(error) => refused(error),
         Once::Repeated(reply) => *reply,
         Once::First => {
-            let reply = match dispatch(&mut txn, command) {
+            let done = dispatch(&mut txn, command)
+                .and_then(|reply| ops::charge::settle(&mut txn, command, reply));
+            let reply = match done {
                 Ok(mut reply) => {
                     reply.position = Some(head.position.into());
                     reply
@@ -247,6 +249,9 @@ fn dispatch<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult {
         Op::EraseStep(op) => ops::erase::step(txn, op),
         Op::RemoveTree(op) => ops::remove_tree::begin(txn, op),
         Op::RemoveTreeStep(op) => ops::remove_tree::step(txn, op),
+        Op::QuotaSet(op) => ops::quota::set(txn, op),
+        Op::QuotaRemove(op) => ops::quota::remove(txn, op),
+        Op::QuotaStep(op) => ops::quota::step(txn, op),
         Op::EpochBegin(op) => ops::volume::epoch_begin(txn, op),
     }
 }

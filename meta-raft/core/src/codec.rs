@@ -79,6 +79,22 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Opens the record under `key`, whose version may be any of 1..=`newest`; which it is.
+    pub fn record_up_to(
+        key: &'a [u8],
+        value: &Bytes,
+        newest: u8,
+    ) -> Result<(u8, Self), Corruption> {
+        let mut reader = Self {
+            key,
+            value: value.clone(),
+        };
+        match reader.u8()? {
+            found if (1..=newest).contains(&found) => Ok((found, reader)),
+            _ => Err(reader.corrupt("unknown version")),
+        }
+    }
+
     /// The error for this record.
     pub fn corrupt(&self, why: &'static str) -> Corruption {
         Corruption::Record {

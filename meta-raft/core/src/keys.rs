@@ -18,9 +18,12 @@
 //! | 0x1a | intent, ino | directory that a tree removal still has to empty |
 //! | 0x1b | session | session |
 //! | 0x1c | session, sequence | cached reply |
+//! | 0x1d | kind, id | quota of a directory (kind 1, its inode), a user (2, uid) or a group (3, gid) |
+//! | 0x1e | quota's directory, ino | directory whose entries are still to be charged anew |
 
 use bytes::{BufMut, Bytes, BytesMut};
 use heliofs_proto::ids::{Ino, SegmentId, SessionId, VolumeId};
+use heliofs_proto::v1::QuotaKind;
 
 /// What kind of record a key names; the byte after the volume.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -43,11 +46,13 @@ pub enum Tag {
     RemoveTree = 0x1a,
     Session = 0x1b,
     Reply = 0x1c,
+    Quota = 0x1d,
+    QuotaWalk = 0x1e,
 }
 
 impl Tag {
     /// Every tag, in key order.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::Head,
         Self::Settings,
         Self::Counters,
@@ -64,6 +69,8 @@ impl Tag {
         Self::RemoveTree,
         Self::Session,
         Self::Reply,
+        Self::Quota,
+        Self::QuotaWalk,
     ];
 
     /// The tag of a key; `None` if the key is too short or the tag unknown.
@@ -177,6 +184,16 @@ pub fn session(volume: VolumeId, session: SessionId) -> Bytes {
 /// Key of a cached reply.
 pub fn reply(volume: VolumeId, session: SessionId, sequence: u64) -> Bytes {
     numbers(volume, Tag::Reply, [session.0, sequence])
+}
+
+/// Key of a quota.
+pub fn quota(volume: VolumeId, kind: QuotaKind, id: u64) -> Bytes {
+    numbers(volume, Tag::Quota, [kind as u64, id])
+}
+
+/// Key of a directory whose entries are still to be charged anew, for the quota of `quota`.
+pub fn quota_walk(volume: VolumeId, quota: Ino, ino: Ino) -> Bytes {
+    numbers(volume, Tag::QuotaWalk, [quota.0, ino.0])
 }
 
 /// The half-open range of keys that start with `prefix`.

@@ -1,7 +1,10 @@
 //! Bounds of the state machine. DESIGN.md §3.3: a command changes at most 1,000 records.
 
 /// The highest behaviour that this build can apply. A volume's `core_level` is raised only by a logged command.
-pub const CORE_LEVEL_MAX: u32 = 1;
+pub const CORE_LEVEL_MAX: u32 = 2;
+
+/// From this level on there are quotas and snapshots.
+pub const CORE_LEVEL_QUOTAS: u32 = 2;
 
 /// Extents that one command removes in place; more become an erase record that `EraseStep` works off. Each removal touches the
 /// extent and perhaps its segment's record, so that twice this number stays well below 1,000.
@@ -12,6 +15,19 @@ pub const EXTENTS_PER_STEP: usize = 300;
 
 /// Directory entries that one `RemoveTreeStep` removes; an entry is about five records.
 pub const ENTRIES_PER_STEP: usize = 100;
+
+/// Directory entries that one `QuotaStep` looks at; each may change an inode, a record of the walk and an enclosed quota.
+pub const QUOTA_ENTRIES_PER_STEP: usize = 200;
+
+/// Inodes that one `QuotaStep` counts for their owners; each may be of another user and another group.
+pub const QUOTA_INODES_PER_STEP: usize = 400;
+
+/// Quotas of users and groups that one `QuotaStep` forgets.
+pub const QUOTAS_CLEARED_PER_STEP: usize = 900;
+
+/// Quotas of directories above a new one. What a command charges is charged to all of them, so that each file of a commit may
+/// change this many records more (mostly of the same directories).
+pub const QUOTA_DEPTH_MAX: usize = 16;
 
 /// Extents that one `CopyRange` copies; each may touch an extent, a segment record and a replaced extent.
 pub const EXTENTS_PER_COPY: usize = 200;

@@ -7,6 +7,7 @@ use heliofs_proto::v1;
 
 use crate::change::{Change, Corruption, Touched};
 use crate::keys;
+use crate::ops::charge::Charges;
 use crate::records::{CountersRecord, InodeRecord, NameRecord, Record, SettingsRecord};
 use crate::view::{Overlay, View};
 
@@ -47,6 +48,8 @@ pub(crate) struct Txn<V> {
     freed: Vec<SegmentId>,
     touched: Vec<Touched>,
     counters: Option<CountersRecord>,
+    /// What quotas are to be charged in the end.
+    pub(crate) charges: Charges,
 }
 
 /// What a command left behind.
@@ -68,6 +71,7 @@ impl<V: View> Txn<V> {
             freed: Vec::new(),
             touched: Vec::new(),
             counters: None,
+            charges: Charges::default(),
         }
     }
 
@@ -215,6 +219,15 @@ impl<V: View> Txn<V> {
 
     pub(crate) fn touch_entry(&mut self, parent: Ino, name: Bytes) {
         self.touched.push(Touched::Entry { parent, name });
+    }
+
+    /// Refuses (`READ_ONLY`) to change what belongs to a snapshot, unless the caller makes or removes snapshots, or is the system.
+    pub(crate) fn changeable(&self, inode: &InodeRecord) -> Result<(), FsError> {
+        let may = self.caller.snapshot || self.session == SessionId::SYSTEM;
+        match inode.is_snapshot() && !may {
+            true => Err(FsError::ReadOnly),
+            false => Ok(()),
+        }
     }
 
     // ---- volume

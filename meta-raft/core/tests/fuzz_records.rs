@@ -7,9 +7,10 @@ use bytes::Bytes;
 use heliofs_proto::ids::{Epoch, Ino, Position, SegmentId, SessionId, UnixNanos};
 use heliofs_proto::v1::{FileKind, VolumeSettings};
 use meta_core::records::{
-    CookieRecord, CountersRecord, EraseRecord, ErasedRange, ExtentData, ExtentRecord, HeadRecord,
-    InodeRecord, NameRecord, OrphanRecord, Record, RemoveTreeRecord, SegmentBlockRecord,
-    SegmentRecord, SessionRecord, SettingsRecord,
+    Accounting, CookieRecord, CountersRecord, EraseRecord, ErasedRange, ExtentData, ExtentRecord,
+    HeadRecord, InodeRecord, NameRecord, OrphanRecord, QuotaCounters, QuotaRecord, QuotaState,
+    QuotaWalkRecord, Record, RemoveTreeRecord, SegmentBlockRecord, SegmentRecord, SessionRecord,
+    SettingsRecord,
 };
 
 /// splitmix64
@@ -82,6 +83,7 @@ fn corpus() -> Vec<Bytes> {
         flags: 1,
         next_cookie: 3,
         erases: 2,
+        quota: Ino(0),
     };
     let in_segment = ExtentData::Segment {
         segment: SegmentId(300),
@@ -142,6 +144,32 @@ fn corpus() -> Vec<Bytes> {
         }
         .encode(),
         CountersRecord::default().encode(),
+        InodeRecord {
+            quota: Ino(1 << 48 | 9),
+            ..inode
+        }
+        .encode(),
+        CountersRecord {
+            quotas: QuotaCounters {
+                directories: 2,
+                limited_owners: 1,
+                accounting: Accounting::Counting,
+                counted_to: Ino(500),
+            },
+            ..CountersRecord::default()
+        }
+        .encode(),
+        QuotaRecord {
+            bytes_max: 1 << 40,
+            inodes_max: 1000,
+            used_bytes: 12_345,
+            used_inodes: 17,
+            parent: Ino(3),
+            state: QuotaState::Counting,
+            from: Ino(3),
+        }
+        .encode(),
+        QuotaWalkRecord { after: 300 }.encode(),
         SettingsRecord(VolumeSettings {
             core_level: 1,
             trash_days: 7,
@@ -164,7 +192,7 @@ fn records_of_any_bytes_are_refused_or_read_back() {
         if round % 2 == 0
             && let Some(version) = bytes.first_mut()
         {
-            *version = 1;
+            *version = 1 + (round % 4 / 2) as u8;
         }
         let bytes = Bytes::from(bytes);
         reads_back::<InodeRecord>(&bytes);
@@ -180,5 +208,7 @@ fn records_of_any_bytes_are_refused_or_read_back() {
         reads_back::<HeadRecord>(&bytes);
         reads_back::<CountersRecord>(&bytes);
         reads_back::<SettingsRecord>(&bytes);
+        reads_back::<QuotaRecord>(&bytes);
+        reads_back::<QuotaWalkRecord>(&bytes);
     }
 }

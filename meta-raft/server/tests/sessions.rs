@@ -112,7 +112,7 @@ async fn an_unlinked_file_lives_until_its_last_release() {
             raw.send(Body::Release(v1::Release { ino })).await;
         }
         tokio::time::sleep(Duration::from_millis(400)).await;
-        raw.read(Body::StatFs(v1::StatFs {})).await;
+        raw.read(Body::StatFs(v1::StatFs { ino: 0 })).await;
         let alive = other.read(Body::GetAttr(v1::GetAttr { ino })).await;
         assert_eq!(alive.error(), FsError::None);
     }
@@ -462,7 +462,7 @@ async fn a_large_removal_goes_on_by_itself() {
     raw.mutate(unlink(1, "none")).await;
     let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
     loop {
-        let used = raw.read(Body::StatFs(v1::StatFs {})).await;
+        let used = raw.read(Body::StatFs(v1::StatFs { ino: 0 })).await;
         let Some(response::Body::StatFs(used)) = used.body else {
             panic!("{used:?}")
         };

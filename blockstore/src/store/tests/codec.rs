@@ -30,7 +30,7 @@ fn prose(length: usize, seed: u64) -> Bytes {
 fn key() -> Arc<VolumeKey> {
     static KEY: OnceLock<Arc<VolumeKey>> = OnceLock::new();
     let create = || {
-        let (key, _) = VolumeKey::create(&Passphrase::new("sesame".to_owned())).unwrap();
+        let (key, _) = VolumeKey::create(&Passphrase::new("sesame".to_owned()).into()).unwrap();
         Arc::new(key)
     };
     Arc::clone(KEY.get_or_init(create))
@@ -291,7 +291,8 @@ async fn another_key_or_none_is_told_apart_from_damage() {
         .await
         .unwrap();
     store.put(built).await.unwrap();
-    let (other, encryption) = VolumeKey::create(&Passphrase::new("other".to_owned())).unwrap();
+    let (other, encryption) =
+        VolumeKey::create(&Passphrase::new("other".to_owned()).into()).unwrap();
     let other = FrameEncoder {
         key: Some(Arc::new(other)),
         ..encoder
@@ -315,7 +316,7 @@ async fn another_key_or_none_is_told_apart_from_damage() {
     };
     let open = |passphrase: Option<&str>| {
         let options = StoreOptions {
-            passphrase: passphrase.map(|text| Passphrase::new(text.to_owned())),
+            opener: passphrase.map(|text| Passphrase::new(text.to_owned()).into()),
             ..bare()
         };
         SegmentStore::open(&config, "vol", VOLUME, options).map(drop)
@@ -324,7 +325,7 @@ async fn another_key_or_none_is_told_apart_from_damage() {
         open(None)
             .unwrap_err()
             .to_string()
-            .contains("no passphrase was given")
+            .contains("no passphrase or key was given")
     );
     assert_eq!(open(Some("Other")).unwrap_err().kind(), Kind::Denied);
     open(Some("other")).unwrap();

@@ -53,7 +53,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let status = target.cluster.mirror_status(Some(&target.volume)).await?;
     let status = status
         .into_iter()
-        .next()
+        .find(|status| status.mirror.is_some())
         .ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))?;
     let mirror = status.mirror.clone().unwrap_or_default();
     let access = Access {

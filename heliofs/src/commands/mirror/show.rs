@@ -34,7 +34,7 @@ pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
         MirrorState::Loading => "loading",
         MirrorState::Following => "following",
         MirrorState::Stopped => "stopped",
-        MirrorState::Unspecified => "unknown",
+        MirrorState::Unspecified => "promoted",
     };
     json!({
         "volume": status.name,

@@ -102,6 +102,8 @@ fn name(key: &bytes::Bytes) -> String {
         Tag::RemoveTree => format!("tree removal {} at directory {}", number(0), number(1)),
         Tag::Session => format!("session {:016x}", number(0)),
         Tag::Reply => format!("reply {} of session {:016x}", number(1), number(0)),
+        Tag::Quota => format!("quota {}/{}", number(0), number(1)),
+        Tag::QuotaWalk => format!("walk of quota {} at directory {}", number(0), number(1)),
     }
 }
 

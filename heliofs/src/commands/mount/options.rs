@@ -34,6 +34,15 @@ pub(crate) enum Atime {
     Strictatime,
 }
 
+/// What a mount of a mirror shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum MirrorRead {
+    /// What is applied.
+    Latest,
+    /// What the region's own bucket has all of.
+    Complete,
+}
+
 /// Settings of a mount.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Serving {
@@ -88,6 +97,10 @@ pub(crate) struct Serving {
     /// Time between two looks for sparse objects to compact.
     #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
     pub(crate) compact_interval: Duration,
+    /// Of a mirror with a bucket of its own: shows the latest state, of which objects may have to come from the source's bucket, or
+    /// the latest of which its own bucket has all.
+    #[arg(long, value_enum, default_value = "latest", value_name = "STATE")]
+    pub(crate) mirror_read: MirrorRead,
     #[command(flatten)]
     pub(crate) buckets: BucketAccess,
     #[command(flatten)]
@@ -171,12 +184,13 @@ impl Serving {
                     self.free_space_ratio = parse_ratio(needed()?).map_err(wrong)?;
                 }
                 "passphrase-file" => self.passphrase.passphrase_file = Some(needed()?.into()),
+                "encrypt-key" => self.passphrase.encrypt_key = Some(needed()?.into()),
                 "token-file" => access.token_file = Some(needed()?.into()),
                 name if IGNORED.contains(&name) || name.starts_with("x-") => {}
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, token-file=",
+                         io-timeout=, close-sync, flush-age=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
                     ));
                 }
             }
@@ -216,6 +230,9 @@ impl Serving {
             self.metrics.map(|address| address.to_string().into()),
         );
         arguments.extend(self.passphrase.to_arguments());
+        let mirror_read = self.mirror_read.to_possible_value();
+        let mirror_read = mirror_read.expect("no variant is skipped");
+        arguments.extend(["--mirror-read".into(), mirror_read.get_name().into()]);
         for (name, value) in [
             ("--upload-limit", self.upload_limit.to_string()),
             ("--download-limit", self.download_limit.to_string()),
@@ -320,6 +337,7 @@ impl Serving {
                 read_only: self.read_only,
                 watcher: Some(coherence.clone()),
                 takes_leases: !self.read_only && !self.close_sync,
+                complete: self.mirror_read == MirrorRead::Complete,
                 ..SessionOptions::default()
             },
         )
@@ -367,7 +385,7 @@ impl Serving {
             upload_bytes_per_second: self.upload_limit,
             download_bytes_per_second: self.download_limit,
             hedge_after: Some(HEDGE_AFTER),
-            passphrase: match storage.encryption {
+            opener: match storage.encryption {
                 Some(_) => Some(self.passphrase.required()?),
                 None => None,
             },
@@ -541,6 +559,7 @@ mod tests {
             free_space_ratio: 0.1,
             no_bgjob: false,
             compact_interval: Duration::from_secs(60),
+            mirror_read: MirrorRead::Latest,
             buckets: BucketAccess::default(),
             passphrase: PassphraseSource::default(),
             metrics: None,

@@ -172,8 +172,12 @@ impl Session {
                 let response = settle(self.shared().wait(answer).await?)?;
                 let (page, position) = expect_body!(response, Extents, "get_extents")?;
                 let attr = page.attr;
-                let extents = Some(page);
-                (v1::Opened { attr, extents }, position)
+                let opened = v1::Opened {
+                    attr,
+                    extents: Some(page),
+                    quota_room: None,
+                };
+                (opened, position)
             }
         };
         guard.keep();
@@ -275,8 +279,8 @@ impl Session {
     }
 
     /// Usage and limits of the volume.
-    pub async fn stat_fs(&self) -> Result<v1::StatFsReply, ClientError> {
-        let body = Body::StatFs(v1::StatFs {});
+    pub async fn stat_fs(&self, ino: Ino) -> Result<v1::StatFsReply, ClientError> {
+        let body = Body::StatFs(v1::StatFs { ino: ino.0 });
         Ok(expect_body!(self.read(body).await?, StatFs, "stat_fs")?.0)
     }
 

@@ -296,6 +296,7 @@ impl State {
             build: options.build.clone(),
             pid: options.pid,
             read_only: options.read_only,
+            complete: options.complete,
             opens: self.opens.registered(),
             locks: self.locks.held(),
             volume_token: options.volume_token.clone(),

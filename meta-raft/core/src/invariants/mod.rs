@@ -3,11 +3,13 @@
 //! - `namespace`: entries, links, directories, orphans
 //! - `attributes`: symlinks, extended attributes, ACLs
 //! - `content`: extents, segments
+//! - `quotas`: what is charged to them
 //! - `usage`: counters, sessions, the digest
 
 mod attributes;
 mod content;
 mod namespace;
+mod quotas;
 mod usage;
 
 use std::collections::BTreeMap;
@@ -20,8 +22,8 @@ use crate::digest::Sums;
 use crate::keys::{self, Tag};
 use crate::records::{
     CookieRecord, CountersRecord, EraseRecord, ExtentRecord, HeadRecord, InodeRecord, NameRecord,
-    OrphanRecord, Record, RemoveTreeRecord, SegmentBlockRecord, SegmentRecord, SessionRecord,
-    SettingsRecord,
+    OrphanRecord, QuotaRecord, QuotaWalkRecord, Record, RemoveTreeRecord, SegmentBlockRecord,
+    SegmentRecord, SessionRecord, SettingsRecord,
 };
 use crate::view::View;
 
@@ -33,6 +35,7 @@ pub fn check(view: &impl View, volume: VolumeId) -> Result<(), Vec<String>> {
     attributes::check(&records, &mut found);
     content::check(&records, &mut found);
     usage::check(&records, &mut found);
+    quotas::check(&records, &mut found);
     if found.0.is_empty() {
         Ok(())
     } else {
@@ -81,6 +84,9 @@ struct Records {
     remove_trees: BTreeMap<(u64, Ino), RemoveTreeRecord>,
     sessions: BTreeMap<SessionId, SessionRecord>,
     replies: BTreeMap<(SessionId, u64), Bytes>,
+    /// By kind and id.
+    quotas: BTreeMap<(u64, u64), QuotaRecord>,
+    quota_walks: BTreeMap<(Ino, Ino), QuotaWalkRecord>,
 }
 
 impl Records {
@@ -131,6 +137,11 @@ impl Records {
             Tag::Reply => {
                 let request = (SessionId(number(0)?), number(1)?);
                 self.replies.insert(request, value.clone());
+            }
+            Tag::Quota => put(&mut self.quotas, (number(0)?, number(1)?), key, value)?,
+            Tag::QuotaWalk => {
+                let walk = (Ino(number(0)?), Ino(number(1)?));
+                put(&mut self.quota_walks, walk, key, value)?;
             }
         }
         Ok(())

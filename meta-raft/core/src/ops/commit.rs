@@ -22,7 +22,7 @@ use crate::view::View;
 ///
 /// Each file has its own verdict in `files`: `STALE` if it is gone, `IS_DIRECTORY` or `INVALID` if it has no content or the
 /// extents make no sense, `SEGMENT_FENCED` if they name a segment that this session may not commit or that was freed,
-/// `FILE_TOO_LARGE`. A segment that the commit brings and that nothing references in the end is freed at once.
+/// `FILE_TOO_LARGE`, `READ_ONLY` in a snapshot. A segment that the commit brings and that nothing references in the end is freed at once.
 ///
 /// Refused as a whole: `INVALID` when there is too much of anything, a file comes twice or a segment contradicts its record;
 /// `NO_SPACE`; `BUSY` if too many erasures of a file wait; the first file's verdict if no file can be committed and none is
@@ -52,10 +52,12 @@ pub(crate) fn commit<V: View>(txn: &mut Txn<V>, op: &v1::Commit) -> OpResult {
             Ok((inode, extents)) => v1::CommittedFile {
                 error: FsError::None as i32,
                 attr: Some(commit_file(txn, file, inode, extents, &mut balance)?),
+                quota_room: None,
             },
             Err(OpError::Refused(error)) => v1::CommittedFile {
                 error: error as i32,
                 attr: None,
+                quota_room: None,
             },
             Err(corrupt @ OpError::Corrupt(_)) => return Err(corrupt),
         };
@@ -155,6 +157,7 @@ fn check<V: View>(
 ) -> OpResult<(InodeRecord, Vec<(u64, ExtentRecord)>)> {
     let inode = txn.inode(Ino(file.ino))?;
     extents::regular(&inode)?;
+    txn.changeable(&inode)?;
     if file.size_min > FILE_BYTES_MAX {
         return Err(FsError::FileTooLarge.into());
     }

@@ -24,6 +24,7 @@ pub(crate) fn copy_range<V: View>(txn: &mut Txn<V>, op: &v1::CopyRange) -> OpRes
     let mut inode = txn.inode(ino)?;
     extents::regular(&source)?;
     extents::regular(&inode)?;
+    txn.changeable(&inode)?;
 
     let length = op.length.min(source.size.saturating_sub(op.source_offset));
     let target_end = op.target_offset.checked_add(length);

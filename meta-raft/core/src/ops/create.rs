@@ -10,7 +10,8 @@ use super::posix_acl::{self, Acl};
 use super::{dir, privileges, trash, xattr};
 use crate::change::Corruption;
 use crate::keys;
-use crate::records::InodeRecord;
+use crate::limits::CORE_LEVEL_QUOTAS;
+use crate::records::{InodeRecord, SNAPSHOT};
 use crate::txn::{OpError, OpResult, Txn};
 use crate::view::View;
 
@@ -58,6 +59,10 @@ pub(crate) fn create<V: View>(txn: &mut Txn<V>, op: &v1::Create) -> OpResult {
         flags: 0,
         next_cookie: 0,
         erases: 0,
+        quota: match makes_snapshot(txn)? {
+            true => SNAPSHOT,
+            false => dir.quota,
+        },
     };
     if dir.mode & privileges::SETGID != 0 {
         inode.gid = dir.gid;
@@ -81,6 +86,7 @@ pub(crate) fn create<V: View>(txn: &mut Txn<V>, op: &v1::Create) -> OpResult {
     dir::add_entry(txn, parent, &mut dir, &op.name, ino, kind)?;
     txn.put_inode(parent, &dir)?;
     txn.put_fresh(keys::inode(txn.volume, ino), &inode);
+    txn.charges.inode(ino, &inode, 1);
     txn.touch(ino, true, false, false);
     Ok(v1::Reply {
         attr: Some(inode.attr(ino)),
@@ -88,6 +94,11 @@ pub(crate) fn create<V: View>(txn: &mut Txn<V>, op: &v1::Create) -> OpResult {
         created: true,
         ..v1::Reply::default()
     })
+}
+
+/// Whether what the caller creates belongs to a snapshot. Below core level 2 there are none, whatever the caller says.
+fn makes_snapshot<V: View>(txn: &Txn<V>) -> OpResult<bool> {
+    Ok(txn.caller.snapshot && txn.settings()?.core_level >= CORE_LEVEL_QUOTAS)
 }
 
 /// A directory of root's that no caller asked for; its name is free. The parent is written.
@@ -117,10 +128,12 @@ pub(crate) fn plain_directory<V: View>(
         flags: 0,
         next_cookie: dir::COOKIE_FIRST,
         erases: 0,
+        quota: dir.quota,
     };
     dir::add_entry(txn, parent, &mut dir, name, ino, FileKind::Directory)?;
     txn.put_inode(parent, &dir)?;
     txn.put_fresh(keys::inode(txn.volume, ino), &inode);
+    txn.charges.inode_unasked(ino, &inode);
     txn.touch(ino, true, false, false);
     Ok(ino)
 }

@@ -29,12 +29,13 @@ pub(crate) fn check_name(name: &[u8]) -> Result<(), FsError> {
 }
 
 /// A directory whose entries a command may change. One that was removed but is still open (or that a tree removal takes apart)
-/// is empty for everybody and takes no new entries: `NOT_FOUND`, as Linux answers.
+/// is empty for everybody and takes no new entries: `NOT_FOUND`, as Linux answers. `READ_ONLY` in a snapshot.
 pub(crate) fn live_directory<V: View>(txn: &Txn<V>, ino: Ino) -> OpResult<InodeRecord> {
     let dir = txn.directory(ino)?;
     if dir.nlink == 0 {
         return Err(FsError::NotFound.into());
     }
+    txn.changeable(&dir)?;
     Ok(dir)
 }
 
@@ -180,7 +181,7 @@ pub(crate) fn lose_name_or_keep<V: View>(
     reply: &mut v1::Reply,
 ) -> OpResult<()> {
     let last = inode.is_directory() || inode.nlink <= 1;
-    if last && trash::keeps(txn, parent)? {
+    if last && !inode.is_snapshot() && trash::keeps(txn, parent)? {
         return trash::take(txn, (parent, name), ino, inode, reply);
     }
     reply.orphaned = lose_name(txn, ino, inode)?;

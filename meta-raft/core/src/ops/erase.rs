@@ -144,7 +144,7 @@ pub(crate) fn erase_inner<V: View>(
     let before = erased.clone();
     if inner.len() <= room {
         for (key, value) in inner {
-            balance.remove(inode, &ExtentRecord::decode(&key, &value)?)?;
+            balance.remove(ino, inode, &ExtentRecord::decode(&key, &value)?)?;
             txn.remove(key)?;
         }
         erased.cut(from, to);
@@ -198,7 +198,7 @@ pub(crate) fn step<V: View>(txn: &mut Txn<V>, op: &v1::EraseStep) -> OpResult {
         for (key, value) in page {
             let extent = ExtentRecord::decode(&key, &value)?;
             if extent.seq < range.seq {
-                balance.remove(&mut inode, &extent)?;
+                balance.remove(ino, &mut inode, &extent)?;
                 txn.remove(key)?;
             }
         }

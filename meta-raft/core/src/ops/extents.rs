@@ -203,7 +203,7 @@ pub(crate) fn erase<V: View>(
         && start + extent.length > to
     {
         let end = start + extent.length;
-        balance.remove(inode, &extent)?;
+        balance.remove(ino, inode, &extent)?;
         txn.remove(keys::extent(volume, ino, start))?;
         put(
             txn,
@@ -254,7 +254,7 @@ pub(crate) fn write_fresh<V: View>(
     extent: &ExtentRecord,
     balance: &mut Balance,
 ) -> OpResult<()> {
-    balance.add(inode, extent)?;
+    balance.add(ino, inode, extent)?;
     txn.put_fresh(keys::extent(txn.volume, ino, offset), extent);
     inode.size = inode.size.max(offset + extent.length);
     Ok(())
@@ -271,9 +271,9 @@ pub(super) fn put<V: View>(
 ) -> Result<(), Corruption> {
     let key = keys::extent(txn.volume, ino, offset);
     // First added, then removed: no count falls below what it ends with.
-    balance.add(inode, extent)?;
+    balance.add(ino, inode, extent)?;
     if let Some(replaced) = txn.get::<ExtentRecord>(&key)? {
-        balance.remove(inode, &replaced)?;
+        balance.remove(ino, inode, &replaced)?;
     }
     txn.put(key, extent)
 }

@@ -21,6 +21,7 @@ pub(crate) fn fallocate<V: View>(txn: &mut Txn<V>, op: &v1::Fallocate) -> OpResu
     let ino = Ino(op.ino);
     let mut inode = txn.inode(ino)?;
     extents::regular(&inode)?;
+    txn.changeable(&inode)?;
     if op.punch_hole && op.zero_range {
         return Err(FsError::NotSupported.into());
     }

@@ -4,7 +4,7 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1;
 
-use super::{dir, trash};
+use super::{dir, quota, trash};
 use crate::txn::{OpResult, Txn};
 use crate::view::View;
 
@@ -22,9 +22,11 @@ pub(crate) fn link<V: View>(txn: &mut Txn<V>, op: &v1::Link) -> OpResult {
     if inode.is_directory() {
         return Err(FsError::NotPermitted.into());
     }
+    txn.changeable(&inode)?;
     if inode.nlink == 0 {
         return Err(FsError::NotFound.into());
     }
+    quota::adopt(txn, ino, &mut inode, dir.quota, false)?;
     dir::gain_name(txn, &mut inode)?;
     inode.parent = parent;
     dir::add_entry(txn, parent, &mut dir, &op.name, ino, inode.kind)?;

@@ -42,7 +42,7 @@ pub(crate) fn reap<V: View>(txn: &mut Txn<V>, op: &v1::Reap) -> OpResult {
     let mut done = page.len() <= room;
     for (key, value) in page.into_iter().take(room) {
         room -= 1;
-        balance.remove(&mut inode, &ExtentRecord::decode(&key, &value)?)?;
+        balance.remove(ino, &mut inode, &ExtentRecord::decode(&key, &value)?)?;
         txn.remove(key)?;
     }
     balance.settle(txn)?;
@@ -66,6 +66,7 @@ pub(crate) fn reap<V: View>(txn: &mut Txn<V>, op: &v1::Reap) -> OpResult {
         txn.remove(keys::erase(volume, ino))?;
         txn.remove(keys::inode(volume, ino))?;
         txn.remove(orphan)?;
+        txn.charges.inode(ino, &inode, -1);
         let counters = txn.counters()?;
         counters.used_inodes = counters.used_inodes.checked_sub(1).ok_or_else(|| {
             Corruption::Contradiction(format!("volume {volume} counts no inodes and has {ino}"))

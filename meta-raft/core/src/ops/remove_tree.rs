@@ -19,11 +19,12 @@ pub(crate) fn begin<V: View>(txn: &mut Txn<V>, op: &v1::RemoveTree) -> OpResult 
     let mut dir = dir::live_directory(txn, parent)?;
     let entry = dir::existing_entry(txn, parent, &op.name)?;
     let mut inode = txn.named_inode(entry.ino)?;
+    txn.changeable(&inode)?;
     dir::remove_entry(txn, parent, &mut dir, &op.name, &entry)?;
     txn.put_inode(parent, &dir)?;
     let mut reply = v1::Reply::default();
     let full = inode.is_directory() && inode.size > 0;
-    if full && trash::keeps(txn, parent)? {
+    if full && !inode.is_snapshot() && trash::keeps(txn, parent)? {
         // As it is: nothing needs to be taken apart before it expires.
         trash::take(txn, (parent, &op.name), entry.ino, &mut inode, &mut reply)?;
         reply.done = true;

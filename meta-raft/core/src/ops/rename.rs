@@ -5,10 +5,10 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1;
 
-use super::{dir, trash};
+use super::{dir, quota, trash};
 use crate::change::Corruption;
 use crate::records::{InodeRecord, NameRecord};
-use crate::txn::{OpResult, Txn};
+use crate::txn::{OpError, OpResult, Txn};
 use crate::view::View;
 
 /// The two directories of a rename, which may be one.
@@ -93,6 +93,7 @@ fn replace<V: View>(
 ) -> OpResult {
     let (old, new) = (parents.old, parents.new);
     let mut moved = txn.named_inode(source.ino)?;
+    txn.changeable(&moved)?;
     if moved.is_directory() && new != old {
         refuse_below_itself(txn, source.ino, new)?;
     }
@@ -103,11 +104,16 @@ fn replace<V: View>(
                 (true, false) => return Err(FsError::NotDirectory.into()),
                 (false, true) => return Err(FsError::IsDirectory.into()),
                 (true, true) if inode.size > 0 => return Err(FsError::NotEmpty.into()),
-                _ => Some((target, inode)),
+                _ => {
+                    txn.changeable(&inode)?;
+                    Some((target, inode))
+                }
             }
         }
         None => None,
     };
+    let into = parents.new_dir().quota;
+    charge_like(txn, source.ino, &mut moved, into, new == old)?;
     moved.ctime = txn.time;
     moved.parent = new;
     let named = (source.ino, source.kind);
@@ -157,12 +163,17 @@ fn exchange<V: View>(
     let (old, new) = (parents.old, parents.new);
     let mut first = txn.named_inode(source.ino)?;
     let mut second = txn.named_inode(target.ino)?;
+    txn.changeable(&first)?;
+    txn.changeable(&second)?;
     if first.is_directory() && new != old {
         refuse_below_itself(txn, source.ino, new)?;
     }
     if second.is_directory() && new != old {
         refuse_below_itself(txn, target.ino, old)?;
     }
+    let (old_quota, new_quota) = (parents.old_dir.quota, parents.new_dir().quota);
+    charge_like(txn, source.ino, &mut first, new_quota, new == old)?;
+    charge_like(txn, target.ino, &mut second, old_quota, new == old)?;
     (first.parent, second.parent) = (new, old);
     (first.ctime, second.ctime) = (txn.time, txn.time);
     point(txn, old, &mut parents.old_dir, &op.name, &source, &target)?;
@@ -175,6 +186,22 @@ fn exchange<V: View>(
         replaced: Some(second.attr(target.ino)),
         ..parents.reply()
     })
+}
+
+/// What moves is charged like where it moves to, or refused (`CROSS_DEVICE`).
+fn charge_like<V: View>(
+    txn: &mut Txn<V>,
+    ino: Ino,
+    inode: &mut InodeRecord,
+    into: Ino,
+    same_directory: bool,
+) -> OpResult<()> {
+    let alone = inode.is_directory() || inode.nlink <= 1;
+    match quota::adopt(txn, ino, inode, into, alone) {
+        // It stays where it is: a name of a file that is charged elsewhere by another one.
+        Err(OpError::Refused(FsError::CrossDevice)) if same_directory => Ok(()),
+        adopted => adopted,
+    }
 }
 
 fn point<V: View>(

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use heliofs_proto::error::FsError;
-use heliofs_proto::ids::{SegmentId, SessionId};
+use heliofs_proto::ids::{Ino, SegmentId, SessionId};
 use heliofs_proto::limits::{SEGMENTS_ALLOCATE_MAX, SEGMENTS_PER_BLOCK};
 use heliofs_proto::v1;
 
+use super::charge::Charges;
 use crate::change::Corruption;
 use crate::keys;
 use crate::limits::{EXTENTS_PER_COMMAND_MAX, IN_PLACE_RECORDS_MAX};
@@ -56,30 +57,34 @@ pub(crate) struct Balance {
     brought: BTreeMap<SegmentId, SegmentRecord>,
     bytes: i64,
     removed: usize,
+    charges: Charges,
 }
 
 impl Balance {
     /// Counts an extent that is being stored.
     pub(crate) fn add(
         &mut self,
+        ino: Ino,
         inode: &mut InodeRecord,
         extent: &ExtentRecord,
     ) -> Result<(), Corruption> {
-        self.count(inode, extent, extent.length as i64)
+        self.count(ino, inode, extent, extent.length as i64)
     }
 
     /// Counts an extent that is being removed.
     pub(crate) fn remove(
         &mut self,
+        ino: Ino,
         inode: &mut InodeRecord,
         extent: &ExtentRecord,
     ) -> Result<(), Corruption> {
         self.removed += 1;
-        self.count(inode, extent, -(extent.length as i64))
+        self.count(ino, inode, extent, -(extent.length as i64))
     }
 
     fn count(
         &mut self,
+        ino: Ino,
         inode: &mut InodeRecord,
         extent: &ExtentRecord,
         bytes: i64,
@@ -88,6 +93,7 @@ impl Balance {
             *self.segments.entry(segment).or_default() += bytes;
         }
         self.bytes += bytes;
+        self.charges.bytes(ino, inode, bytes);
         inode.allocated = moved(inode.allocated, bytes, || "an inode's allocated".to_owned())?;
         Ok(())
     }
@@ -110,6 +116,7 @@ impl Balance {
     /// Refused: `NO_SPACE` when the command needs more bytes than it gives back and the volume is full. Bytes of erased extents
     /// count as used until the steps of the erasure remove them.
     pub(crate) fn settle<V: View>(mut self, txn: &mut Txn<V>) -> OpResult<()> {
+        txn.charges.absorb(self.charges);
         let used = {
             let counters = txn.counters()?;
             let used = moved(counters.used_bytes, self.bytes, || "used bytes".to_owned())?;
@@ -163,7 +170,7 @@ impl Balance {
 }
 
 /// Counts never wrap: a count that would is a contradiction.
-fn moved(count: u64, by: i64, what: impl FnOnce() -> String) -> Result<u64, Corruption> {
+pub(super) fn moved(count: u64, by: i64, what: impl FnOnce() -> String) -> Result<u64, Corruption> {
     count.checked_add_signed(by).ok_or_else(|| {
         Corruption::Contradiction(format!("{} would go from {count} by {by}", what()))
     })

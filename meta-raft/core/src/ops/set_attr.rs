@@ -16,6 +16,7 @@ use crate::view::View;
 pub(crate) fn set_attr<V: View>(txn: &mut Txn<V>, op: &v1::SetAttr) -> OpResult {
     let ino = Ino(op.ino);
     let mut inode = txn.inode(ino)?;
+    txn.changeable(&inode)?;
     if let Some(size) = op.size {
         match inode.kind {
             FileKind::File if size > FILE_BYTES_MAX => return Err(FsError::FileTooLarge.into()),
@@ -31,8 +32,10 @@ pub(crate) fn set_attr<V: View>(txn: &mut Txn<V>, op: &v1::SetAttr) -> OpResult 
         change_mode(txn, ino, &mut inode, mode & 0o7777)?;
     }
     if op.uid.is_some() || op.gid.is_some() {
+        txn.charges.owned(ino, &inode, -1);
         inode.uid = op.uid.unwrap_or(inode.uid);
         inode.gid = op.gid.unwrap_or(inode.gid);
+        txn.charges.owned(ino, &inode, 1);
         // Whoever does it, root too (chown_common in fs/open.c). The kernel asks for the mode's part with `kill_suidgid` or with
         // `mode` or not at all, depending on what it negotiated; the outcome is the same in all three cases.
         if !inode.is_directory() {

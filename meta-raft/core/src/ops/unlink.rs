@@ -23,6 +23,7 @@ pub(crate) fn unlink<V: View>(txn: &mut Txn<V>, op: &v1::Unlink) -> OpResult {
         (true, true) if inode.size > 0 => return Err(FsError::NotEmpty.into()),
         _ => {}
     }
+    txn.changeable(&inode)?;
     dir::remove_entry(txn, parent, &mut dir, &op.name, &entry)?;
     txn.put_inode(parent, &dir)?;
     let mut reply = v1::Reply::default();

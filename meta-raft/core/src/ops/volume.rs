@@ -9,7 +9,7 @@ use super::dir;
 use crate::change::Corruption;
 use crate::keys;
 use crate::limits::CORE_LEVEL_MAX;
-use crate::records::{CountersRecord, InodeRecord, SettingsRecord};
+use crate::records::{CountersRecord, InodeRecord, QuotaCounters, SettingsRecord};
 use crate::txn::{OpResult, Txn};
 use crate::view::View;
 
@@ -35,6 +35,7 @@ pub(crate) fn init<V: View>(txn: &mut Txn<V>, op: &v1::VolumeInit) -> OpResult {
         used_bytes: 0,
         used_inodes: 1,
         segments: 0,
+        quotas: QuotaCounters::default(),
     };
     let root = InodeRecord {
         kind: FileKind::Directory,
@@ -54,6 +55,7 @@ pub(crate) fn init<V: View>(txn: &mut Txn<V>, op: &v1::VolumeInit) -> OpResult {
         flags: 0,
         next_cookie: dir::COOKIE_FIRST,
         erases: 0,
+        quota: Ino(0),
     };
     txn.put_inode(Ino::ROOT, &root)?;
     Ok(v1::Reply {

@@ -19,6 +19,7 @@ use crate::view::View;
 pub(crate) fn set<V: View>(txn: &mut Txn<V>, op: &v1::SetXattr) -> OpResult {
     let ino = Ino(op.ino);
     let mut inode = txn.inode(ino)?;
+    txn.changeable(&inode)?;
     check_name(&inode, &op.name)?;
     if op.value.len() > XATTR_VALUE_BYTES_MAX {
         return Err(FsError::TooBig.into());
@@ -43,6 +44,7 @@ pub(crate) fn set<V: View>(txn: &mut Txn<V>, op: &v1::SetXattr) -> OpResult {
 pub(crate) fn remove<V: View>(txn: &mut Txn<V>, op: &v1::RemoveXattr) -> OpResult {
     let ino = Ino(op.ino);
     let mut inode = txn.inode(ino)?;
+    txn.changeable(&inode)?;
     check_name(&inode, &op.name)?;
     if !txn.exists(&keys::xattr(txn.volume, ino, &op.name))? {
         return Err(FsError::NoAttribute.into());

@@ -5,11 +5,13 @@
 //! - [`dir`]: lookups, listings, walks, children for summaries
 //! - [`segments`]: for gc, fsck and compaction
 //! - [`data`]: which extents hold a range of a file
+//! - [`quota`]: quotas, and the room that they leave
 //! - [`work`]: what drivers still have to finish
 
 pub mod data;
 pub mod dir;
 pub mod inode;
+pub mod quota;
 pub mod segments;
 pub mod volume;
 pub mod work;
@@ -17,9 +19,10 @@ pub mod work;
 pub use data::get_extents;
 pub use dir::{Child, children, lookup, read_dir, walk};
 pub use inode::{get_attr, get_xattr, list_xattr, read_link};
+pub use quota::{quota_room, quotas};
 pub use segments::{Claim, Placed, claim, extents_of, segments};
 pub use volume::{counters, head, segment, sessions, settings, stat_fs};
-pub use work::{Intent, erases, intents, orphans};
+pub use work::{Intent, erases, intents, orphans, quota_walks};
 
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::{Ino, VolumeId};

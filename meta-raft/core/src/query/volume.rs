@@ -1,9 +1,9 @@
 //! The volume as a whole: how far it is, what it obeys, what is used, who writes to it.
 
-use heliofs_proto::ids::{SegmentId, SessionId, VolumeId};
+use heliofs_proto::ids::{Ino, SegmentId, SessionId, VolumeId};
 use heliofs_proto::v1;
 
-use super::{PAGE_MAX, get, key_number};
+use super::{PAGE_MAX, get, key_number, quota};
 use crate::change::Corruption;
 use crate::keys::{self, Tag};
 use crate::records::{
@@ -30,10 +30,20 @@ pub fn counters(view: &impl View, volume: VolumeId) -> Result<CountersRecord, Co
     Ok(get(view, &keys::counters(volume))?.unwrap_or_default())
 }
 
-/// Usage and limits; zeros if the volume does not exist.
-pub fn stat_fs(view: &impl View, volume: VolumeId) -> Result<v1::StatFsReply, Corruption> {
+/// Usage and limits of the innermost directory quota with limits that `ino` is charged to; without one, and for inode 0: the
+/// volume's. Zeros if the volume does not exist.
+pub fn stat_fs(
+    view: &impl View,
+    volume: VolumeId,
+    ino: Ino,
+) -> Result<v1::StatFsReply, Corruption> {
     let counters = counters(view, volume)?;
     let settings = settings(view, volume)?.unwrap_or_default();
+    if ino != Ino(0)
+        && let Some(quota) = quota::enclosing(view, volume, &counters.quotas, ino)?
+    {
+        return Ok(quota);
+    }
     Ok(v1::StatFsReply {
         used_bytes: counters.used_bytes,
         used_inodes: counters.used_inodes,

@@ -1,11 +1,11 @@
-//! Work that was decided and that drivers still have to propose: reaping, erasing, tree removals.
+//! Work that was decided and that drivers still have to propose: reaping, erasing, tree removals, counting for quotas.
 
 use heliofs_proto::ids::{Ino, VolumeId};
 
 use super::{PAGE_MAX, key_number};
 use crate::change::Corruption;
 use crate::keys::{self, Tag};
-use crate::records::{OrphanRecord, Record};
+use crate::records::{Accounting, OrphanRecord, Record};
 use crate::view::View;
 
 /// Orphans with inode numbers above `after`, ascending, at most `max` of them (and at most [`PAGE_MAX`]).
@@ -67,4 +67,24 @@ pub fn intents(
         last = id;
     }
     Ok(intents)
+}
+
+/// What `QuotaStep` has to be proposed for: the first directory whose quota is being counted or taken back, and `Ino(0)` while
+/// usage of users and groups is being counted or forgotten.
+pub fn quota_walks(view: &impl View, volume: VolumeId) -> Result<Vec<Ino>, Corruption> {
+    let quotas = super::counters(view, volume)?.quotas;
+    let mut walks = Vec::new();
+    if quotas.directories > 0 {
+        let (from, to) = keys::tag_range(volume, Tag::QuotaWalk);
+        if let Some((key, _)) = view.scan(&from, &to, 1)?.pop() {
+            walks.push(Ino(key_number(&key, 0)?));
+        }
+    }
+    if matches!(
+        quotas.accounting,
+        Accounting::Counting | Accounting::Clearing
+    ) {
+        walks.push(Ino(0));
+    }
+    Ok(walks)
 }

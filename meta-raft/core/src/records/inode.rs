@@ -45,7 +45,13 @@ pub struct InodeRecord {
     pub next_cookie: u64,
     /// Erased ranges that are not worked off yet: readers of extents must look at them.
     pub erases: u32,
+    /// The directory whose quota it is charged to, as it was made or moved below it; 0: none. [`SNAPSHOT`]: it is part of a
+    /// snapshot, which is charged to nobody.
+    pub quota: Ino,
 }
+
+/// In [`InodeRecord::quota`]: part of a snapshot. No inode has this number.
+pub const SNAPSHOT: Ino = Ino(u64::MAX);
 
 impl InodeRecord {
     /// Whether it is a directory.
@@ -56,6 +62,11 @@ impl InodeRecord {
     /// Whether all bits of `flag` are set.
     pub fn has(&self, flag: v1::AttrFlag) -> bool {
         self.flags & flag as u32 != 0
+    }
+
+    /// Whether it is part of a snapshot: nobody changes it, and it is charged to nobody.
+    pub fn is_snapshot(&self) -> bool {
+        self.quota == SNAPSHOT
     }
 
     /// As clients see it.
@@ -76,14 +87,19 @@ impl InodeRecord {
             rdev: self.rdev,
             data_seq: self.data_seq,
             parent: self.parent.0,
-            flags: self.flags,
+            flags: match self.is_snapshot() {
+                true => self.flags | v1::AttrFlag::Snapshot as u32,
+                false => self.flags,
+            },
         }
     }
 }
 
 impl Record for InodeRecord {
     fn encode(&self) -> Bytes {
-        let mut w = Writer::record(1);
+        // Version 2 only where it says more: what was written under core level 1 stays as it is.
+        let charged = self.quota != Ino(0);
+        let mut w = Writer::record(if charged { 2 } else { 1 });
         w.u8(self.kind as u8)
             .varint(self.mode.into())
             .varint(self.nlink.into())
@@ -101,11 +117,14 @@ impl Record for InodeRecord {
             .varint(self.flags.into())
             .varint(self.next_cookie)
             .varint(self.erases.into());
+        if charged {
+            w.varint(self.quota.0);
+        }
         w.finish()
     }
 
     fn decode(key: &[u8], value: &Bytes) -> Result<Self, Corruption> {
-        let mut r = Reader::record(key, value, 1)?;
+        let (version, mut r) = Reader::record_up_to(key, value, 2)?;
         let byte = r.u8()?;
         let record = Self {
             kind: kind(&r, byte)?,
@@ -125,6 +144,7 @@ impl Record for InodeRecord {
             flags: r.varint32()?,
             next_cookie: r.varint()?,
             erases: r.varint32()?,
+            quota: Ino(if version == 2 { r.varint()? } else { 0 }),
         };
         r.end()?;
         Ok(record)

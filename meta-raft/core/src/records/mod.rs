@@ -5,17 +5,19 @@ mod dentry;
 mod extent;
 mod inode;
 mod intent;
+mod quota;
 mod segment;
 mod session;
 mod volume;
 
 pub use dentry::{CookieRecord, NameRecord};
 pub use extent::{ExtentData, ExtentRecord};
-pub use inode::InodeRecord;
+pub use inode::{InodeRecord, SNAPSHOT};
 pub use intent::{EraseRecord, ErasedRange, OrphanRecord, RemoveTreeRecord};
+pub use quota::{QuotaRecord, QuotaState, QuotaWalkRecord};
 pub use segment::{SegmentBlockRecord, SegmentRecord};
 pub use session::SessionRecord;
-pub use volume::{CountersRecord, HeadRecord, SettingsRecord};
+pub use volume::{Accounting, CountersRecord, HeadRecord, QuotaCounters, SettingsRecord};
 
 use bytes::Bytes;
 

@@ -1,7 +1,7 @@
 //! One of each per volume: head, settings, counters.
 
 use bytes::Bytes;
-use heliofs_proto::ids::{Epoch, Position, UnixNanos};
+use heliofs_proto::ids::{Epoch, Ino, Position, UnixNanos};
 use heliofs_proto::v1::VolumeSettings;
 use prost::Message;
 
@@ -41,6 +41,36 @@ pub struct CountersRecord {
     pub used_inodes: u64,
     /// Segments with live bytes.
     pub segments: u64,
+    /// What there is of quotas.
+    pub quotas: QuotaCounters,
+}
+
+/// What there is of quotas: with none, commands look no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct QuotaCounters {
+    /// Records of directories' quotas.
+    pub directories: u64,
+    /// Users and groups with limits.
+    pub limited_owners: u64,
+    /// Whether usage of users and groups is counted.
+    pub accounting: Accounting,
+    /// While it is being counted: inodes up to this one are.
+    pub counted_to: Ino,
+}
+
+/// Whether usage of users and groups is counted: from their first limit on, until the last one is taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum Accounting {
+    /// It is not, and there are no records of it.
+    #[default]
+    Off = 0,
+    /// Inodes are gone through, in the order of their numbers.
+    Counting = 1,
+    /// All of them are charged.
+    On = 2,
+    /// It is not any more; its records are being removed.
+    Clearing = 3,
 }
 
 impl Record for HeadRecord {
@@ -92,7 +122,10 @@ impl Record for SettingsRecord {
 
 impl Record for CountersRecord {
     fn encode(&self) -> Bytes {
-        let mut w = Writer::record(1);
+        let quotas = &self.quotas;
+        // Version 2 only where it says more: what was written under core level 1 stays as it is.
+        let charged = *quotas != QuotaCounters::default();
+        let mut w = Writer::record(if charged { 2 } else { 1 });
         w.varint(self.next_ino)
             .varint(self.next_segment)
             .varint(self.next_session)
@@ -100,12 +133,18 @@ impl Record for CountersRecord {
             .varint(self.used_bytes)
             .varint(self.used_inodes)
             .varint(self.segments);
+        if charged {
+            w.varint(quotas.directories)
+                .varint(quotas.limited_owners)
+                .u8(quotas.accounting as u8)
+                .varint(quotas.counted_to.0);
+        }
         w.finish()
     }
 
     fn decode(key: &[u8], value: &Bytes) -> Result<Self, Corruption> {
-        let mut r = Reader::record(key, value, 1)?;
-        let record = Self {
+        let (version, mut r) = Reader::record_up_to(key, value, 2)?;
+        let mut record = Self {
             next_ino: r.varint()?,
             next_segment: r.varint()?,
             next_session: r.varint()?,
@@ -113,7 +152,22 @@ impl Record for CountersRecord {
             used_bytes: r.varint()?,
             used_inodes: r.varint()?,
             segments: r.varint()?,
+            quotas: QuotaCounters::default(),
         };
+        if version == 2 {
+            record.quotas = QuotaCounters {
+                directories: r.varint()?,
+                limited_owners: r.varint()?,
+                accounting: match r.u8()? {
+                    0 => Accounting::Off,
+                    1 => Accounting::Counting,
+                    2 => Accounting::On,
+                    3 => Accounting::Clearing,
+                    _ => return Err(r.corrupt("unknown state of accounting")),
+                },
+                counted_to: Ino(r.varint()?),
+            };
+        }
         r.end()?;
         Ok(record)
     }

@@ -85,6 +85,16 @@ fn relocations_do_what_their_script_says() {
 }
 
 #[test]
+fn quotas_do_what_their_script_says() {
+    run("quota.txt");
+}
+
+#[test]
+fn snapshots_do_what_their_script_says() {
+    run("snapshot.txt");
+}
+
+#[test]
 fn every_script_is_run() {
     let source = include_str!("main.rs");
     for entry in

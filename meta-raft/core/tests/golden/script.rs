@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use heliofs_proto::ids::{Ino, SessionId, UnixNanos, VolumeId};
-use heliofs_proto::v1::{self, FileKind, command::Op, set_time};
+use heliofs_proto::v1::{self, FileKind, QuotaKind, command::Op, set_time};
 use meta_core::{Applied, Stamp, Sums, apply, invariants, query};
 
 use crate::show;
@@ -34,13 +34,14 @@ struct Words<'a> {
 
 impl<'a> Words<'a> {
     fn new(line: &'a str) -> Self {
-        const FLAGS: [&str; 6] = [
+        const FLAGS: [&str; 7] = [
             "excl",
             "noreplace",
             "kill",
             "create-only",
             "replace-only",
             "plus",
+            "snapshot",
         ];
         let mut words = Self {
             positional: Vec::new(),
@@ -181,6 +182,7 @@ impl Volume {
                 uid: number(uid)? as u32,
                 gid: number(gid)? as u32,
                 pid: 1,
+                snapshot: words.flag("snapshot"),
             }),
             op: Some(self.op(&words)?),
         };
@@ -402,6 +404,26 @@ impl Volume {
                 let (parent, name) = self.entry(words.get(1)?)?;
                 Op::RemoveTree(v1::RemoveTree { parent, name })
             }
+            // quota PATH|uid:N|gid:N bytes=N inodes=N
+            "quota" => {
+                let (kind, id) = self.payer(words.get(1)?)?;
+                Op::QuotaSet(v1::QuotaSet {
+                    kind: kind as i32,
+                    id,
+                    bytes_max: words.number("bytes")?,
+                    inodes_max: words.number("inodes")?,
+                })
+            }
+            "noquota" => {
+                let (kind, id) = self.payer(words.get(1)?)?;
+                Op::QuotaRemove(v1::QuotaRemove {
+                    kind: kind as i32,
+                    id,
+                })
+            }
+            "count" => Op::QuotaStep(v1::QuotaStep {
+                directory: number(words.get(1)?)?,
+            }),
             "rmstep" => Op::RemoveTreeStep(v1::RemoveTreeStep {
                 intent: number(words.get(1)?)?,
             }),
@@ -453,7 +475,18 @@ impl Volume {
                 let page = query::get_extents(view, VOLUME, ino()?, 0, u64::MAX, 100);
                 show::or_error(page, |page| show::extents(&page))
             }
-            "statfs" => vec![format!("{:?}", query::stat_fs(view, VOLUME).unwrap())],
+            "statfs" => {
+                let ino = match words.positional.len() {
+                    1 => Ino(0),
+                    _ => ino()?,
+                };
+                vec![format!("{:?}", query::stat_fs(view, VOLUME, ino).unwrap())]
+            }
+            "quotas" => query::quotas(view, VOLUME, (QuotaKind::Unspecified, 0), 100)
+                .unwrap()
+                .iter()
+                .map(|quota| format!("{quota:?}"))
+                .collect(),
             "sessions" => query::sessions(view, VOLUME, SessionId(0), 100)
                 .unwrap()
                 .iter()
@@ -485,6 +518,14 @@ impl Volume {
             ino = found.map_err(|error| format!("{name}: {error}"))?.ino;
         }
         Ok(ino)
+    }
+
+    fn payer(&self, text: &str) -> Result<(QuotaKind, u64), Failure> {
+        Ok(match text.split_once(':') {
+            Some(("uid", id)) => (QuotaKind::User, number(id)?),
+            Some(("gid", id)) => (QuotaKind::Group, number(id)?),
+            _ => (QuotaKind::Directory, self.ino(text)?),
+        })
     }
 
     fn entry(&self, path: &str) -> Result<(u64, Bytes), Failure> {

@@ -6,8 +6,8 @@ use heliofs_proto::v1::{self, FileKind};
 use meta_core::keys::{self, Tag};
 use meta_core::query::QueryError;
 use meta_core::records::{
-    CookieRecord, CountersRecord, ExtentRecord, InodeRecord, NameRecord, Record, SegmentRecord,
-    SessionRecord, SettingsRecord,
+    CookieRecord, CountersRecord, ExtentRecord, InodeRecord, NameRecord, QuotaCounters,
+    QuotaRecord, QuotaWalkRecord, Record, SegmentRecord, SessionRecord, SettingsRecord,
 };
 use meta_core::{Applied, Change, Touched};
 use prost::Message;
@@ -247,7 +247,7 @@ fn key(tag: Tag, key: &Bytes) -> String {
     match tag {
         Tag::Head | Tag::Settings | Tag::Counters => format!("{tag:?}"),
         Tag::Name | Tag::Xattr => name(),
-        Tag::Cookie | Tag::Extent | Tag::RemoveTree => {
+        Tag::Cookie | Tag::Extent | Tag::RemoveTree | Tag::Quota | Tag::QuotaWalk => {
             format!("{tag:?} {}/{}", number(0), number(1))
         }
         Tag::Session => format!("{tag:?} {}", number(0) as u32),
@@ -263,11 +263,14 @@ fn fields(tag: Tag, key: &Bytes, bytes: &Bytes) -> Vec<(&'static str, String)> {
             let mut fields = attr_fields(&record.attr(Ino(0)));
             fields.push(("next_cookie", record.next_cookie.to_string()));
             fields.push(("erases", record.erases.to_string()));
+            if record.quota != Ino(0) {
+                fields.push(("quota", record.quota.to_string()));
+            }
             fields
         }
         Tag::Counters => {
             let record = CountersRecord::decode(key, bytes).unwrap();
-            vec![
+            let mut fields = vec![
                 ("next_ino", record.next_ino.to_string()),
                 ("next_segment", record.next_segment.to_string()),
                 ("next_session", record.next_session.to_string()),
@@ -275,7 +278,11 @@ fn fields(tag: Tag, key: &Bytes, bytes: &Bytes) -> Vec<(&'static str, String)> {
                 ("used_bytes", record.used_bytes.to_string()),
                 ("used_inodes", record.used_inodes.to_string()),
                 ("segments", record.segments.to_string()),
-            ]
+            ];
+            if record.quotas != QuotaCounters::default() {
+                fields.push(("quotas", format!("{:?}", record.quotas)));
+            }
+            fields
         }
         Tag::Name => {
             let record = NameRecord::decode(key, bytes).unwrap();
@@ -319,6 +326,22 @@ fn fields(tag: Tag, key: &Bytes, bytes: &Bytes) -> Vec<(&'static str, String)> {
         Tag::Reply => {
             let reply = v1::Reply::decode(bytes.clone()).unwrap();
             vec![("seq", reply.position.unwrap_or_default().seq.to_string())]
+        }
+        Tag::Quota => {
+            let record = QuotaRecord::decode(key, bytes).unwrap();
+            vec![
+                ("bytes_max", record.bytes_max.to_string()),
+                ("inodes_max", record.inodes_max.to_string()),
+                ("used_bytes", record.used_bytes.to_string()),
+                ("used_inodes", record.used_inodes.to_string()),
+                ("parent", record.parent.to_string()),
+                ("state", format!("{:?}", record.state)),
+                ("from", record.from.to_string()),
+            ]
+        }
+        Tag::QuotaWalk => {
+            let record = QuotaWalkRecord::decode(key, bytes).unwrap();
+            vec![("after", record.after.to_string())]
         }
         Tag::Xattr | Tag::Symlink => vec![("value", value(bytes))],
         _ => Vec::new(),

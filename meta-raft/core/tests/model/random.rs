@@ -5,23 +5,24 @@ use std::rc::Rc;
 
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
-use heliofs_proto::v1::{self, Command, FileKind, command::Op};
+use heliofs_proto::v1::{self, Command, FileKind, QuotaKind, command::Op};
 use meta_core::keys::{self, Tag};
 use meta_core::{Applied, Overlay, Sums, Touched, apply, query};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use crate::check::check;
+use crate::check::{check, inode};
 use crate::reference::{Node, ROOT, Reference};
-use crate::script::{Step, Writer, steps};
+use crate::script::{Step, Writer, quota_steps, steps};
 use crate::world::{Byte, Records, VOLUME, World, write_changes};
 
 /// Applies a command to both and compares what they say.
 fn compare(world: &mut World, reference: &mut Reference, command: Command) -> Applied {
-    let before = query::stat_fs(&world.records, VOLUME).unwrap();
+    let before = query::stat_fs(&world.records, VOLUME, Ino(0)).unwrap();
+    let quotas = all_quotas(world);
     let applied = world.apply(command.clone());
-    let after = query::stat_fs(&world.records, VOLUME).unwrap();
+    let after = query::stat_fs(&world.records, VOLUME, Ino(0)).unwrap();
     let error = applied.reply.error();
     let capacity = before.capacity_bytes_max;
     if error == FsError::NoSpace && !reference.remembers(&command) {
@@ -35,6 +36,10 @@ fn compare(world: &mut World, reference: &mut Reference, command: Command) -> Ap
             op => panic!("no space for {op:?}"),
         };
         assert!(capacity != 0 && before.used_bytes + asked > capacity);
+        reference.remember(&command, &applied.reply);
+        return applied;
+    }
+    if !reference.remembers(&command) && refused_by_quotas(&command, error, &quotas) {
         reference.remember(&command, &applied.reply);
         return applied;
     }
@@ -72,6 +77,45 @@ fn compare(world: &mut World, reference: &mut Reference, command: Command) -> Ap
     }
     *reference = next;
     applied
+}
+
+fn all_quotas(world: &World) -> Vec<v1::Quota> {
+    query::quotas(&world.records, VOLUME, (QuotaKind::Unspecified, 0), 1000).unwrap()
+}
+
+/// Whether a refusal is one that the reference knows nothing of: for that there must be quotas that explain it.
+fn refused_by_quotas(command: &Command, error: FsError, quotas: &[v1::Quota]) -> bool {
+    let op = command.op.as_ref().unwrap();
+    match (op, error) {
+        (_, FsError::None | FsError::SessionGone | FsError::AlreadyAcknowledged) => false,
+        (Op::QuotaSet(_) | Op::QuotaRemove(_), _) => true,
+        (Op::Rename(_) | Op::Link(_), FsError::CrossDevice) => {
+            let directory = |quota: &v1::Quota| quota.kind() == QuotaKind::Directory;
+            assert!(quotas.iter().any(directory), "{op:?} without a quota");
+            true
+        }
+        (_, FsError::QuotaExceeded) => {
+            let (bytes, inodes) = match op {
+                Op::Commit(op) => {
+                    let extents = op.files.iter().flat_map(|file| &file.extents);
+                    (extents.map(|extent| extent.length).sum(), 0)
+                }
+                Op::CopyRange(op) => (op.length, 0),
+                Op::Create(_) => (0, 1),
+                // A directory with a quota of its own takes along what is charged to it.
+                Op::Rename(_) | Op::SetAttr(_) => (1 << 40, 1 << 40),
+                op => panic!("over quota by {op:?}"),
+            };
+            let over = |used: u64, more: u64, max: u64| max != 0 && more > 0 && used + more > max;
+            let explains = |quota: &v1::Quota| {
+                over(quota.used_bytes, bytes, quota.bytes_max)
+                    || over(quota.used_inodes, inodes, quota.inodes_max)
+            };
+            assert!(quotas.iter().any(explains), "{op:?} {quotas:?}");
+            true
+        }
+        _ => false,
+    }
 }
 
 /// Whatever changed is named as touched, and every attribute is as expected.
@@ -191,6 +235,32 @@ fn check_everything(world: &World, reference: &Reference) {
     assert_eq!(counters.used_inodes, reference.nodes.len() as u64);
 }
 
+/// Counts to the end; then every directory is charged to its own quota or to its parent's.
+fn finish_walks(world: &mut World, reference: &mut Reference) {
+    for steps in 0.. {
+        assert!(steps < 10_000, "walks come to an end");
+        let walks = query::quota_walks(&world.records, VOLUME).unwrap();
+        let Some(walk) = walks.first() else { break };
+        let step = v1::QuotaStep { directory: walk.0 };
+        compare(world, reference, crate::world::system(Op::QuotaStep(step)));
+    }
+    for (ino, node) in &reference.nodes {
+        if node.is_directory() && node.nlink > 0 && *ino != ROOT {
+            let (quota, around) = (inode(world, *ino).quota, inode(world, node.parent).quota);
+            assert!(
+                quota == around || quota == Ino(*ino),
+                "{ino} is charged to {quota}"
+            );
+            if quota == Ino(*ino) {
+                let quotas = all_quotas(world);
+                let own = quotas.iter().find(|quota| quota.id == *ino).unwrap();
+                assert_eq!(own.parent, around.0, "what encloses quota {ino}");
+            }
+        }
+    }
+    check(world);
+}
+
 /// Removes and frees whatever has no name or no reader any more; then nothing may be left over.
 fn quiesce(world: &mut World, reference: &mut Reference) {
     let run = |world: &mut World, reference: &mut Reference, op| {
@@ -210,6 +280,33 @@ fn quiesce(world: &mut World, reference: &mut Reference) {
     {
         run(world, reference, Op::Reap(v1::Reap { ino }));
     }
+    finish_walks(world, reference);
+    for quota in all_quotas(world) {
+        let limited = quota.bytes_max != 0 || quota.inodes_max != 0;
+        if limited {
+            let remove = v1::QuotaRemove {
+                kind: quota.kind,
+                id: quota.id,
+            };
+            let removed = compare(
+                world,
+                reference,
+                crate::world::system(Op::QuotaRemove(remove)),
+            );
+            assert_eq!(removed.reply.error(), FsError::None);
+            finish_walks(world, reference);
+        }
+    }
+    for (ino, node) in &reference.nodes {
+        assert!(
+            !node.is_directory() || inode(world, *ino).quota == Ino(0),
+            "{ino} is charged after all quotas were taken back"
+        );
+    }
+    let left = all_quotas(world);
+    let left_over = |quota: &v1::Quota| quota.kind() == QuotaKind::Directory && quota.removed;
+    assert!(left.iter().all(left_over), "{left:?}");
+
     let mut referenced = BTreeSet::new();
     for (ino, node) in &reference.nodes.clone() {
         if node.kind == FileKind::File {
@@ -256,7 +353,11 @@ fn replay(mut records: Records, log: &[(meta_core::Stamp, Command)], group: usiz
 }
 
 fn run(steps: &[Step]) -> (World, Reference, Vec<Records>) {
-    let mut world = World::new(v1::VolumeSettings::default());
+    let settings = v1::VolumeSettings {
+        core_level: 2,
+        ..v1::VolumeSettings::default()
+    };
+    let mut world = World::new(settings);
     let mut reference = Reference::new(world.time);
     let mut writer = Writer::default();
     let mut snapshots = Vec::new();
@@ -302,13 +403,12 @@ fn config(cases_default: u32) -> ProptestConfig {
     }
 }
 
-/// Guards the others: a script that never gets anywhere proves nothing.
-#[test]
-fn scripts_reach_what_they_are_meant_to_reach() {
+/// How often scripts come to which outcomes.
+fn reached(scripts: fn() -> BoxedStrategy<Vec<Step>>) -> BTreeMap<String, usize> {
     let mut runner = TestRunner::deterministic();
     let mut reached = BTreeMap::<String, usize>::new();
     for _ in 0..120 {
-        let script = steps(160)
+        let script = scripts()
             .new_tree(&mut runner)
             .expect("no filters")
             .current();
@@ -333,6 +433,13 @@ fn scripts_reach_what_they_are_meant_to_reach() {
             *reached.entry("freed".to_owned()).or_default() += applied.freed.len();
         }
     }
+    reached
+}
+
+/// Guards the others: a script that never gets anywhere proves nothing.
+#[test]
+fn scripts_reach_what_they_are_meant_to_reach() {
+    let reached = reached(|| steps(160).boxed());
     for (what, at_least) in [
         ("Commit FS_ERROR_NONE", 300),
         ("Commit FS_ERROR_NONE while erasing", 100),
@@ -362,6 +469,38 @@ fn scripts_reach_what_they_are_meant_to_reach() {
     ] {
         let times = reached.get(what).copied().unwrap_or(0);
         assert!(times >= at_least, "{what}: {times} times of {reached:#?}");
+    }
+}
+
+#[test]
+fn scripts_about_quotas_reach_what_they_are_meant_to_reach() {
+    let reached = reached(|| quota_steps(200).boxed());
+    for (what, at_least) in [
+        ("QuotaSet FS_ERROR_NONE", 200),
+        ("QuotaSet FS_ERROR_BUSY", 20),
+        ("QuotaRemove FS_ERROR_NONE", 50),
+        ("QuotaStep FS_ERROR_NONE", 300),
+        ("Create FS_ERROR_QUOTA_EXCEEDED", 20),
+        ("Commit FS_ERROR_QUOTA_EXCEEDED", 20),
+        ("Rename FS_ERROR_QUOTA_EXCEEDED", 3),
+        ("Rename FS_ERROR_CROSS_DEVICE", 10),
+        ("Rename FS_ERROR_NONE", 200),
+        ("Link FS_ERROR_CROSS_DEVICE", 10),
+    ] {
+        let times = reached.get(what).copied().unwrap_or(0);
+        assert!(times >= at_least, "{what}: {times} times of {reached:#?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(config(256))]
+
+    #[test]
+    fn quotas_count_what_is_charged_to_them(steps in quota_steps(200)) {
+        let (mut world, mut reference, _) = run(&steps);
+        check_everything(&world, &reference);
+        quiesce(&mut world, &mut reference);
+        check_everything(&world, &reference);
     }
 }
 

@@ -199,6 +199,8 @@ impl Reference {
             Op::EraseStep(_) => Ok(()),
             Op::RemoveTree(op) => self.remove_tree(op, reply),
             Op::RemoveTreeStep(op) => self.remove_tree_step(op, reply),
+            // What they come to is checked on the records.
+            Op::QuotaSet(_) | Op::QuotaRemove(_) | Op::QuotaStep(_) => Ok(()),
             Op::EpochBegin(_) => Ok(()),
         }
     }

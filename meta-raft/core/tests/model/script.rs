@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use heliofs_proto::limits::SEGMENTS_PER_BLOCK;
-use heliofs_proto::v1::{self, Caller, Command, FileKind, command::Op};
+use heliofs_proto::v1::{self, Caller, Command, FileKind, QuotaKind, command::Op};
 use proptest::prelude::*;
 
 use crate::reference::{CAPABILITY, Reference};
@@ -43,6 +43,9 @@ pub(crate) enum Step {
     Session(u8),
     Repeat(Pick),
     Capacity(u16),
+    Quota(u8, Pick, u16, u8),
+    NoQuota(u8, Pick),
+    Count(Pick),
 }
 
 pub(crate) fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
@@ -93,6 +96,43 @@ pub(crate) fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         1 => any::<u8>().prop_map(Step::Session),
         3 => pick().prop_map(Step::Repeat),
         1 => (0u16..6000).prop_map(Step::Capacity),
+        3 => (0u8..6, pick(), any::<u16>(), any::<u8>()).prop_map(|(a, b, c, d)| Step::Quota(a, b, c, d)),
+        1 => (0u8..6, pick()).prop_map(|(a, b)| Step::NoQuota(a, b)),
+        4 => pick().prop_map(Step::Count),
+    ];
+    prop::collection::vec(step, 1..count)
+}
+
+/// Scripts that are about quotas: few names, many directories, much moving about, and walks that are left half done.
+pub(crate) fn quota_steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
+    // Odd and above 2000: not the root, and something that exists.
+    let pick = || (1000u16..32_000).prop_map(|at| 2 * at + 1);
+    let name = || 0u8..4;
+    let piece = (1u16..60, 0u8..60).prop_map(|(length, source)| Piece {
+        gap: 0,
+        length,
+        source,
+    });
+    let file = (
+        pick(),
+        0u16..100,
+        prop::collection::vec(piece, 1..3),
+        Just(1),
+    );
+    let step = prop_oneof![
+        8 => (pick(), name(), 0u8..6).prop_map(|(a, b, c)| Step::Create(a, b, c, true)),
+        2 => (pick(), pick(), name()).prop_map(|(a, b, c)| Step::Link(a, b, c)),
+        1 => (pick(), name(), any::<bool>()).prop_map(|(a, b, c)| Step::Unlink(a, b, c)),
+        8 => (pick(), name(), pick(), name(), 3u8..8).prop_map(|(a, b, c, d, e)| Step::Rename(a, b, c, d, e)),
+        1 => (pick(), any::<u16>(), any::<u8>()).prop_map(|(a, b, c)| Step::Mode(a, b, c)),
+        5 => (prop::collection::vec(file, 1..4), any::<u8>()).prop_map(|(a, b)| Step::Write(a, b)),
+        1 => (pick(), 0u16..90).prop_map(|(a, b)| Step::Truncate(a, b)),
+        2 => pick().prop_map(Step::Reap),
+        1 => (pick(), name()).prop_map(|(a, b)| Step::RemoveTree(a, b)),
+        2 => pick().prop_map(Step::RemoveSome),
+        4 => (0u8..6, pick(), any::<u16>(), any::<u8>()).prop_map(|(a, b, c, d)| Step::Quota(a, b, c, d)),
+        2 => (0u8..6, pick()).prop_map(|(a, b)| Step::NoQuota(a, b)),
+        4 => pick().prop_map(Step::Count),
     ];
     prop::collection::vec(step, 1..count)
 }
@@ -174,6 +214,22 @@ impl Writer {
         self.of(reference, at, FileKind::Directory)
     }
 
+    /// A directory below the root: one of few, so that steps meet.
+    fn tree(&self, reference: &Reference, at: Pick) -> u64 {
+        let directories = reference.nodes.iter();
+        let directories = directories.filter(|(ino, node)| **ino != 1 && node.is_directory());
+        let inos: Vec<u64> = directories.map(|(ino, _)| *ino).take(4).collect();
+        pick(&inos, at / 3).unwrap_or(1)
+    }
+
+    fn payer(&self, reference: &Reference, kind: u8, at: Pick) -> (QuotaKind, u64) {
+        match kind {
+            0..4 => (QuotaKind::Directory, self.tree(reference, at)),
+            4 => (QuotaKind::User, [10, 10, 0, 20][usize::from(at % 4)]),
+            _ => (QuotaKind::Group, 20),
+        }
+    }
+
     fn client(&mut self, op: Op) -> Command {
         self.sequence += 1;
         let command = Command {
@@ -185,6 +241,7 @@ impl Writer {
                 uid: 10,
                 gid: 20,
                 pid: 1,
+                ..Caller::default()
             }),
             op: Some(op),
         };
@@ -397,9 +454,34 @@ impl Writer {
                 let again: Vec<&Command> = self.sent[from..].iter().collect();
                 return pick(&again, *at).cloned();
             }
+            Step::Quota(kind, at, bytes, inodes) => {
+                let (kind, id) = self.payer(reference, *kind, *at);
+                Op::QuotaSet(v1::QuotaSet {
+                    kind: kind as i32,
+                    id,
+                    // Mostly far away: a script that is refused everything proves little.
+                    bytes_max: (bytes % 3 != 0)
+                        .then_some(u64::from(bytes % 64) * if bytes % 2 == 0 { 20 } else { 500 }),
+                    inodes_max: (inodes % 3 != 0).then_some(u64::from(inodes % 32) * 2),
+                })
+            }
+            Step::NoQuota(kind, at) => {
+                let (kind, id) = self.payer(reference, *kind, *at);
+                Op::QuotaRemove(v1::QuotaRemove {
+                    kind: kind as i32,
+                    id,
+                })
+            }
+            Step::Count(at) => {
+                let directory = match at % 3 {
+                    0 => 0,
+                    _ => self.tree(reference, *at),
+                };
+                return Some(system(Op::QuotaStep(v1::QuotaStep { directory })));
+            }
             Step::Capacity(bytes) => {
                 let settings = v1::VolumeSettings {
-                    core_level: 1,
+                    core_level: 2,
                     capacity_bytes_max: if bytes % 2 == 0 { 0 } else { u64::from(*bytes) },
                     ..v1::VolumeSettings::default()
                 };

@@ -5,6 +5,7 @@
 mod bounds;
 mod exactly_once;
 mod listing;
+mod quota;
 mod random;
 mod remove_tree;
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::{beats, copies, expiry, reap, trash, work};
+use super::{beats, copies, expiry, pins, reap, trash, work};
 use crate::leadership::Leadership;
 use crate::sessions::Context;
 
@@ -60,6 +60,7 @@ async fn rule(ctx: &Context, now: &Leadership) {
     drivers.spawn(work::run(ctx.clone()));
     drivers.spawn(trash::run(ctx.clone()));
     drivers.spawn(copies::run(ctx.clone()));
+    drivers.spawn(pins::run(ctx.clone()));
     drivers.spawn(expiry::run(ctx.clone()));
     drivers.spawn(beats::run(ctx.clone()));
     loop {

@@ -1,4 +1,4 @@
-//! Goes on with work that was too large for one command: erasures of ranges, removals of trees.
+//! Goes on with work that was too large for one command: erasures of ranges, removals of trees, counting for quotas.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -43,16 +43,17 @@ pub(super) async fn run(ctx: Context) {
     }
 }
 
-/// One step of the first erasure and one of the first tree removal.
+/// One step of the first erasure, one of the first tree removal, and one each of counting for directories and for owners.
 async fn step(ctx: &Context, volume: &VolumeSessions) -> Result<Step, Corruption> {
     if ctx.state.is_mirror(volume.id) {
         // The source's steps are replayed.
         return Ok(Step::Idle);
     }
-    let (erase, intent) = ctx.state.snapshot_view(|view| {
+    let (erase, intent, walks) = ctx.state.snapshot_view(|view| {
         let erase = query::erases(view, volume.id, Ino(0), 1)?;
         let intent = query::intents(view, volume.id, 0, 1)?;
-        Ok::<_, Corruption>((erase.first().copied(), intent.first().copied()))
+        let walks = query::quota_walks(view, volume.id)?;
+        Ok::<_, Corruption>((erase.first().copied(), intent.first().copied(), walks))
     })?;
     let mut step = Step::Idle;
     if let Some(ino) = erase {
@@ -63,6 +64,14 @@ async fn step(ctx: &Context, volume: &VolumeSessions) -> Result<Step, Corruption
     {
         let op = Op::RemoveTreeStep(v1::RemoveTreeStep { intent: intent.id });
         step = propose(ctx, volume, op).await;
+    }
+    for directory in walks {
+        if step != Step::Failed {
+            let op = Op::QuotaStep(v1::QuotaStep {
+                directory: directory.0,
+            });
+            step = propose(ctx, volume, op).await;
+        }
     }
     Ok(step)
 }

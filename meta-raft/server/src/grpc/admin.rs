@@ -1,6 +1,6 @@
 //! The Admin service: the cluster's nodes, its volumes, their digests.
 
-use heliofs_proto::ids::{NodeId, VolumeId};
+use heliofs_proto::ids::{NodeId, Position, VolumeId};
 use heliofs_proto::v1::admin_server::Admin;
 use heliofs_proto::v1::{self, FsError, command::Op, local_command, log_item::Item};
 use meta_core::{limits::CORE_LEVEL_MAX, query};
@@ -128,7 +128,13 @@ impl AdminService {
             .map_err(|found| status::corrupt(&self.ctx.damage, "a volume", &found))?;
         Ok(v1::Volume {
             settings: settings.or(record.settings),
-            position: head.map(|head| head.position.into()),
+            position: head.as_ref().map(|head| head.position.into()),
+            epochs: head.map_or_else(Vec::new, |head| {
+                let epochs = head.epochs.into_iter();
+                epochs
+                    .map(|(epoch, seq)| Position { epoch, seq }.into())
+                    .collect()
+            }),
             used_bytes: counters.used_bytes,
             used_inodes: counters.used_inodes,
             segments: counters.segments,

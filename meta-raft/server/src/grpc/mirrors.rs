@@ -144,15 +144,21 @@ impl AdminService {
         };
         let mirrors = volumes.into_iter().filter_map(|volume| {
             let id = VolumeId(volume.id);
-            let mirror = volume.mirror?;
-            let told = self
-                .ctx
-                .mirrors
-                .status(id)
-                .unwrap_or_else(|| v1::MirrorStatus {
-                    doing: "starting".to_owned(),
+            if volume.mirror.is_none() && volume.second.is_none() {
+                return None;
+            }
+            let told = match volume.mirror {
+                Some(_) => self.ctx.mirrors.status(id),
+                // It is written here, and its bucket may still lack something.
+                None => Some(v1::MirrorStatus {
+                    doing: "promoted".to_owned(),
                     ..Default::default()
-                });
+                }),
+            };
+            let told = told.unwrap_or_else(|| v1::MirrorStatus {
+                doing: "starting".to_owned(),
+                ..Default::default()
+            });
             let (applied, time) = self.ctx.state.head(id).unwrap_or_default();
             // Records that can't be read are told by whoever reads them.
             let sessions = self.ctx.hub.volume(id).ok().flatten();
@@ -163,7 +169,7 @@ impl AdminService {
             Some(v1::MirrorStatus {
                 volume: volume.id,
                 name: volume.name,
-                mirror: Some(mirror),
+                mirror: volume.mirror,
                 applied: Some(applied.into()),
                 applied_time: time.0,
                 complete: self.ctx.state.complete(id).ok().map(Into::into),

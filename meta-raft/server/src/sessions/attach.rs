@@ -204,7 +204,17 @@ impl Sessions for SessionsService {
             _ => return Ok(ended()),
         };
         let welcome = self.welcome(&record, session, term)?;
-        let (outbox, frames) = outbox();
+        let (mut outbox, frames) = outbox();
+        if hello.complete && record.second.is_some() {
+            let pin = volume.soft().pin().ok_or_else(|| {
+                Status::unavailable(format!(
+                    "the mirror's own bucket is not complete up to any position of `{}` yet; see `heliofs mirror status`, \
+                     or mount with --mirror-read latest",
+                    hello.volume
+                ))
+            })?;
+            outbox = outbox.pinned(pin.position);
+        }
         outbox.send(Outgoing::Welcome(Box::new(welcome)));
         let Some(stream) = self.attach_stream(&volume, session, &hello, &outbox) else {
             return Ok(ended());

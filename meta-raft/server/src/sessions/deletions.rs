@@ -70,10 +70,13 @@ pub(super) async fn serve(
         .unwrap_or_default();
     let max = (ask.segments_max as usize).min(SEGMENTS_MAX);
     let leased = volume.soft().deletions.len();
+    // Somebody is shown an older position.
+    let shown = volume.soft().pin().map(|pin| pin.position);
     let candidates = ctx
         .state
         .deletions(
             volume.id,
+            shown,
             freed_before(settings.deletion_grace_seconds),
             max + leased,
         )

@@ -104,6 +104,18 @@ pub(super) async fn serve(
             })
         }
         Ask::CheckRecords(_) => Answer::Records(check_records(ctx, volume).await?),
+        Ask::ListQuotas(ask) => {
+            let max = (ask.quotas_max as usize).min(PAGE_MAX);
+            let after = (ask.after_kind(), ask.after_id);
+            let quotas = ctx
+                .state
+                .snapshot_view(|view| query::quotas(view, id, after, max))
+                .map_err(Failed::Corrupt)?;
+            Answer::Quotas(v1::QuotaPage {
+                end: quotas.len() < max,
+                quotas,
+            })
+        }
         Ask::TakeSparse(ask) => Answer::Sparse(take_sparse(ctx, volume, session, ask)?),
     };
     Ok(v1::Response {

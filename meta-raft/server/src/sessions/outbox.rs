@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
+use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::Stream;
 use tonic::Status;
@@ -19,6 +21,9 @@ const FRAME_BYTES_TARGET: usize = 256 << 10;
 
 /// Messages taken from the queue at once.
 const DRAIN_MAX: usize = 256;
+
+/// Invalidations held back for a stream that is shown an old position.
+const HELD_MAX: usize = 100_000;
 
 /// Above this many waiting invalidations a stream counts as crowded.
 const CROWDED: usize = 16 * 1024;
@@ -56,6 +61,16 @@ pub enum Outgoing {
 pub struct Outbox {
     sender: mpsc::UnboundedSender<Outgoing>,
     waiting: Arc<Waiting>,
+    /// Of a stream that is shown a pinned position.
+    held: Option<Arc<Mutex<Held>>>,
+}
+
+/// Invalidations of what a stream is not shown yet.
+#[derive(Debug)]
+struct Held {
+    /// What it is shown.
+    shown: Position,
+    later: VecDeque<v1::Invalidation>,
 }
 
 /// How much waits in the queue.
@@ -87,12 +102,67 @@ pub fn outbox() -> (Outbox, Frames) {
         drained: Vec::new(),
         over: false,
     };
-    (Outbox { sender, waiting }, frames)
+    let outbox = Outbox {
+        sender,
+        waiting,
+        held: None,
+    };
+    (outbox, frames)
 }
 
 impl Outbox {
+    /// Of a stream that is shown a pinned position, at first `shown`: what changed later is told when it is shown.
+    #[must_use]
+    pub fn pinned(self, shown: Position) -> Self {
+        let held = Held {
+            shown,
+            later: VecDeque::new(),
+        };
+        Self {
+            held: Some(Arc::new(Mutex::new(held))),
+            ..self
+        }
+    }
+
+    /// The stream is shown a pinned position.
+    pub fn is_pinned(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// From here on the stream is shown a later position.
+    pub fn show(&self, position: Position) {
+        let Some(held) = &self.held else { return };
+        let mut held = held.lock();
+        held.shown = position;
+        let mut later = std::mem::take(&mut held.later);
+        later.retain(|message| {
+            let due = message.position.map(Position::from).unwrap_or_default() <= position;
+            if due {
+                self.send_now(Outgoing::Invalidation(message.clone()));
+            }
+            !due
+        });
+        held.later = later;
+    }
+
     /// Appends. A stream that is gone needs nothing any more, so there is no error.
     pub fn send(&self, outgoing: Outgoing) {
+        if let (Some(held), Outgoing::Invalidation(message)) = (&self.held, &outgoing) {
+            let mut held = held.lock();
+            if message.position.map(Position::from).unwrap_or_default() > held.shown {
+                if held.later.len() >= HELD_MAX {
+                    // It begins anew, with nothing told.
+                    self.send_now(Outgoing::Moved(String::new()));
+                    held.later.clear();
+                }
+                held.later.push_back(message.clone());
+                return;
+            }
+        }
+        self.send_now(outgoing);
+    }
+
+    fn send_now(&self, outgoing: Outgoing) {
         match &outgoing {
             Outgoing::Invalidation(_) => {
                 self.waiting.invalidations.fetch_add(1, Ordering::Relaxed);
@@ -243,6 +313,7 @@ fn maintained_weight(maintained: &v1::Maintained) -> usize {
         Some(Answer::Extents(page)) => page.extents.len() * 40,
         Some(Answer::Sparse(sparse)) => sparse.segments.len() * 32,
         Some(Answer::Records(checked)) => checked.problems.iter().map(|it| it.len() + 8).sum(),
+        Some(Answer::Quotas(page)) => page.quotas.len() * 48,
         None => 0,
     }
 }

@@ -96,7 +96,7 @@ pub fn answer(
             response::Body::Extents(page)
         }),
         // Usage changes with every write: nobody caches it for longer than a moment, so nobody is told.
-        Body::StatFs(_) => query::stat_fs(view, volume)
+        Body::StatFs(ask) => query::stat_fs(view, volume, Ino(ask.ino))
             .map(response::Body::StatFs)
             .map_err(Into::into),
         Body::Walk(ask) => query::walk(view, volume, &ask.path).map(|reply| {
@@ -173,9 +173,15 @@ fn open(
     } else {
         None
     };
+    // A mount that may hold back what is written must know how much would be taken.
+    let quota_room = match ask.write {
+        true => query::quota_room(view, volume, Ino(ask.ino))?,
+        false => None,
+    };
     Ok(v1::Opened {
         attr: Some(attr),
         extents,
+        quota_room,
     })
 }
 
@@ -234,6 +240,9 @@ pub fn told_by_mutation(command: &v1::Command, reply: &v1::Reply) -> Vec<Told> {
             | Op::Reap(_)
             | Op::EraseStep(_)
             | Op::RemoveTreeStep(_)
+            | Op::QuotaSet(_)
+            | Op::QuotaRemove(_)
+            | Op::QuotaStep(_)
             | Op::EpochBegin(_),
         )
         | None => {}
@@ -271,6 +280,7 @@ pub fn refuse_command(command: &v1::Command, read_only: bool) -> Option<FsError>
         | Op::Reap(_)
         | Op::EraseStep(_)
         | Op::RemoveTreeStep(_)
+        | Op::QuotaStep(_)
         | Op::EpochBegin(_) => Some(FsError::NotPermitted),
         Op::SegmentsAllocate(_)
         | Op::Create(_)
@@ -284,6 +294,8 @@ pub fn refuse_command(command: &v1::Command, read_only: bool) -> Option<FsError>
         | Op::Fallocate(_)
         | Op::CopyRange(_)
         | Op::Relocate(_)
+        | Op::QuotaSet(_)
+        | Op::QuotaRemove(_)
         | Op::RemoveTree(_) => {
             if read_only {
                 Some(FsError::ReadOnly)
@@ -321,6 +333,7 @@ mod tests {
             Op::Reap(Default::default()),
             Op::EraseStep(Default::default()),
             Op::RemoveTreeStep(Default::default()),
+            Op::QuotaStep(Default::default()),
             Op::EpochBegin(Default::default()),
         ];
         for op in system {

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::Position;
@@ -22,6 +23,7 @@ use super::outbox::{Outbox, Outgoing};
 use super::reads;
 use super::write_leases::{Returned, WriteLeases};
 use crate::observer::AppliedItem;
+use crate::store::Pin;
 
 #[cfg(test)]
 mod tests;
@@ -150,6 +152,8 @@ pub struct Soft {
     pub compaction: CompactionLease,
     /// Which copy tasks are leased to whom.
     pub copies: CopyLeases,
+    /// What streams are shown that read only what the region's own bucket has all of.
+    pin: Option<Arc<Pin>>,
 }
 
 impl Soft {
@@ -173,6 +177,7 @@ impl Soft {
             deletions: SegmentLeases::default(),
             compaction: CompactionLease::default(),
             copies: CopyLeases::default(),
+            pin: None,
         }
     }
 
@@ -785,6 +790,9 @@ impl Soft {
                         | Op::Fallocate(_)
                         | Op::CopyRange(_)
                         | Op::RemoveTree(_)
+                        | Op::Rename(_)
+                        | Op::QuotaSet(_)
+                        | Op::QuotaRemove(_)
                 )
             );
             return Wake { reap, work };
@@ -826,6 +834,19 @@ impl Soft {
         outbox.send(Outgoing::Response(response));
     }
 
+    /// What streams are shown that asked for what is complete; `None`: nothing is yet.
+    pub fn pin(&self) -> Option<Arc<Pin>> {
+        self.pin.clone()
+    }
+
+    /// Such streams are shown a later position from here on.
+    pub fn show(&mut self, pin: Arc<Pin>) {
+        for (_, outbox) in self.streams.values() {
+            outbox.show(pin.position);
+        }
+        self.pin = Some(pin);
+    }
+
     /// Queues the answer of a read at `position`, with what changed since for what it tells.
     pub fn tell(
         &mut self,
@@ -859,8 +880,18 @@ impl Soft {
         for told in told {
             self.interest.tell(stream, *told, send);
             if forgotten && self.seen > position {
-                // What changed since is not known any more: everything may have.
-                send(stream, everything(told.ino, told.what));
+                // What changed since is not known any more: everything may have, at once after what a stream is shown.
+                let at = match own.is_pinned() {
+                    true => Position {
+                        seq: position.seq + 1,
+                        ..self.seen
+                    },
+                    false => self.seen,
+                };
+                own.send(Outgoing::Invalidation(v1::Invalidation {
+                    position: Some(at.into()),
+                    ..everything(told.ino, told.what)
+                }));
             }
         }
         if !told.is_empty() {
@@ -868,8 +899,20 @@ impl Soft {
                 if *seq <= position.seq {
                     break;
                 }
-                self.interest
-                    .change_for(stream, effects, |message| send(stream, message));
+                // Told at its own position to those who are not shown it yet.
+                let at = match own.is_pinned() {
+                    true => Position {
+                        seq: *seq,
+                        ..self.seen
+                    },
+                    false => self.seen,
+                };
+                self.interest.change_for(stream, effects, |message| {
+                    own.send(Outgoing::Invalidation(v1::Invalidation {
+                        position: Some(at.into()),
+                        ..message
+                    }));
+                });
             }
         }
         // Leases that were granted since the answer was read.

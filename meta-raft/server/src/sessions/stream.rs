@@ -405,9 +405,20 @@ impl SessionStream {
                 let mut reads_left = std::mem::take(&mut reads).into_iter().peekable();
                 while reads_left.peek().is_some() {
                     let turn: Vec<Read> = reads_left.by_ref().take(READS_PER_TURN).collect();
-                    let answered = ctx
-                        .state
-                        .snapshot_view(|view| answer_all(view, volume.id, &turn));
+                    let pin = match outbox.is_pinned() {
+                        true => volume.soft().pin(),
+                        false => None,
+                    };
+                    let answered = match &pin {
+                        Some(pin) => answer_all(pin.view(), volume.id, &turn),
+                        // The lead was lost, and what is complete is not known yet.
+                        None if outbox.is_pinned() => {
+                            return Done::Leave(Leave::Moved(String::new()));
+                        }
+                        None => ctx
+                            .state
+                            .snapshot_view(|view| answer_all(view, volume.id, &turn)),
+                    };
                     let (position, mut answers) = match answered {
                         Ok((Some(position), answers)) => (position, answers),
                         // It is a mirror that is loaded anew.

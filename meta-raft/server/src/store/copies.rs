@@ -6,7 +6,7 @@ use prost::Message;
 
 use super::io_error;
 use super::local;
-use super::state::State;
+use super::state::{Known, State};
 
 impl State {
     /// Whether the volume's objects are copied into this region's bucket from another one.
@@ -89,13 +89,12 @@ impl State {
 
     /// Whether the region's bucket lacks anything.
     pub fn lacks_any(&self, volume: VolumeId) -> bool {
-        let memory = self.memory();
-        let Some(known) = memory.volumes.get(&volume) else {
+        if !self.is_lacking() {
             return false;
-        };
-        let copies = &known.copies;
-        known.record.second.is_some()
-            && (copies.pending_segments > 0 || copies.quarantined_segments > 0 || copies.walk != 0)
+        }
+        let memory = self.memory();
+        let known = memory.volumes.get(&volume);
+        known.is_some_and(Known::lacks_any)
     }
 
     /// Missing segments with ids above `after`, ascending.

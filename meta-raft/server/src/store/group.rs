@@ -174,7 +174,11 @@ impl State {
         for entry in entries {
             outcomes.push(group.entry(entry)?);
         }
+        let copies_changed = !group.copies_changed.is_empty() || group.volumes_changed;
         let (items, volumes_changed) = group.write(entries)?;
+        if copies_changed {
+            self.set_lacking(memory.lacks_any());
+        }
         Ok(AppliedGroup {
             items,
             entries: outcomes,
@@ -417,6 +421,7 @@ impl<'e> Group<'_, 'e> {
             placed: None,
             slots: BTreeMap::new(),
             copies: v1::CopyState::default(),
+            watched: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
         let outcome = self.command(index, time, Cow::Owned(init))?;

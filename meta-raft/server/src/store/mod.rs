@@ -7,6 +7,7 @@
 //! - [`local`]: records of the cluster that no volume's history holds
 //! - [`group`]: one applied group, written as one batch
 //! - `copies`: what this region's bucket lacks
+//! - `pins`: records held as they were at one position
 //! - `scrub`: sums of the records, recomputed
 //! - `mirrors`: what the state knows of mirrors of its volumes, and of those that are mirrors
 //! - [`digests`]: sums per volume, kept as changes are applied
@@ -21,12 +22,14 @@ pub mod identity;
 pub mod local;
 pub mod log;
 mod mirrors;
+mod pins;
 mod scrub;
 pub mod state;
 pub mod view;
 mod writer;
 
 pub use log::LogStore;
+pub use pins::{Completeness, Pin};
 pub use scrub::Scrubbed;
 pub use state::State;
 

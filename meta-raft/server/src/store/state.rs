@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use heliofs_proto::ids::{ClusterId, Position, SegmentId, UnixNanos, VolumeId};
@@ -94,6 +94,22 @@ pub(super) struct Memory {
     pub volumes: BTreeMap<VolumeId, Known>,
 }
 
+impl Memory {
+    /// Whether some volume's own bucket lacks something.
+    pub(super) fn lacks_any(&self) -> bool {
+        self.volumes.values().any(Known::lacks_any)
+    }
+}
+
+impl Known {
+    /// Whether the region's own bucket lacks anything.
+    pub(super) fn lacks_any(&self) -> bool {
+        let copies = &self.copies;
+        self.record.second.is_some()
+            && (copies.pending_segments > 0 || copies.quarantined_segments > 0 || copies.walk != 0)
+    }
+}
+
 /// A volume.
 pub(super) struct Known {
     pub record: v1::Volume,
@@ -105,6 +121,8 @@ pub(super) struct Known {
     pub slots: BTreeMap<String, v1::MirrorSlot>,
     /// How far this region's bucket is.
     pub copies: v1::CopyState,
+    /// Positions that are pinned on this node; `false`: something of it was removed before it was copied.
+    pub watched: BTreeMap<Position, bool>,
 }
 
 struct Inner {
@@ -117,6 +135,8 @@ struct Inner {
     flushed: AtomicU64,
     /// Numbers the checkpoints of this process.
     checkpoints: AtomicU64,
+    /// Some region's own bucket lacks something: readers of most nodes need not take the lock to learn that none does.
+    lacking: AtomicBool,
 }
 
 /// The state of one node; cheap to clone.
@@ -192,6 +212,7 @@ impl State {
         let generation = Generation::new(db, number);
         let memory = load(&generation)?;
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
+        let lacking = memory.lacks_any();
         Ok(Self {
             inner: Arc::new(Inner {
                 directory,
@@ -201,6 +222,7 @@ impl State {
                 memory: Mutex::new(memory),
                 flushed: AtomicU64::new(flushed),
                 checkpoints: AtomicU64::new(0),
+                lacking: AtomicBool::new(lacking),
             }),
         })
     }
@@ -218,6 +240,14 @@ impl State {
 
     pub(super) fn memory(&self) -> parking_lot::MutexGuard<'_, Memory> {
         self.inner.memory.lock()
+    }
+
+    pub(super) fn is_lacking(&self) -> bool {
+        self.inner.lacking.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_lacking(&self, lacking: bool) {
+        self.inner.lacking.store(lacking, Ordering::Release);
     }
 
     /// The records as they are at each read: for single reads.
@@ -319,14 +349,18 @@ impl State {
     }
 
     /// The oldest `segments_max` segments of the deletion queue that lost their last reference before `freed_before`, and that no
-    /// mirror may still need.
+    /// mirror, and nobody who is shown the records at `shown`, may still need.
     pub fn deletions(
         &self,
         volume: VolumeId,
+        shown: Option<Position>,
         freed_before: UnixNanos,
         segments_max: usize,
     ) -> std::io::Result<Vec<SegmentId>> {
-        let horizon = self.slots_horizon(volume);
+        let horizon = [self.slots_horizon(volume), shown]
+            .into_iter()
+            .flatten()
+            .min();
         let generation = self.generation();
         let (from, to) = local::deletions_before(volume, freed_before);
         let mut segments = Vec::new();
@@ -496,6 +530,7 @@ impl State {
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
         let old = {
             let mut live = self.memory();
+            self.set_lacking(memory.lacks_any());
             *live = memory;
             self.inner.flushed.store(flushed, Ordering::Release);
             self.inner.live.swap(Arc::new(generation))
@@ -644,5 +679,6 @@ fn load_volume(
         placed,
         slots,
         copies,
+        watched: BTreeMap::new(),
     })
 }

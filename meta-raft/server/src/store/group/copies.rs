@@ -15,7 +15,7 @@ use crate::proposer::LocalReply;
 use crate::store::local;
 
 /// Gaps that are told apart; beyond them the two oldest become one, which makes the watermark later and never wrong.
-const GAPS_MAX: usize = 1000;
+const GAPS_MAX: usize = 64;
 
 /// What the group changed of what is missing; `None`: not missing any more.
 pub(super) type Missing = BTreeMap<(VolumeId, SegmentId), Option<v1::MissingSegment>>;
@@ -121,6 +121,10 @@ impl Group<'_, '_> {
                 Some(_) => state.quarantined_segments += 1,
                 None => {}
             }
+            if state.pending_segments == 0 {
+                // Everything up to here is complete: nobody asks for what lies before.
+                state.gaps.clear();
+            }
         }
         self.missing.insert((volume, segment), new);
         self.copies_changed.insert(volume);
@@ -167,7 +171,11 @@ impl Group<'_, '_> {
         if old.quarantine.is_empty()
             && let Some(known) = self.memory.volumes.get_mut(&volume)
         {
-            add_gap(&mut known.copies.gaps, position(old.since), at);
+            let since = position(old.since);
+            add_gap(&mut known.copies.gaps, since, at);
+            for (_, whole) in known.watched.range_mut(since..at) {
+                *whole = false;
+            }
         }
         self.set_missing(volume, segment, Some(&old), None);
         // A bad object lies there.
@@ -192,10 +200,12 @@ impl Group<'_, '_> {
             return LocalReply::NoSuchVolume;
         };
         if let Some(own) = &ask.own {
-            let uuid = |storage: &Option<v1::StorageConfig>| {
-                storage.as_ref().map(|storage| storage.uuid.clone())
+            let is_ours = |storage: &v1::StorageConfig| {
+                storage.uuid == own.uuid
+                    && storage.bucket == own.bucket
+                    && storage.storage == own.storage
             };
-            let before = uuid(&known.record.storage);
+            let same = known.record.storage.as_ref().is_some_and(is_ours);
             match (&known.record.second, &known.record.mirror) {
                 (None, None) => {
                     return LocalReply::Invalid(
@@ -208,10 +218,10 @@ impl Group<'_, '_> {
                         mirror.shared = false;
                     }
                 }
-                // Another address or other keys; or another bucket, to be filled anew.
+                // Other keys; another address, perhaps of another bucket: what it has is found out.
                 (Some(_), _) => known.record.storage = Some(own.clone()),
             }
-            if before.as_deref() != Some(own.uuid.as_str()) {
+            if !same {
                 begin_walk(&mut known.copies);
             }
         }

@@ -239,6 +239,7 @@ impl<'e> Group<'_, 'e> {
                 gaps: Vec::new(),
                 ..known.copies.clone()
             }),
+            watched: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
         self.wiped.insert(volume);
