@@ -107,6 +107,8 @@ pub struct InodeState {
     pub retry: Option<(Instant, Duration)>,
     /// Records of the staging folder that hold bytes of it, in the order in which they go.
     pub records: VecDeque<Arc<StagedRecord>>,
+    /// Bytes were committed that no record has, over bytes of records: those alone would bring back what was before.
+    pub committed_beside: bool,
     /// When something was staged last.
     pub staged_at: Option<Instant>,
 }
@@ -137,6 +139,7 @@ impl Inode {
                 retry: None,
                 quota_room: u64::MAX,
                 records: VecDeque::new(),
+                committed_beside: false,
                 staged_at: None,
             }),
             changing: tokio::sync::Mutex::new(()),

@@ -67,8 +67,6 @@ pub(crate) enum Command {
     Clone(commands::clone::Options),
     /// Reads files through a mount, so that they lie in its caches.
     Warmup(commands::warmup::Options),
-    /// Copies what a bucket, a prefix or a local path lacks of another.
-    Sync(commands::sync::Options),
     /// Shows what is below directories, and where most of it lies.
     Summary(commands::summary::Options),
     /// Measures a mount: large files, small files, attributes.

@@ -89,6 +89,11 @@ impl Fs {
         }
         // A commit under way would bring back a time or a length that this replaces.
         let changing = inode.changing.lock().await;
+        // Nothing is staged while it is cut: the record would be of what was before.
+        let _staging = match change.size {
+            Some(_) => Some(inode.staging.lock().await),
+            None => None,
+        };
         if let Some(lost) = inode.lock().lost {
             return Err(lost);
         }

@@ -188,6 +188,7 @@ impl Fs {
         self.writable()?;
         let inode = &file.inode;
         let changing = inode.changing.lock().await;
+        let _staging = inode.staging.lock().await;
         self.flush_locked(inode).await?;
         let op = Op::Fallocate(v1::Fallocate {
             ino: inode.ino,
@@ -246,6 +247,7 @@ impl Fs {
             true => None,
             false => Some(second.changing.lock().await),
         };
+        let _staging = target.staging.lock().await;
         self.flush_locked(source).await?;
         if !same {
             self.flush_locked(target).await?;

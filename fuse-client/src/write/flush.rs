@@ -402,7 +402,8 @@ impl Fs {
         };
         let mut pairs = Vec::new();
         for file in files {
-            if file.inode.lock().records.is_empty() {
+            // One may be on its way.
+            if !staging.is_active() && file.inode.lock().records.is_empty() {
                 continue;
             }
             let mut segments: Vec<u64> = file.extents.iter().map(|extent| extent.segment).collect();
@@ -437,7 +438,11 @@ impl Fs {
             }
         });
         for (batch, pieces) in &part.pieces {
-            state.pieces.commit(*batch, pieces);
+            // Of a record that is being written now, too.
+            let has_records = !state.records.is_empty() || inode.staging.try_lock().is_err();
+            if state.pieces.commit(*batch, pieces) && has_records {
+                state.committed_beside = true;
+            }
             if state.pieces.of_batch(*batch).is_empty() {
                 state.batches.remove(batch);
             }

@@ -55,21 +55,18 @@ impl Fs {
                 .buffered_bytes
                 .set(i64::try_from(budget.used()).unwrap_or(i64::MAX));
             self.show_staged();
-            if budget.is_pressed()
-                && self.stages()
-                && let Ok(turn) = Arc::clone(&relief).try_acquire_owned()
-            {
-                let fs = self.clone();
-                self.runtime().spawn(async move {
-                    fs.relieve().await;
-                    drop(turn);
-                });
-            }
+            self.begin_relief(&relief);
             // Under pressure every write wakes this up, and a look goes through all dirty files: not before something can be done
-            // about them.
-            let mut turn = tokio::select! {
-                () = stop.cancelled() => return,
-                turn = Arc::clone(&turns).acquire_owned() => turn.ok(),
+            // about them. Meanwhile memory can be freed by staging.
+            let mut turn = loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    turn = Arc::clone(&turns).acquire_owned() => break turn.ok(),
+                    _ = tick.tick() => {
+                        self.show_staged();
+                        self.begin_relief(&relief);
+                    }
+                }
             };
             for inodes in chunks(self.due(), self.segment_bytes()) {
                 // Groups that are held up hold up no others; with all turns taken there is enough to do.
@@ -86,6 +83,20 @@ impl Fs {
                     drop(turn);
                 });
             }
+        }
+    }
+
+    /// Frees memory by staging, if it runs short and nobody does so already.
+    fn begin_relief(self: &Arc<Self>, relief: &Arc<Semaphore>) {
+        if self.coherence().budget.is_pressed()
+            && self.stages()
+            && let Ok(turn) = Arc::clone(relief).try_acquire_owned()
+        {
+            let fs = self.clone();
+            self.runtime().spawn(async move {
+                fs.relieve().await;
+                drop(turn);
+            });
         }
     }
 

@@ -607,8 +607,10 @@ impl Pieces {
         }
     }
 
-    /// These pieces of `batch` are committed: whatever of them was not overwritten since leaves the buffer.
-    pub fn commit(&mut self, batch: u64, pieces: &[SentPiece]) {
+    /// These pieces of `batch` are committed: whatever of them was not overwritten since leaves the buffer. True when bytes of
+    /// them were in no record: records that are older do not show what is committed.
+    pub fn commit(&mut self, batch: u64, pieces: &[SentPiece]) -> bool {
+        let mut beside = false;
         for piece in pieces {
             let range = piece.offset..piece.offset + piece.length;
             let gone: Vec<u64> = self
@@ -623,9 +625,11 @@ impl Pieces {
                 if let Some(content) = self.map.remove(&at) {
                     self.bytes -= content.len();
                     self.memory -= content.memory();
+                    beside |= !content.is_safe();
                 }
             }
         }
+        beside
     }
 
     /// Something belongs to no upload yet.

@@ -139,7 +139,11 @@ impl Fs {
                     offset += length;
                 }
                 if header.mtime != 0 {
-                    state.mtime = Some(header.mtime);
+                    // A time that was set after the write stays.
+                    state.mtime = Some(match attr.ctime > header.mtime {
+                        true => attr.mtime,
+                        false => header.mtime,
+                    });
                 }
                 state.records.push_back(record);
             }

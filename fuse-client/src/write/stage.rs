@@ -93,6 +93,7 @@ impl Fs {
         };
         let _turn = inode.staging.lock().await;
         let mut pass = Pass::default();
+        let mut rewritten = 0;
         for _ in 0..BASES_MAX {
             loop {
                 match self.next_record(staging, inode, whose, &mut pass)? {
@@ -100,6 +101,7 @@ impl Fs {
                     Next::Refused => return Ok(false),
                     Next::Learn => break,
                     Next::Write(record, header, parts) => {
+                        let base_seq = header.base_seq;
                         let written = self.write_record(staging, &record, header, parts).await;
                         let mut state = inode.lock();
                         if let Err(why) = written {
@@ -109,6 +111,19 @@ impl Fs {
                                 "not staged: the bucket has to take it"
                             );
                             state.pieces.unassign(&record);
+                            state.pieces.hide(pass.hidden);
+                            return Ok(false);
+                        }
+                        let known = state.content.as_ref().map(|content| content.data_seq);
+                        let moved = known.or(state.base_seq) != Some(base_seq);
+                        if moved {
+                            // Something was committed meanwhile: after a crash nobody could tell that the record belongs to it.
+                            state.pieces.unassign(&record);
+                            staging.remove(&[record]);
+                            rewritten += 1;
+                            if rewritten < BASES_MAX {
+                                continue;
+                            }
                             state.pieces.hide(pass.hidden);
                             return Ok(false);
                         }
@@ -141,6 +156,13 @@ impl Fs {
             pass.hidden.clear();
             self.remove_loose_records(&mut state);
             return Ok(Next::Done);
+        }
+        if state.records.is_empty() {
+            state.committed_beside = false;
+        }
+        if state.committed_beside {
+            state.pieces.hide(std::mem::take(&mut pass.hidden));
+            return Ok(Next::Refused);
         }
         let private = state.failure.is_none()
             && state.size() > INLINE_BYTES_MAX as u64

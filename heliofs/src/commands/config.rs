@@ -79,6 +79,13 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         settings.deletion_grace_seconds = grace.as_secs();
     }
     if let Some(level) = options.core_level {
+        let known = target.cluster.core_level_of_all().await;
+        if level > known {
+            return Err(Failure::new(format!(
+                "not all metadata nodes know core level {level}, only {known}, or one does not answer"
+            ))
+            .hint("upgrade them first: a node that does not know the level stops; `heliofs raft status` shows them"));
+        }
         settings.core_level = level;
     }
     let mut storage = volume.storage.clone().unwrap_or_default();

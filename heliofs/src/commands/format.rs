@@ -178,7 +178,8 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         .hint("choose from 64K to 64M"));
     }
     let settings = VolumeSettings {
-        core_level: CORE_LEVEL_MAX,
+        // Nodes of older builds would stop at a level that they do not know.
+        core_level: CORE_LEVEL_MAX.min(target.cluster.core_level_of_all().await),
         capacity_bytes_max: options.capacity,
         inodes_max: options.inodes,
         trash_days: options.trash_days,

@@ -83,6 +83,14 @@ impl Cluster {
         all
     }
 
+    /// The core level that all nodes know: a higher one would stop those that do not. 1 while a node can't be asked.
+    pub async fn core_level_of_all(&self) -> u32 {
+        let all = self.status_all().await.into_iter();
+        all.map(|(_, status)| status.map_or(1, |status| status.core_level_max.max(1)))
+            .min()
+            .unwrap_or(1)
+    }
+
     /// Forms a cluster of the one node at the first peer; returns the cluster's id. Further nodes are added.
     pub async fn init_cluster(&self) -> Result<u32, ClusterError> {
         let reply = call!(

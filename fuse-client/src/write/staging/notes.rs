@@ -48,10 +48,12 @@ impl Notes {
     /// Adds (inode, segment) pairs; synced when it returns `Ok`.
     pub fn add(&mut self, commits: &[(u64, u64)]) -> io::Result<()> {
         let mut bytes = Vec::new();
+        let mut news = Vec::new();
         for &(ino, segment) in commits {
             if !self.noted.insert((ino, segment)) {
                 continue;
             }
+            news.push((ino, segment));
             let mut pair = [0; 16];
             pair[..8].copy_from_slice(&ino.to_le_bytes());
             pair[8..].copy_from_slice(&segment.to_le_bytes());
@@ -61,8 +63,20 @@ impl Notes {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.file.write_all(&bytes)?;
-        self.file.sync_data()
+        let good = self.file.stream_position()?;
+        let added = self
+            .file
+            .write_all(&bytes)
+            .and_then(|()| self.file.sync_data());
+        if added.is_err() {
+            // Half a note would hide all that come after it.
+            for pair in news {
+                self.noted.remove(&pair);
+            }
+            self.file.set_len(good)?;
+            self.file.seek(SeekFrom::Start(good))?;
+        }
+        added
     }
 
     /// Whether the pair was added.

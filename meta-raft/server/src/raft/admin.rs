@@ -323,6 +323,7 @@ impl RaftAdmin {
             node: self.identity.node,
             cluster_id: self.state.cluster_id().map_or(0, |cluster| cluster.0),
             role: role.to_owned(),
+            core_level_max: meta_core::limits::CORE_LEVEL_MAX,
             leader: leader.unwrap_or(0),
             leader_address,
             term: metrics.current_term,
