@@ -302,6 +302,21 @@ fn single_objects_are_copied_by_their_names() {
         [1, 1, 0, 0]
     );
     assert_eq!(fs::read(&out).unwrap(), b"content");
+
+    // What consoles put where people want an empty directory is left alone, and does not hinder what lies below it.
+    let empty =
+        "x-amz-content-sha256: e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    for key in ["alone/", "x/"] {
+        let mut command = Command::new("curl");
+        command.args(["-sf", "-X", "PUT", "--aws-sigv4", "aws:amz:us-east-1:s3"]);
+        command.args(["--user", &format!("{ACCESS_KEY}:{SECRET_KEY}"), "-H", empty]);
+        run(command.arg(format!("{bucket}/{key}"))).success();
+    }
+    let again = scratch.path().join("again");
+    assert_eq!(counts(&summary(&[&bucket, text(&again)])), [5, 3, 2, 0]);
+    assert!(files(&again) == files(&tree));
+    let ran = summary(&[text(&tree), &bucket, "--delete-dst"]);
+    assert_eq!(counts(&ran), [3, 0, 3, 0]);
 }
 
 #[test]

@@ -27,6 +27,20 @@ pub(crate) struct Done {
     pub(crate) deleted: u64,
     /// The source's object was no longer there.
     pub(crate) lost: bool,
+    /// It is an empty object `dir/` that stands for a directory; it has lost the slash of its key in the listing.
+    pub(crate) marker: bool,
+}
+
+impl Done {
+    /// The source's `object` was not found.
+    fn gone(object: &PlainObject) -> Self {
+        let marker = object.bytes == 0;
+        Self {
+            lost: !marker,
+            marker,
+            ..Self::default()
+        }
+    }
 }
 
 /// Both places, and how they are treated.
@@ -61,10 +75,7 @@ impl Copier {
                 match self.same(object).await {
                     Ok(true) => {}
                     Ok(false) => done.copied = Some(self.copy(object).await?),
-                    Err(Trouble::Gone) => {
-                        done.lost = true;
-                        return Ok(done);
-                    }
+                    Err(Trouble::Gone) => return Ok(Done::gone(object)),
                     Err(trouble) => return Err(trouble),
                 }
             }
@@ -73,10 +84,7 @@ impl Copier {
                     done.copied = Some(bytes);
                     done.checked = self.check_new;
                 }
-                Err(Trouble::Gone) => {
-                    done.lost = true;
-                    return Ok(done);
-                }
+                Err(Trouble::Gone) => return Ok(Done::gone(object)),
                 Err(trouble) => return Err(trouble),
             },
         }

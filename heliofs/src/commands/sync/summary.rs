@@ -125,7 +125,7 @@ impl Summary {
                 self.checked.fetch_add(u64::from(done.checked), Relaxed);
                 self.deleted.fetch_add(done.deleted, Relaxed);
                 self.lost.fetch_add(u64::from(done.lost), Relaxed);
-                if done.checked && done.copied.is_none() {
+                if done.marker || (done.checked && done.copied.is_none()) {
                     self.skipped.fetch_add(1, Relaxed);
                 }
             }
