@@ -111,7 +111,7 @@ impl Fs {
         if let Some(lost) = lost {
             return Err(lost);
         }
-        if failed {
+        if failed && !how.truncate {
             // Whoever opens the file must not believe in data that could not be stored.
             self.flush(inode).await?;
         }

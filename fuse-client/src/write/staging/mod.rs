@@ -119,6 +119,16 @@ impl Staging {
             return Ok(None);
         }
         fs::create_dir_all(&directory).map_err(failed)?;
+        // Their names must outlive a power failure as what is in them does.
+        for above in directory
+            .ancestors()
+            .take(3)
+            .filter(|it| !it.as_os_str().is_empty())
+        {
+            File::open(above)
+                .and_then(|it| it.sync_all())
+                .map_err(failed)?;
+        }
         let lock = File::create(directory.join("lock")).map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => {}

@@ -160,6 +160,9 @@ fn open(
         // Nobody kept it: it may be reaped at any moment.
         return Err(FsError::Stale.into());
     }
+    if ask.write && attr.flags & v1::AttrFlag::Snapshot as u32 != 0 {
+        return Err(FsError::ReadOnly.into());
+    }
     let extents = if ask.extents_max > 0 && attr.kind() == v1::FileKind::File {
         let ino = Ino(ask.ino);
         Some(query::get_extents(
