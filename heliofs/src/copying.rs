@@ -1,6 +1,7 @@
 //! Copying objects of a mirror into its own bucket, in a mount or in a worker.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockstore::{Bucket, CopyNews, SegmentStore, StoreError, StoreOptions};
 use fuse_client::fs::Fs;
@@ -105,18 +106,26 @@ pub(crate) fn open(
     })
 }
 
-/// Whether the second bucket is the source's; one that can't be asked now may be.
+/// Whoever is to be served does not wait longer than this for a source region that may be gone.
+const SECOND_WITHIN: Duration = Duration::from_secs(3);
+
+/// Whether the second bucket is the source's. One that can't be asked now, or was emptied, may be: copiers ask again before they
+/// believe that it lacks something.
 ///
-/// Errors: it is another's, or nobody's.
+/// Errors: it is another volume's.
 pub(crate) async fn check_second(bucket: &Bucket, uuid: &str) -> Outcome {
-    match bucket.check_marker(uuid).await {
-        Ok(()) => Ok(()),
-        Err(error @ (StoreError::NotFound { .. } | StoreError::AlreadyExists { .. })) => Err(
-            Failure::new(format!("the second bucket is not the source's: {error}"))
-                .hint("--bucket2 says where the source's bucket is, seen from here"),
-        ),
-        Err(error) => {
-            tracing::warn!(%error, "the source's bucket can't be reached now");
+    match tokio::time::timeout(SECOND_WITHIN, bucket.check_marker(uuid)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error @ StoreError::AlreadyExists { .. })) => Err(Failure::new(format!(
+            "the second bucket is not the source's: {error}"
+        ))
+        .hint("--bucket2 says where the source's bucket is, seen from here")),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "the source's bucket can't be read now");
+            Ok(())
+        }
+        Err(_) => {
+            tracing::warn!("the source's bucket does not answer now");
             Ok(())
         }
     }

@@ -10,6 +10,9 @@ use crate::StoreError;
 /// The marker's name below the volume's prefix.
 pub const MARKER_NAME: &str = ".heliofs-volume";
 
+/// About its length.
+const MARKER_BYTES: u64 = 256;
+
 /// What the marker says, as JSON.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 struct Marker {
@@ -53,7 +56,7 @@ impl Bucket {
     ///
     /// Errors: `NotFound` when nobody has claimed it; `AlreadyExists` when another volume has; `Denied`, `Unavailable`.
     pub async fn check_marker(&self, uuid: &str) -> Result<(), StoreError> {
-        let found = self.get(MARKER_NAME).await?;
+        let found = self.get_about(MARKER_NAME, MARKER_BYTES).await?;
         let key = self.key(MARKER_NAME);
         match serde_json::from_slice::<Marker>(&found) {
             Ok(marker) if marker.uuid == uuid => Ok(()),
