@@ -738,6 +738,7 @@ fn a_mount_that_reads_what_is_complete_needs_nothing_from_the_source() {
     let mut rewritten = File::create(written.join("30-2")).unwrap();
     rewritten.write_all(&[1; 100_000]).unwrap();
     rewritten.sync_all().unwrap();
+    drop(rewritten);
     catch_up(&regions.source, &regions.mirror, VOLUME);
     let latest = Mount::of(&regions.mirror, VOLUME, &["--no-bgjob"]);
     let after = tree(&written.path);
