@@ -15,6 +15,9 @@ use crate::proposer::{LocalReply, now};
 /// Bytes of log that are kept for a mirror unless its slot says otherwise.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
 
+/// While a bucket is waited for it is looked at this often.
+const COPIES_LOOK: Duration = Duration::from_millis(50);
+
 /// One wait lasts at most this long; clients ask again.
 const WAIT_MAX: Duration = Duration::from_secs(4);
 
@@ -220,11 +223,17 @@ impl AdminService {
             };
             let complete = complete.map_err(|error| Status::internal(error.to_string()))?;
             let reached = !loading && applied >= wanted && complete >= wanted;
+            // Copies are reported without a command of the volume, which alone would ring.
+            let look_at = match ask.data {
+                true => until.min(Instant::now() + COPIES_LOOK),
+                false => until,
+            };
             let late = !reached
-                && matches!(
-                    tokio::time::timeout_at(until, rung.changed()).await,
-                    Err(_) | Ok(Err(_))
-                );
+                && match tokio::time::timeout_at(look_at, rung.changed()).await {
+                    Ok(Ok(())) => false,
+                    Ok(Err(_)) => true,
+                    Err(_) => look_at >= until,
+                };
             if reached || late {
                 return Ok(Response::new(v1::MirrorWaitResponse {
                     reached,

@@ -40,6 +40,11 @@ pub(super) async fn serve(
     if !ctx.state.is_dual(id) {
         return Ok(refusal(FsError::NotSupported));
     }
+    let own = ctx.state.volume(id).and_then(|record| record.storage);
+    if own.is_none_or(|own| own.uuid != reported.bucket) {
+        // It fills another bucket than the volume has now: what it copies would be copied again and again.
+        return Ok(refusal(FsError::Stale));
+    }
     if news > SEGMENTS_MAX || ask.wanted.len() > SEGMENTS_MAX {
         return Ok(refusal(FsError::Invalid));
     }
