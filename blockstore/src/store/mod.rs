@@ -3,6 +3,7 @@
 //! - [`options`]: how it behaves; values only
 //! - `fetch`: pages of data, decoded
 //! - `stored`: pages as they are stored, from disk tier or bucket, verified
+//! - `frames`: whole frames, many with one request
 //! - `keep`: what goes into the caches
 //! - `local`: segments that lie on local disk
 //! - `scans`: how far a fetch reaches
@@ -11,6 +12,7 @@
 
 mod fetch;
 mod flights;
+mod frames;
 mod keep;
 mod local;
 pub mod options;
@@ -299,15 +301,28 @@ impl SegmentStore {
         self.shared.frame_table(segment).await
     }
 
-    /// A whole frame as it is stored, page headers and all, from the bucket; every page verified. For compaction.
+    /// Whole frames as they are stored, page headers and all, from the bucket; every page verified. `entries` are in order of
+    /// place. For compaction.
     ///
-    /// Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
-    pub async fn read_encoded(
+    /// Shape: one result per entry, in order. Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
+    pub async fn encoded_frames(
+        &self,
+        segment: SegmentId,
+        entries: &[FrameEntry],
+    ) -> Vec<Result<Bytes, StoreError>> {
+        self.shared.encoded_frames(segment, entries).await
+    }
+
+    /// The data of a frame that [`Self::encoded_frames`] gave.
+    ///
+    /// Errors: `Corrupt`; `Denied` when it is encrypted with another key.
+    pub fn frame_data(
         &self,
         segment: SegmentId,
         entry: &FrameEntry,
+        encoded: &Bytes,
     ) -> Result<Bytes, StoreError> {
-        self.shared.read_encoded(segment, entry).await
+        self.shared.frame_data(segment, entry, encoded)
     }
 
     /// Fetches ranges into the caches in the background. What exceeds the budget, or fails, is left to the read that needs it.
