@@ -453,6 +453,7 @@ impl Sightings {
             } else {
                 self.settle
             };
+            self.unsettled |= !sighting.tried && age(sighting) < wait;
             if age(sighting) >= wait {
                 chosen.push(id);
                 *sighting = Sighting {

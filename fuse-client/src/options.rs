@@ -30,7 +30,7 @@ pub struct FsOptions {
     pub flush_age: Duration,
     /// close returns at once while the session holds the file's write lease; otherwise it waits until the data is committed.
     pub defer_close: bool,
-    /// Largest read-ahead window of an open file, bytes; 0 turns read-ahead off.
+    /// Largest read-ahead window of an open file, bytes; 0 turns read-ahead off. Below it the link to the bucket decides.
     pub read_ahead_bytes_max: u64,
     /// Whether this mount deletes dead segments from the bucket.
     pub delete_segments: bool,
@@ -73,7 +73,7 @@ impl Default for FsOptions {
             segment_bytes: 4 << 20,
             flush_age: Duration::from_secs(1),
             defer_close: true,
-            read_ahead_bytes_max: 8 << 20,
+            read_ahead_bytes_max: 32 << 20,
             delete_segments: true,
             staging: None,
             compaction: Some(CompactionOptions::default()),

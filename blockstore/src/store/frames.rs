@@ -166,9 +166,9 @@ mod tests {
             entry(100 << 10, 64 << 10),
             // Too far away.
             entry(600 << 10, 7 << 20),
-            entry(8 << 20, 500 << 10),
+            entry((7 << 20) + (620 << 10), 300 << 10),
             // Too much.
-            entry(9 << 20, 64 << 10),
+            entry((8 << 20) + (100 << 10), 600 << 10),
             // Longer than a request should be.
             entry(10 << 20, 20 << 20),
             entry(31 << 20, 1),

@@ -47,6 +47,12 @@ use second::Second;
 /// Deletions of one [`SegmentStore::delete`] in flight.
 const DELETES_MAX: usize = 16;
 
+/// Least read-ahead: an object of the default size.
+const READ_AHEAD_BYTES_MIN: u64 = 4 << 20;
+
+/// Read-ahead before anything is known of the link.
+const READ_AHEAD_BYTES_UNKNOWN: u64 = 8 << 20;
+
 /// Prefetch budget is counted in units of this many bytes, so that it fits a semaphore's permits.
 const BUDGET_UNIT: u64 = 4096;
 
@@ -323,6 +329,15 @@ impl SegmentStore {
         encoded: &Bytes,
     ) -> Result<Bytes, StoreError> {
         self.shared.frame_data(segment, entry, encoded)
+    }
+
+    /// How far ahead of a sequential reader to fetch: twice what the link to the bucket holds, so that it is never idle, but whole
+    /// requests at least.
+    pub fn read_ahead_bytes(&self) -> u64 {
+        match self.shared.bucket.link_holds() {
+            Some(bytes) => bytes.saturating_mul(2).max(READ_AHEAD_BYTES_MIN),
+            None => READ_AHEAD_BYTES_UNKNOWN,
+        }
     }
 
     /// Fetches ranges into the caches in the background. What exceeds the budget, or fails, is left to the read that needs it.

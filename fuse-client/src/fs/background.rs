@@ -60,6 +60,10 @@ impl Fs {
         self.options.segment_bytes
     }
 
+    pub(crate) fn read_ahead_bytes_max(&self) -> u64 {
+        self.options.read_ahead_bytes_max
+    }
+
     pub(crate) fn flush_age(&self) -> Duration {
         self.options.flush_age
     }
