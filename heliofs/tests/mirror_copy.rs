@@ -440,8 +440,8 @@ fn a_mirror_away_past_its_cap_costs_the_source_no_room_and_keeps_its_objects() {
     let cap = std::env::var("HELIOFS_CAP_MIB").map_or(1, |mib| mib.parse::<u64>().unwrap()) << 20;
     let settings = scratch();
     let config = settings.path().join("meta.toml");
-    let kept = cap / 4;
-    let text = format!("[log]\nentries_min = 50\nentries_max = 100000\nbytes_max = {kept}\n");
+    let kept = cap >> 12;
+    let text = format!("[log]\nentries_min = 50\nentries_max = 100000\nbytes_max = \"{kept}K\"\n");
     fs::write(&config, text).unwrap();
     let source_flags = ["--config", config.to_str().unwrap()];
     let cap_text = cap.to_string();
