@@ -15,13 +15,15 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::SegmentId;
 use heliofs_proto::v1::{self, command::Op, maintain::Ask, maintained::Answer};
 use meta_client::{ClientError, Session};
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::write::segment_ids::SegmentIds;
 
 /// Moves in one command: what the cluster takes.
 const MOVES: usize = 128;
 
-/// A frame is copied as it is when at least this part of it lives; below that its live ranges become frames of their own.
+/// A frame is copied as it is when more than this part of it lives; otherwise its live ranges become frames of their own. Not less
+/// than what makes a segment sparse, or the copy would be sparse again.
 const VERBATIM_PERCENT_MIN: u64 = 70;
 
 /// A frame of which less lives than this is not read whole to copy that little, unless it is short.
@@ -118,9 +120,9 @@ impl Frame {
         self.ranges.iter().map(|(from, to)| to - from).sum()
     }
 
-    /// Whether at least this part of it lives.
+    /// Whether more than this part of it lives.
     fn lives(&self, entry: &FrameEntry, percent: u64) -> bool {
-        self.live_bytes() * 100 >= u64::from(entry.decoded_bytes) * percent
+        self.live_bytes() * 100 > u64::from(entry.decoded_bytes) * percent
     }
 }
 
@@ -161,22 +163,40 @@ impl Compactor<'_> {
         }
         let began = Instant::now();
         let mut filling = None;
-        let reads = by_segment
-            .into_iter()
-            .map(|(segment, frames)| self.read_segment(SegmentId(segment), frames));
-        let mut read = std::pin::pin!(futures::stream::iter(reads).buffered(READ_AHEAD));
-        while let Some((segment, frames)) = read.next().await {
-            done.segments += 1;
-            for frame in frames {
-                self.frame(segment, frame, &mut filling, &mut done).await?;
+        // A read holds its turn until it is used; none stands still in its middle while others are written.
+        let turns = Semaphore::new(READ_AHEAD);
+        let (sender, mut read) = mpsc::unbounded_channel();
+        let reads = by_segment.into_iter().map(async |(segment, frames)| {
+            let turn = turns.acquire().await;
+            (self.read_segment(SegmentId(segment), frames).await, turn)
+        });
+        let produce = async {
+            let mut reads = std::pin::pin!(futures::stream::iter(reads).buffered(READ_AHEAD));
+            while let Some(segment) = reads.next().await {
+                if sender.send(segment).is_err() {
+                    break;
+                }
             }
-            if let Some(due) = (done.written_bytes * 1000).checked_div(self.bytes_per_second) {
-                tokio::time::sleep_until((began + Duration::from_millis(due)).into()).await;
+            drop(sender);
+            Ok(())
+        };
+        let consume = async {
+            while let Some(((segment, frames), turn)) = read.recv().await {
+                done.segments += 1;
+                for frame in frames {
+                    self.frame(segment, frame, &mut filling, &mut done).await?;
+                }
+                drop(turn);
+                if let Some(due) = (done.written_bytes * 1000).checked_div(self.bytes_per_second) {
+                    tokio::time::sleep_until((began + Duration::from_millis(due)).into()).await;
+                }
             }
-        }
-        if let Some(filling) = filling {
-            self.finish(filling, &mut done).await?;
-        }
+            if let Some(filling) = filling.take() {
+                self.finish(filling, &mut done).await?;
+            }
+            Ok::<_, CompactError>(())
+        };
+        futures::future::try_join(produce, consume).await?;
         Ok(done)
     }
 
@@ -256,7 +276,11 @@ impl Compactor<'_> {
                     .await;
             }
             // A block that does not decode is found again below, by its range.
-            whole = self.store.frame_data(segment, entry, encoded).ok();
+            whole = self
+                .store
+                .frame_data(segment, *entry, encoded.clone())
+                .await
+                .ok();
         }
         for (from, to) in &frame.ranges {
             let (from, to) = (*from, *to);
@@ -264,7 +288,14 @@ impl Compactor<'_> {
                 |(_, extent): &&Placed| (from..to).contains(&u64::from(extent.frame_offset));
             let placed: Vec<Placed> = frame.placed.iter().filter(inside).cloned().collect();
             let data = match &whole {
-                Some(data) if to <= data.len() as u64 => Ok(data.slice(from as usize..to as usize)),
+                Some(data) if to <= data.len() as u64 => {
+                    let part = data.slice(from as usize..to as usize);
+                    // Not a slice of much more: it stays in memory until the new segment is stored.
+                    Ok(match part.len() * 2 < data.len() {
+                        true => Bytes::copy_from_slice(&part),
+                        false => part,
+                    })
+                }
                 _ => self.range(segment, frame.number, from, to - from).await,
             };
             match data {
@@ -404,6 +435,9 @@ impl Compactor<'_> {
 /// A segment that was just brought looks sparse until all its extents are committed: it is left alone for so long.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// Segments that the leader is asked to leave out.
+const TRIED_MAX: usize = 4096;
+
 /// A sparse segment that is not met again is forgotten after this time.
 const FORGET_AFTER: Duration = Duration::from_secs(20 * 60);
 
@@ -434,6 +468,15 @@ impl Sightings {
             retry: pause * 10,
             met: HashMap::new(),
         }
+    }
+
+    /// Those that were tried and are not to be tried yet; at most as many as the leader leaves out.
+    pub fn tried(&self, now: Instant) -> Vec<u64> {
+        let waits = |sighting: &Sighting| {
+            sighting.tried && now.saturating_duration_since(sighting.since) < self.retry
+        };
+        let tried = self.met.iter().filter(|(_, sighting)| waits(sighting));
+        tried.map(|(id, _)| *id).take(TRIED_MAX).collect()
     }
 
     /// Which of the sparse segments, met now, are to be compacted.
@@ -511,6 +554,10 @@ mod tests {
         assert_eq!(sightings.choose(at(1), [1, 2, 3].into_iter()), [1, 2]);
         assert_eq!(sightings.choose(at(2), [1, 3].into_iter()), [3]);
         assert!(!sightings.unsettled);
+        let mut tried = sightings.tried(at(2));
+        tried.sort_unstable();
+        assert_eq!(tried, [1, 2, 3]);
+        assert_eq!(sightings.tried(at(700)), [0; 0]);
         // It could not be moved.
         assert_eq!(sightings.choose(at(600), [1].into_iter()), [0; 0]);
         assert_eq!(sightings.choose(at(601), [1].into_iter()), [1]);

@@ -50,7 +50,7 @@ pub struct CompactionOptions {
     pub live_percent_max: u32,
     /// Bytes written per second at most, unless it is urgent.
     pub bytes_per_second: u64,
-    /// It is urgent when what is dead, of all that is stored, is more than this part of what lives.
+    /// It is urgent when what is dead in sparse segments is more than this part of what lives in all.
     pub urgent_dead_percent: u64,
 }
 

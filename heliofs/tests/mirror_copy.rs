@@ -432,7 +432,8 @@ fn disk_bytes(directory: &Path) -> u64 {
     bytes.sum()
 }
 
-/// `HELIOFS_CAP_MIB=256` makes 2 GiB of log at the source meanwhile.
+/// `HELIOFS_CAP_MIB=256` makes 2 GiB of log at the source meanwhile; with little, RocksDB's own room hides what the log takes, and
+/// only the slot and the objects are checked.
 #[test]
 fn a_mirror_away_past_its_cap_costs_the_source_no_room_and_keeps_its_objects() {
     const FILE_BYTES: usize = 4000;
@@ -482,7 +483,7 @@ fn a_mirror_away_past_its_cap_costs_the_source_no_room_and_keeps_its_objects() {
         writer.join().unwrap();
     }
     // RocksDB's write buffers and files that wait for compaction come on top.
-    let room = 2 * cap + (192 << 20);
+    let room = 2 * cap + (64 << 20);
     println!(
         "{} MiB of log at most while {} MiB were written; the mirror's cap is {} MiB",
         most >> 20,

@@ -71,7 +71,7 @@ impl<'a> Sent<'a> {
 
 impl Drop for Sent<'_> {
     fn drop(&mut self) {
-        self.link.lock().end(Instant::now(), self.bytes);
+        self.link.lock().end(self.at, Instant::now(), self.bytes);
     }
 }
 

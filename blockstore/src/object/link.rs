@@ -40,14 +40,15 @@ impl Link {
         });
     }
 
-    /// It is over, and has brought so many bytes.
-    pub(super) fn end(&mut self, now: Instant, bytes: u64) {
+    /// A request that was sent at `sent` is over, and has brought so many bytes.
+    pub(super) fn end(&mut self, sent: Instant, now: Instant, bytes: u64) {
         self.under_way = self.under_way.saturating_sub(1);
         self.bytes += bytes;
         let Some(since) = self.since else { return };
         self.busy += now.saturating_duration_since(since);
         self.since = (self.under_way > 0).then_some(now);
-        if self.busy >= SAMPLE {
+        // Its bytes came since it was sent: a shorter sample would show a rate that never was.
+        if self.busy >= SAMPLE.max(now.saturating_duration_since(sent)) {
             let micros = self.busy.as_micros().max(1);
             let rate = u128::from(self.bytes) * 1_000_000 / micros;
             self.rates
@@ -84,30 +85,45 @@ mod tests {
             link.begin(at(n * 100));
             link.answered(Duration::from_millis(50));
             link.answered(Duration::from_millis(50));
-            link.end(at(n * 100 + 100), 4 * MIB);
-            link.end(at(n * 100 + 100), 4 * MIB);
+            link.end(at(n * 100), at(n * 100 + 100), 4 * MIB);
+            link.end(at(n * 100), at(n * 100 + 100), 4 * MIB);
         }
         assert_eq!(link.holds(), Some(4 * MIB));
         // Idle time does not count, and a reader that asks for little does not make the link narrower.
         for n in 0..8 {
             link.begin(at(60_000 + n * 200));
             link.answered(Duration::from_millis(50));
-            link.end(at(60_000 + n * 200 + 100), 1000);
+            link.end(at(60_000 + n * 200), at(60_000 + n * 200 + 100), 1000);
         }
         assert_eq!(link.holds(), Some(4 * MIB));
         // In the long run it may.
         for n in 0..100 {
             link.begin(at(90_000 + n * 200));
-            link.end(at(90_000 + n * 200 + 100), MIB);
+            link.end(at(90_000 + n * 200), at(90_000 + n * 200 + 100), MIB);
         }
         assert_eq!(link.holds(), Some(MIB / 2));
+    }
+
+    #[test]
+    fn requests_that_end_together_do_not_make_it_fast() {
+        let (mut link, began) = (Link::default(), Instant::now());
+        let at = |millis| began + Duration::from_millis(millis);
+        // Eight at once share 10 MiB/s, and end within 300 ms of each other, again and again.
+        for round in 0..5 {
+            let sent = at(round * 3_200);
+            (0..8).for_each(|_| link.begin(sent));
+            link.answered(Duration::from_millis(100));
+            (0..8).for_each(|n| link.end(sent, at(round * 3_200 + 2_900 + n * 40), 4 * MIB));
+        }
+        let holds = link.holds().unwrap();
+        assert!((MIB / 2..2 * MIB).contains(&holds), "{holds}");
     }
 
     #[test]
     fn latency_follows_slowly() {
         let (mut link, began) = (Link::default(), Instant::now());
         link.begin(began);
-        link.end(began + Duration::from_secs(1), 100 * MIB);
+        link.end(began, began + Duration::from_secs(1), 100 * MIB);
         link.answered(Duration::from_millis(10));
         assert_eq!(link.holds(), Some(MIB));
         link.answered(Duration::from_millis(90));

@@ -107,8 +107,8 @@ impl ReadAhead {
         if let Some(stride) = &self.stride
             && stride.depth > 0
         {
-            if self.run.end - self.run.start <= stride.length {
-                // The rest of a step, which was asked for.
+            if self.run.end - self.run.start <= stride.length && stride.length <= SLACK_BYTES {
+                // The rest of a step, which was asked for; longer ones have a window of their own.
                 self.expected = Some(self.run.end);
                 return None;
             }

@@ -8,7 +8,7 @@ use super::second::Part;
 use crate::segment::layout::{PAGE_BYTES, frame_extent_bytes};
 use crate::segment::object::FrameEntry;
 use crate::segment::page::take_pages;
-use crate::{FrameRange, StoreError};
+use crate::{FrameRange, Kind, StoreError};
 
 /// Bytes between two wanted frames that are fetched along rather than asked around.
 const GAP_BYTES_MAX: u64 = 256 << 10;
@@ -24,25 +24,37 @@ impl Shared {
         entries: &[FrameEntry],
     ) -> Vec<Result<Bytes, StoreError>> {
         let mut frames = Vec::with_capacity(entries.len());
+        let mut away = None;
         for run in runs(entries) {
+            if let Some(error) = &away {
+                // It won't be there for the next ones either, and each would wait for the deadline.
+                frames.extend(run.iter().map(|_| Err(StoreError::clone(error))));
+                continue;
+            }
             let from = place(&run[0]).start;
             let to = run.iter().map(|entry| place(entry).end).max();
             let part = Part::Range(from..to.unwrap_or(from));
             let together = match self.part(segment, part, 0).await {
                 Ok((bytes, _)) => Some(bytes),
-                // Each by itself tells what is wrong with it.
-                Err(_) if run.len() > 1 => None,
-                Err(error) => {
-                    frames.push(Err(error));
+                Err(error) if error.kind() == Kind::Unavailable => {
+                    frames.extend(run.iter().map(|_| Err(error.clone())));
+                    away = Some(error);
                     continue;
                 }
+                // Each by itself tells what is wrong with it.
+                Err(_) => None,
             };
             for entry in run {
                 let verified = together.as_ref().and_then(|bytes| {
                     let place = place(entry);
                     let own = (place.start - from) as usize..(place.end - from) as usize;
                     let encoded = (own.end <= bytes.len()).then(|| bytes.slice(own))?;
-                    self.is_frame(entry, &encoded).is_ok().then_some(encoded)
+                    self.is_frame(entry, &encoded).ok()?;
+                    // Not a slice of much more, which would be kept as long.
+                    Some(match encoded.len() * 2 < bytes.len() {
+                        true => Bytes::copy_from_slice(&encoded),
+                        false => encoded,
+                    })
                 });
                 frames.push(match verified {
                     Some(encoded) => Ok(encoded),

@@ -53,6 +53,9 @@ const READ_AHEAD_BYTES_MIN: u64 = 4 << 20;
 /// Read-ahead before anything is known of the link.
 const READ_AHEAD_BYTES_UNKNOWN: u64 = 8 << 20;
 
+/// Of a frame, decoded on the runtime's own threads.
+const DECODE_INLINE_BYTES: u32 = 256 << 10;
+
 /// Prefetch budget is counted in units of this many bytes, so that it fits a semaphore's permits.
 const BUDGET_UNIT: u64 = 4096;
 
@@ -319,16 +322,23 @@ impl SegmentStore {
         self.shared.encoded_frames(segment, entries).await
     }
 
-    /// The data of a frame that [`Self::encoded_frames`] gave.
+    /// The data of a frame that [`Self::encoded_frames`] gave. Much of it is decoded on a thread of its own.
     ///
     /// Errors: `Corrupt`; `Denied` when it is encrypted with another key.
-    pub fn frame_data(
+    pub async fn frame_data(
         &self,
         segment: SegmentId,
-        entry: &FrameEntry,
-        encoded: &Bytes,
+        entry: FrameEntry,
+        encoded: Bytes,
     ) -> Result<Bytes, StoreError> {
-        self.shared.frame_data(segment, entry, encoded)
+        if entry.codec.is_plain() || entry.decoded_bytes <= DECODE_INLINE_BYTES {
+            return self.shared.frame_data(segment, &entry, &encoded);
+        }
+        let shared = Arc::clone(&self.shared);
+        self.runtime
+            .spawn_blocking(move || shared.frame_data(segment, &entry, &encoded))
+            .await
+            .map_err(|error| StoreError::Invalid(format!("decoding was broken off: {error}")))?
     }
 
     /// How far ahead of a sequential reader to fetch: twice what the link to the bucket holds, so that it is never idle, but whole

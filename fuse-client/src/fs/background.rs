@@ -358,7 +358,8 @@ impl Fs {
             };
             wait = options.pause;
             match compacted {
-                Ok(done) => {
+                Ok(turn) => {
+                    let done = &turn.done;
                     if done.written_segments > 0 {
                         tracing::info!(
                             segments = done.segments,
@@ -367,15 +368,19 @@ impl Fs {
                             "compacted sparse segments"
                         );
                     }
-                    // While there is something to do, it is done.
-                    if done.moved_bytes > 0 || sightings.unsettled {
+                    // Each turn costs a pass over the extents: without a pause only as long as there is much to do.
+                    let only_met = done.segments == 0 && sightings.unsettled;
+                    let busy = done.moved_bytes > 0 || sightings.unsettled;
+                    if only_met || turn.urgent && busy {
                         wait = sightings.settle;
                     }
                 }
                 Err(error) => {
                     // Left for the next turn, perhaps another mount's.
                     tracing::debug!(%error, "compaction ended early");
-                    sightings.clear();
+                    if !matches!(error, CompactError::Store(_)) {
+                        sightings.clear();
+                    }
                 }
             }
         }
@@ -385,30 +390,45 @@ impl Fs {
         &self,
         options: &CompactionOptions,
         sightings: &mut Sightings,
-    ) -> Result<Compacted, CompactError> {
+    ) -> Result<Turn, CompactError> {
         let session = self.session();
         let ask = Ask::TakeSparse(v1::TakeSparse {
             segments_max: SPARSE,
             live_percent_max: options.live_percent_max,
+            except: sightings.tried(Instant::now()),
         });
         let Answer::Sparse(sparse) = session.maintain(ask).await? else {
             return Err(CompactError::Answer);
         };
         let ids = sparse.segments.iter().map(|segment| segment.id);
         let chosen = sightings.choose(Instant::now(), ids);
+        let mut turn = Turn {
+            urgent: u128::from(sparse.dead_bytes) * 100
+                > u128::from(sparse.live_bytes) * u128::from(options.urgent_dead_percent),
+            done: Compacted::default(),
+        };
         if chosen.is_empty() {
-            return Ok(Compacted::default());
+            return Ok(turn);
         }
-        let dead = sparse.data_bytes.saturating_sub(sparse.live_bytes);
-        let urgent = dead * 100 > sparse.live_bytes * options.urgent_dead_percent;
         let compactor = Compactor {
             session: &session,
             store: &self.store,
             ids: &self.segment_ids,
             segment_bytes: self.options.segment_bytes,
-            bytes_per_second: if urgent { 0 } else { options.bytes_per_second },
+            bytes_per_second: match turn.urgent {
+                true => 0,
+                false => options.bytes_per_second,
+            },
             leased: true,
         };
-        compactor.compact(&chosen).await
+        turn.done = compactor.compact(&chosen).await?;
+        Ok(turn)
     }
+}
+
+/// One turn at compacting.
+struct Turn {
+    done: Compacted,
+    /// There was much to do.
+    urgent: bool,
 }

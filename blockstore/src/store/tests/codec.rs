@@ -464,7 +464,10 @@ async fn frames_that_compaction_moved_are_decrypted_where_they_lie_now() {
     for (entry, encoded) in table.iter().zip(encoded).rev() {
         let encoded = encoded.unwrap();
         moved.push(builder.add_relocated(entry, encoded.clone()).unwrap());
-        let data_of = store.frame_data(SegmentId(1), entry, &encoded).unwrap();
+        let data_of = store
+            .frame_data(SegmentId(1), *entry, encoded)
+            .await
+            .unwrap();
         assert_eq!(data_of, data[moved.len() % 2]);
     }
     store.put(builder.finish()).await.unwrap();

@@ -2,7 +2,7 @@
 //!
 //! [`CompactionLease`] is pure: time is an argument.
 
-use std::collections::{BTreeSet, BinaryHeap, HashMap};
+use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::{Ino, SegmentId};
@@ -28,8 +28,9 @@ const PARTS_MAX: u32 = 1 << 20;
 /// Contradictions told; the first ones tell where to look.
 const PROBLEMS_MAX: usize = 1000;
 
-/// Sparse segments in one answer.
+/// Sparse segments in one answer, and how many may be left out of it.
 const SPARSE_MAX: usize = 1024;
+const EXCEPT_MAX: usize = 4096;
 
 /// Answers at a position that no earlier acknowledged change is missing from.
 pub(super) async fn serve(
@@ -124,7 +125,7 @@ pub(super) async fn serve(
                 quotas,
             })
         }
-        Ask::TakeSparse(ask) => Answer::Sparse(take_sparse(ctx, volume, session, ask)?),
+        Ask::TakeSparse(ask) => Answer::Sparse(take_sparse(ctx, volume, session, ask).await?),
     };
     Ok(v1::Response {
         body: Some(v1::response::Body::Maintained(v1::Maintained {
@@ -157,17 +158,21 @@ async fn check_records(
     };
     let state = ctx.state.clone();
     let check = move || state.snapshot_view(|view| invariants::check_part(view, id, part));
-    let checked = tokio::task::spawn_blocking(check).await.map_err(|error| {
-        Failed::Corrupt(Corruption::Store(format!(
-            "the check was broken off: {error}"
-        )))
-    })?;
+    let checked = tokio::task::spawn_blocking(check)
+        .await
+        .map_err(|error| broken_off(&error))?;
     let mut problems = checked.err().unwrap_or_default();
     problems.truncate(PROBLEMS_MAX);
     Ok(v1::CheckedRecords { problems, parts })
 }
 
-fn take_sparse(
+fn broken_off(error: &tokio::task::JoinError) -> Failed {
+    Failed::Corrupt(Corruption::Store(format!(
+        "the search was broken off: {error}"
+    )))
+}
+
+async fn take_sparse(
     ctx: &Context,
     volume: &VolumeSessions,
     session: u64,
@@ -183,9 +188,14 @@ fn take_sparse(
             ..v1::SparseSegments::default()
         });
     }
-    let (sparse, next) = ctx
-        .state
-        .snapshot_view(|view| sparse(view, volume.id, after, max, ask.live_percent_max))
+    let except: HashSet<u64> = ask.except.into_iter().take(EXCEPT_MAX).collect();
+    let (state, id) = (ctx.state.clone(), volume.id);
+    let search = move || {
+        state.snapshot_view(|view| sparse(view, id, after, max, ask.live_percent_max, &except))
+    };
+    let (sparse, next) = tokio::task::spawn_blocking(search)
+        .await
+        .map_err(|error| broken_off(&error))?
         .map_err(Failed::Corrupt)?;
     volume.soft().compaction.go_on(session, next);
     Ok(sparse)
@@ -198,6 +208,7 @@ fn sparse(
     after: SegmentId,
     max: usize,
     live_percent_max: u32,
+    except: &HashSet<u64>,
 ) -> Result<(v1::SparseSegments, SegmentId), Corruption> {
     let mut sparse = v1::SparseSegments {
         leased: true,
@@ -212,10 +223,14 @@ fn sparse(
         let whole = page.len() == PAGE_MAX;
         for (id, record) in page {
             after = id;
-            sparse.data_bytes += record.data_bytes;
-            sparse.live_bytes += record.live_bytes;
+            sparse.live_bytes = sparse.live_bytes.saturating_add(record.live_bytes);
             let live = u128::from(record.live_bytes) * 100;
             if live > u128::from(record.data_bytes) * u128::from(live_percent_max) {
+                continue;
+            }
+            let dead = record.data_bytes.saturating_sub(record.live_bytes);
+            sparse.dead_bytes = sparse.dead_bytes.saturating_add(dead);
+            if except.contains(&id.0) {
                 continue;
             }
             let permille =
