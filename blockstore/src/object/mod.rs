@@ -5,12 +5,14 @@
 //! - [`bucket`]: [`Bucket`], the operations on one volume's objects
 //! - [`marker`]: the object that says whose prefix this is
 //! - [`plain`]: [`PlainBucket`], objects under their own keys, whoever wrote them; [`listing`]: their names in order
+//! - `link`: how much the way to it holds
 //! - [`fault`]: what an error of `object_store` means; [`attempts`]: when it is tried again; [`rate`]: limits
 
 mod attempts;
 pub mod backend;
 pub mod bucket;
 pub mod fault;
+mod link;
 mod listing;
 pub mod marker;
 pub mod plain;
