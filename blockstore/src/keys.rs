@@ -1,4 +1,4 @@
-//! The key of an encrypted volume, and how a passphrase or an RSA key opens it.
+//! The key of an encrypted volume, and how a passphrase, an RSA key or an age key opens it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,17 +11,22 @@ use ring::hkdf;
 use ring::rand::{SecureRandom, SystemRandom};
 use zeroize::{Zeroize, Zeroizing};
 
+mod age;
 mod rsa;
 
+pub use age::AgeKey;
 pub use rsa::RsaKey;
 
 use crate::StoreError;
 
 /// The only cipher.
 const CIPHER: &str = "aes-256-gcm";
-/// Ways of wrapping: by a key that comes from a passphrase, by an RSA key.
+/// Ways of wrapping: by a key that comes from a passphrase, by an RSA key, by an age key.
 const ARGON2ID: &str = "argon2id";
 const RSA_OAEP: &str = "rsa-oaep-sha256";
+const AGE_X25519: &str = "age-x25519";
+/// What the commitment to a key is expanded for; no frame's salt is as long.
+const COMMITMENT: &[u8] = b"heliofs: commitment to a volume's key";
 /// Argon2's cost: what OWASP asks for at the least, thrice over; some 100 ms on one core.
 const MEMORY_KIB: u32 = 64 << 10;
 const PASSES: u32 = 2;
@@ -36,8 +41,8 @@ pub struct Passphrase(Zeroizing<String>);
 
 impl Passphrase {
     /// Takes it as it is, without the line's end that a file has.
-    pub fn new(text: String) -> Self {
-        let mut text = Zeroizing::new(text);
+    pub fn new(text: impl Into<Zeroizing<String>>) -> Self {
+        let mut text = text.into();
         let length = text.trim_end_matches(['\r', '\n']).len();
         text.truncate(length);
         Self(text)
@@ -62,6 +67,8 @@ pub enum KeyOpener {
     Passphrase(Passphrase),
     /// An RSA key; without its private half it can only wrap.
     Rsa(Arc<RsaKey>),
+    /// An age key; without its identity it can only wrap.
+    Age(Arc<AgeKey>),
 }
 
 impl From<Passphrase> for KeyOpener {
@@ -103,11 +110,12 @@ impl VolumeKey {
             cipher: CIPHER.to_owned(),
             key_id: key.id,
             keys: vec![key.wrap(opener)?],
+            commitment: key.commitment(),
         };
         Ok((key, encryption))
     }
 
-    /// The key, wrapped for another passphrase or RSA key.
+    /// The key, wrapped for another passphrase, RSA key or age key.
     ///
     /// Errors: `Invalid`, with an empty passphrase too.
     pub fn wrap(&self, opener: &KeyOpener) -> Result<v1::WrappedKey, StoreError> {
@@ -118,6 +126,14 @@ impl VolumeKey {
                     kind: RSA_OAEP.to_owned(),
                     salt: rsa.fingerprint_bytes().to_vec().into(),
                     wrapped: rsa.wrap(&self.secret, &self.id.to_le_bytes())?.into(),
+                    ..v1::WrappedKey::default()
+                });
+            }
+            KeyOpener::Age(age) => {
+                return Ok(v1::WrappedKey {
+                    kind: AGE_X25519.to_owned(),
+                    salt: age.recipient().into(),
+                    wrapped: age.wrap(&self.secret, &self.id.to_le_bytes())?.into(),
                     ..v1::WrappedKey::default()
                 });
             }
@@ -151,9 +167,21 @@ impl VolumeKey {
 
     /// Opens the key of a volume. Takes some 100 ms of one core: not for a thread that others wait for.
     ///
-    /// Errors: `Denied` when the passphrase or the RSA key is wrong; `Invalid` when this release does not know how, or the volume's key
-    /// is wrapped for the other kind.
+    /// Errors: `Denied` when the passphrase or the key is wrong; `Invalid` when this release does not know how, the volume's key
+    /// is wrapped for another kind, or what opens is not the key that the volume began with.
     pub fn open(encryption: &v1::Encryption, opener: &KeyOpener) -> Result<Self, StoreError> {
+        let key = Self::unwrap_key(encryption, opener)?;
+        // Whoever knows a public key can wrap any other key for it.
+        if !encryption.commitment.is_empty() && encryption.commitment != key.commitment() {
+            return Err(StoreError::Invalid(
+                "the volume's wrapped key was exchanged: it opens, and is not the key that the volume was created with"
+                    .to_owned(),
+            ));
+        }
+        Ok(key)
+    }
+
+    fn unwrap_key(encryption: &v1::Encryption, opener: &KeyOpener) -> Result<Self, StoreError> {
         if encryption.cipher != CIPHER {
             return Err(StoreError::Invalid(format!(
                 "the volume is encrypted with `{}`, which this release does not know; upgrade",
@@ -163,6 +191,7 @@ impl VolumeKey {
         let passphrase = match opener {
             KeyOpener::Passphrase(passphrase) => passphrase,
             KeyOpener::Rsa(rsa) => return Self::open_by_rsa(encryption, rsa),
+            KeyOpener::Age(age) => return Self::open_by_age(encryption, age),
         };
         let mut known = false;
         for wrapped in encryption.keys.iter().filter(|key| key.kind == ARGON2ID) {
@@ -231,6 +260,57 @@ impl VolumeKey {
         )))
     }
 
+    fn open_by_age(encryption: &v1::Encryption, age: &AgeKey) -> Result<Self, StoreError> {
+        let denied = |detail: String| StoreError::Denied {
+            operation: "open the volume's key",
+            key: format!("{:08x}", encryption.key_id),
+            detail,
+        };
+        if !age.is_private() {
+            return Err(denied(
+                "a recipient opens nothing; the identity (AGE-SECRET-KEY-1…) is needed".to_owned(),
+            ));
+        }
+        let recipient = age.recipient();
+        let wrapped: Vec<_> = encryption
+            .keys
+            .iter()
+            .filter(|key| key.kind == AGE_X25519)
+            .collect();
+        if wrapped.is_empty() {
+            return Err(not_wrapped_for(encryption, "an age key"));
+        }
+        let Some(own) = wrapped.iter().find(|key| key.salt == recipient.as_bytes()) else {
+            let others: Vec<_> = wrapped
+                .iter()
+                .map(|key| String::from_utf8_lossy(&key.salt))
+                .collect();
+            return Err(denied(format!(
+                "the age key is wrong: it is {recipient}, the volume's {}",
+                others.join(" or ")
+            )));
+        };
+        match age.open(&own.wrapped, &encryption.key_id.to_le_bytes()) {
+            Some(secret) => Ok(Self {
+                id: encryption.key_id,
+                secret,
+            }),
+            None => Err(denied(
+                "the volume's wrapped key is damaged: its own age key does not open it".to_owned(),
+            )),
+        }
+    }
+
+    /// Says which key it is, and nothing about it: stays in the volume's record, however the key is wrapped.
+    pub fn commitment(&self) -> Bytes {
+        let mut commitment = [0; 32];
+        self.derive(COMMITMENT)
+            .expand(&[COMMITMENT], hkdf::HKDF_SHA256)
+            .and_then(|expanded| expanded.fill(&mut commitment))
+            .expect("32 bytes are what the hash gives");
+        Bytes::copy_from_slice(&commitment)
+    }
+
     /// Tells keys apart; not secret.
     pub fn id(&self) -> u32 {
         self.id
@@ -254,6 +334,7 @@ fn not_wrapped_for(encryption: &v1::Encryption, given: &str) -> StoreError {
         .map(|key| match key.kind.as_str() {
             ARGON2ID => "a passphrase",
             RSA_OAEP => "an RSA key",
+            AGE_X25519 => "an age key",
             _ => "something that this release does not know (upgrade)",
         })
         .collect();
@@ -284,6 +365,8 @@ fn wrapping_key(
 
 #[cfg(test)]
 mod tests {
+    use bech32::{Bech32, Hrp};
+
     use super::*;
 
     fn phrase(text: &str) -> KeyOpener {
@@ -381,5 +464,55 @@ mod tests {
         encryption.keys.remove(0);
         assert!(refused(&opener(&private, None), &encryption).contains("opened by a passphrase"));
         assert!(!format!("{:?}", opener(&private, None)).contains("PRIVATE"));
+    }
+
+    #[test]
+    fn an_age_key_opens_what_its_recipient_wrapped_and_others_say_why_not() {
+        // A pair of age's own tests.
+        let identity = "# created: today
+# public key: age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa
+AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33
+";
+        let recipient = "age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa";
+        let other = Hrp::parse("AGE-SECRET-KEY-").unwrap();
+        let other = bech32::encode_upper::<Bech32>(other, &[7; 32]).unwrap();
+        let opener = |text: &str| KeyOpener::Age(Arc::new(AgeKey::from_text(text).unwrap()));
+        let public = opener(&format!("{recipient}\n"));
+        assert_eq!(AgeKey::from_text(identity).unwrap().recipient(), recipient);
+        let (key, mut encryption) = VolumeKey::create(&public).unwrap();
+        let opened = VolumeKey::open(&encryption, &opener(identity)).unwrap();
+        assert_eq!((opened.id(), &opened.secret), (key.id(), &key.secret));
+
+        let refused = |opener: &KeyOpener, encryption: &v1::Encryption| {
+            VolumeKey::open(encryption, opener).unwrap_err().to_string()
+        };
+        let wrong = refused(&opener(&other), &encryption);
+        assert!(
+            wrong.contains("the age key is wrong: it is age1"),
+            "{wrong}"
+        );
+        assert!(refused(&public, &encryption).contains("identity"));
+        assert!(refused(&phrase("words"), &encryption).contains("opened by an age key"));
+        assert_eq!(AgeKey::is_in(identity), Some(true));
+        assert_eq!(AgeKey::is_in(recipient), Some(false));
+        assert_eq!(AgeKey::is_in("-----BEGIN PUBLIC KEY-----"), None);
+        for bad in ["", "# nothing", "age1nothing", "AGE-SECRET-KEY-1NOTHING"] {
+            assert!(AgeKey::from_text(bad).is_err(), "{bad}");
+        }
+        assert!(AgeKey::from_text(&(identity.to_owned() + &other)).is_err());
+        assert!(!format!("{:?}", opener(identity)).contains("SECRET"));
+
+        // Wrapped for the right key by somebody else, who knows no more than its public half.
+        let (theirs, _) = VolumeKey::create(&public).unwrap();
+        let theirs = VolumeKey {
+            id: key.id(),
+            secret: theirs.secret,
+        };
+        let own = std::mem::replace(&mut encryption.keys[0], theirs.wrap(&public).unwrap());
+        assert!(refused(&opener(identity), &encryption).contains("was exchanged"));
+        // Of another volume's id.
+        encryption.keys[0] = own;
+        encryption.key_id ^= 1;
+        assert!(refused(&opener(identity), &encryption).contains("damaged"));
     }
 }

@@ -26,7 +26,7 @@ pub mod segment;
 pub mod store;
 
 pub use error::{Kind, StoreError};
-pub use keys::{KeyOpener, Passphrase, RsaKey, VolumeKey};
+pub use keys::{AgeKey, KeyOpener, Passphrase, RsaKey, VolumeKey};
 pub use object::Bucket;
 pub use read::window::{ReadAhead, ReadAheadOptions};
 pub use segment::{EncodedSegment, FrameNumber, FrameRange, SegmentBuilder};

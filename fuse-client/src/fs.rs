@@ -8,6 +8,7 @@
 //!
 //! Operations wait through failovers within the session's deadline.
 
+mod adopt;
 pub mod attr;
 pub mod background;
 pub mod data;
@@ -112,6 +113,8 @@ pub struct Fs {
     pub(crate) staging: Option<Arc<Staging>>,
     /// The volume's, as far as known.
     pub(crate) epoch: AtomicU64,
+    /// Bytes of segments stored so far.
+    pub(crate) stored_bytes: AtomicU64,
     /// Ends the background.
     stop: CancellationToken,
     /// The path of a file that could not be read is being asked for.
@@ -157,6 +160,7 @@ impl Fs {
             dirty: Mutex::default(),
             staging,
             epoch: AtomicU64::new(0),
+            stored_bytes: AtomicU64::new(0),
             runtime: runtime.clone(),
             stop: CancellationToken::new(),
             naming: AtomicBool::new(false),

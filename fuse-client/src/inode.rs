@@ -109,6 +109,11 @@ pub struct InodeState {
     pub records: VecDeque<Arc<StagedRecord>>,
     /// Bytes were committed that no record has, over bytes of records: those alone would bring back what was before.
     pub committed_beside: bool,
+    /// What identifies the content that the records' bytes belong over, as far as this mount's own changes have taken it: they
+    /// are committed over nothing else. `None` without records.
+    pub staged_base: Option<u64>,
+    /// An earlier mount's records are being taken over.
+    pub resuming: bool,
     /// When something was staged last.
     pub staged_at: Option<Instant>,
 }
@@ -140,6 +145,8 @@ impl Inode {
                 quota_room: u64::MAX,
                 records: VecDeque::new(),
                 committed_beside: false,
+                staged_base: None,
+                resuming: false,
                 staged_at: None,
             }),
             changing: tokio::sync::Mutex::new(()),
@@ -218,6 +225,7 @@ impl InodeState {
     pub fn loose_records(&mut self) -> Vec<Arc<StagedRecord>> {
         if self.pieces.is_empty() {
             self.pieces.take_hidden();
+            self.staged_base = None;
             return self.records.drain(..).collect();
         }
         let mut loose = Vec::new();
@@ -226,6 +234,9 @@ impl InodeState {
             && Arc::strong_count(record) == 1
         {
             loose.extend(self.records.pop_front());
+        }
+        if self.records.is_empty() {
+            self.staged_base = None;
         }
         loose
     }
@@ -314,6 +325,8 @@ impl InodeState {
         at: Position,
         edit: impl FnOnce(&mut Content),
     ) -> Option<u64> {
+        // Also if another answer told of it earlier.
+        self.staged_base = self.staged_base.map(|base| base.max(attr.data_seq));
         if at < self.content_floor {
             return None;
         }

@@ -81,6 +81,9 @@ pub(crate) enum Command {
     /// Makes, shows and removes read-only copies of directories.
     #[command(subcommand)]
     Snapshot(commands::snapshot::Command),
+    /// Shows what mounts with --writeback have staged or kept aside, and takes it out.
+    #[command(subcommand)]
+    Staging(commands::staging::Command),
     /// Shows what is in the trash, and puts it back.
     Restore(commands::restore::Options),
     /// Prints a volume's history.

@@ -1,11 +1,12 @@
-//! Where the passphrase or the RSA key of an encrypted volume comes from: no secret from argv.
+//! Where the passphrase or the key of an encrypted volume comes from: no secret from argv.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use blockstore::{KeyOpener, Passphrase, RsaKey};
+use blockstore::{AgeKey, KeyOpener, Passphrase, RsaKey};
 use clap::Args;
+use zeroize::Zeroizing;
 
 use crate::failure::{Failure, Outcome, While};
 
@@ -21,8 +22,9 @@ pub(crate) struct PassphraseSource {
     /// File with the passphrase of an encrypted volume, readable by its owner only. Else: HELIOFS_PASSPHRASE.
     #[arg(long, value_name = "FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
-    /// File with an RSA key in PEM that the volume's key is wrapped for, instead of a passphrase: the private key, readable by its
-    /// owner only (the passphrase that it may have itself: HELIOFS_KEY_PASSPHRASE); to format, the public key is enough.
+    /// File with an RSA key in PEM, or an age key (X25519), that the volume's key is wrapped for, instead of a passphrase: the
+    /// private key or age identity, readable by its owner only (the passphrase that an RSA key may have itself:
+    /// HELIOFS_KEY_PASSPHRASE); to format, the public key or age recipient is enough.
     #[arg(
         long,
         visible_alias = "encrypt-rsa-key",
@@ -41,11 +43,11 @@ impl PassphraseSource {
     /// The passphrase or the key, if one is given.
     pub(crate) fn find(&self) -> Outcome<Option<KeyOpener>> {
         if let Some(file) = &self.encrypt_key {
-            return Ok(Some(KeyOpener::Rsa(Arc::new(read_key(file)?))));
+            return Ok(Some(read_key(file)?));
         }
         let text = match (&self.passphrase_file, std::env::var(VARIABLE)) {
             (Some(file), _) => read_private(file, "passphrase")?,
-            (None, Ok(text)) if !text.is_empty() => text,
+            (None, Ok(text)) if !text.is_empty() => Zeroizing::new(text),
             (None, _) => return Ok(None),
         };
         let passphrase = Passphrase::new(text);
@@ -59,7 +61,7 @@ impl PassphraseSource {
     pub(crate) fn required(&self) -> Outcome<KeyOpener> {
         self.find()?.ok_or_else(|| {
             Failure::usage("the volume is encrypted, and no passphrase was given").hint(format!(
-                "--passphrase-file FILE, or {VARIABLE} in the environment; --encrypt-key FILE for an RSA key"
+                "--passphrase-file FILE, or {VARIABLE} in the environment; --encrypt-key FILE for an RSA or age key"
             ))
         })
     }
@@ -79,23 +81,34 @@ impl PassphraseSource {
     }
 }
 
-/// An RSA key. A public one may be read by anybody.
-pub(crate) fn read_key(file: &Path) -> Outcome<RsaKey> {
-    let text =
-        std::fs::read_to_string(file).while_(format_args!("read the key in {}", file.display()))?;
-    let text = match text.contains("PRIVATE KEY") {
+/// An RSA key or an age key. A public one may be read by anybody.
+pub(crate) fn read_key(file: &Path) -> Outcome<KeyOpener> {
+    let doing = || format!("read the key in {}", file.display());
+    let text = Zeroizing::new(std::fs::read_to_string(file).while_(doing())?);
+    let age = AgeKey::is_in(&text);
+    let text = match age == Some(true) || text.contains("PRIVATE KEY") {
         true => read_private(file, "key")?,
         false => text,
     };
+    if age.is_some() {
+        return Ok(KeyOpener::Age(Arc::new(AgeKey::from_text(&text)?)));
+    }
+    if text.starts_with("age-encryption.org/") || text.contains("BEGIN AGE ENCRYPTED FILE") {
+        return Err(
+            Failure::new(format!("{} is encrypted with age", file.display()))
+                .hint("decrypt it first: age -d -o KEY FILE"),
+        );
+    }
     let passphrase = match std::env::var(KEY_VARIABLE) {
-        Ok(text) if !text.is_empty() => Some(Passphrase::new(text)),
+        Ok(text) if !text.is_empty() => Some(Passphrase::new(Zeroizing::new(text))),
         _ => None,
     };
-    Ok(RsaKey::from_pem(&text, passphrase.as_ref())?)
+    let key = RsaKey::from_pem(&text, passphrase.as_ref())?;
+    Ok(KeyOpener::Rsa(Arc::new(key)))
 }
 
 /// The text of a file that nobody else may read; `what` it holds is for the error.
-pub(crate) fn read_private(path: &Path, what: &str) -> Outcome<String> {
+pub(crate) fn read_private(path: &Path, what: &str) -> Outcome<Zeroizing<String>> {
     use std::os::unix::fs::PermissionsExt;
     let doing = || format!("read the {what} in {}", path.display());
     let mode = std::fs::metadata(path)
@@ -108,5 +121,7 @@ pub(crate) fn read_private(path: &Path, what: &str) -> Outcome<String> {
                 .hint(format!("chmod 600 {}", path.display())),
         );
     }
-    std::fs::read_to_string(path).while_(doing())
+    Ok(Zeroizing::new(
+        std::fs::read_to_string(path).while_(doing())?,
+    ))
 }

@@ -183,6 +183,54 @@ fn an_rsa_key_opens_a_volume_that_was_formatted_with_its_public_half() {
     mounted.unmount();
 }
 
+/// A pair of age's own tests.
+const IDENTITY: &str = "# a comment, as age-keygen writes one
+AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33
+";
+const RECIPIENT: &str = "age1t7rxyev2z3rw82stdlrrepyc39nvn86l5078zqkf5uasdy86jp6svpy7pa\n";
+
+#[test]
+fn an_age_recipient_wraps_a_volume_s_key_and_only_its_identity_mounts_it() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    let identity = secret_file(&cluster, "identity.txt", IDENTITY);
+    let recipient = secret_file(&cluster, "recipient.txt", RECIPIENT);
+    fs::set_permissions(&recipient, fs::Permissions::from_mode(0o644)).unwrap();
+    cluster.format_file("aged", &["--encrypt", "--encrypt-key", &recipient]);
+    works(&cluster, "aged", &["--encrypt-key", &identity], None);
+    let point = cluster.directory.join("mnt");
+    fs::create_dir(&point).unwrap();
+    let url = cluster.url();
+    let mount = |key: &str| {
+        let point = point.to_str().unwrap();
+        cluster.run(&[
+            "mount",
+            &url,
+            "aged",
+            point,
+            "--cache-size",
+            "0",
+            "--encrypt-key",
+            key,
+            "-d",
+        ])
+    };
+    mount(&recipient).failure(1, "the identity (AGE-SECRET-KEY-1…) is needed");
+    fs::set_permissions(&identity, fs::Permissions::from_mode(0o644)).unwrap();
+    mount(&identity).failure(1, "can be read by others");
+    fs::set_permissions(&identity, fs::Permissions::from_mode(0o600)).unwrap();
+
+    // Another way takes its place, and back.
+    let phrase = secret_file(&cluster, "phrase", "open sesame\n");
+    let volume = cluster.volume_url("aged");
+    let change = ["config", &volume, "--encrypt-key", &identity];
+    let change = [&change[..], &["--new-passphrase-file", &phrase]].concat();
+    cluster.run(&change).success();
+    mount(&identity).failure(1, "opened by a passphrase, not by an age key");
+    let mounted = Mount::of(&cluster, "aged", &["--passphrase-file", &phrase]);
+    assert!(fs::read(mounted.join("f70000")).unwrap() == prose(70_000));
+    mounted.unmount();
+}
+
 #[test]
 fn an_encrypted_volume_shows_nothing_to_whoever_has_only_the_bucket() {
     let cluster = Cluster::with_dirs(1, |_, _| None, &[]);

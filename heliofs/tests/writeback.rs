@@ -13,8 +13,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use support::cluster::HELIOFS;
-use support::{Cluster, Disk, Mount, scratch, wait_for};
+use support::{Cluster, Disk, LostReplies, Mount, scratch, wait_for};
 
 /// Far longer than anything here takes.
 const SOON: Duration = Duration::from_secs(60);
@@ -68,6 +69,21 @@ impl Writeback {
         down
     }
 
+    /// Nothing can be stored until the guard goes, in a bucket without objects, whose marker can be read.
+    fn uploads_refused(&self) -> Refused {
+        let places = |bucket: &Path| -> Option<PathBuf> {
+            let below = fs::read_dir(bucket).unwrap().map(|it| it.unwrap().path());
+            let own = |path: &PathBuf| path.join(".heliofs-volume").exists();
+            below.chain([bucket.to_owned()]).find(own)
+        };
+        let folder = places(&self.bucket()).unwrap();
+        let files: Vec<_> = (0..256).map(|n| folder.join(format!("{n:02x}"))).collect();
+        for file in &files {
+            fs::write(file, b"not a directory").unwrap();
+        }
+        Refused { files }
+    }
+
     /// Files of the staging folder that end like this.
     fn staged(&self, below: &str) -> Vec<PathBuf> {
         let volume = fs::read_dir(self.cache.path()).unwrap().next();
@@ -79,6 +95,18 @@ impl Writeback {
         paths.retain(|path| path.extension().is_some_and(|is| is == "staged"));
         paths.sort();
         paths
+    }
+}
+
+struct Refused {
+    files: Vec<PathBuf>,
+}
+
+impl Drop for Refused {
+    fn drop(&mut self) {
+        for file in &self.files {
+            fs::remove_file(file).unwrap();
+        }
     }
 }
 
@@ -461,4 +489,163 @@ fn a_staging_folder_is_one_mounts() {
     let ran = support::cluster::run(&mut command);
     assert_ne!(ran.code, 0);
     assert!(ran.err.contains("used by another mount"), "{}", ran.err);
+}
+
+#[test]
+fn who_wants_to_see_staged_data_waits_while_the_bucket_is_away() {
+    let set = Writeback::new("recalled", &[]);
+    let mount = set.mount(&[HELD, &["--io-timeout", "2s"]].concat());
+    let other = set.other();
+    let file = write_synced(&mount.join("file"), &content(1, 300_000));
+    let down = set.bucket_down();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| fs::read(other.join("file")));
+        // Longer than a mount without staged data would keep others waiting; shorter than the reader waits for an answer.
+        std::thread::sleep(Duration::from_secs(14));
+        assert!(!reader.is_finished(), "it has not waited");
+        drop(down);
+        assert!(reader.join().unwrap().unwrap() == content(1, 300_000));
+    });
+    file.write_all_at(b"more", 0).unwrap();
+    file.sync_all().unwrap();
+    let log = mount.process.log();
+    assert!(!log.contains("returned without its data"), "{log}");
+    assert!(set.staged("conflicts").is_empty());
+}
+
+#[test]
+fn what_was_taken_over_beside_another_mount_does_not_lie_over_its_newer_data() {
+    let set = Writeback::new("beside", &[]);
+    let mut mount = set.mount(HELD);
+    for name in ["written", "read"] {
+        write_synced(&mount.join(name), &content(1, 100_000));
+    }
+    mount.process.kill();
+    drop(mount);
+    let other = set.other();
+    // Open elsewhere: the next mount can't have the write leases.
+    let written = File::options()
+        .write(true)
+        .open(other.join("written"))
+        .unwrap();
+    let _read = File::open(other.join("read")).unwrap();
+    let down = set.uploads_refused();
+    let mount = set.mount(&["--writeback", "--io-timeout", "1s"]);
+    assert!(read_anew(&mount.join("written")) == content(1, 100_000));
+    // Small enough to need no bucket.
+    written.write_all_at(b"newer", 0).unwrap();
+    written.sync_all().unwrap();
+    drop(down);
+    wait_for("what fits to be stored", SOON, || {
+        (fs::read(other.join("read")).unwrap() == content(1, 100_000)).then_some(())
+    });
+    wait_for("what doesn't to be put aside", SOON, || {
+        (set.staged("conflicts").len() == 1).then_some(())
+    });
+    look_at_what_was_kept_aside(&set);
+    assert_eq!(fs::read(other.join("written")).unwrap(), b"newer");
+    assert_eq!(fs::read(mount.join("written")).unwrap(), b"newer");
+    assert!(set.staged("").is_empty());
+}
+
+/// The record of `written`, of 100,000 bytes.
+fn look_at_what_was_kept_aside(set: &Writeback) {
+    let cache = set.cache.path().to_str().unwrap();
+    let url = set.cluster.volume_url(set.volume);
+    let run = |arguments: &[&str]| set.cluster.run(&[&["staging"], arguments].concat());
+    let listed = run(&["ls", cache, "--volume", &url, "--json"])
+        .success()
+        .json();
+    let [record] = listed.as_array().unwrap().as_slice() else {
+        panic!("{listed}");
+    };
+    assert_eq!(record["kept_aside"], true, "{record}");
+    assert_eq!(record["path"], "/written");
+    assert_eq!(record["bytes"], 100_000);
+    assert_eq!(record["ranges"], serde_json::json!([[0, 100_000]]));
+    let number = record["record"].as_str().unwrap();
+    let to = set.cluster.directory.join("exported");
+    let to = to.to_str().unwrap();
+    run(&["export", cache, number, to, "--volume", &url]).success();
+    assert!(fs::read(to).unwrap() == content(1, 100_000));
+    run(&["export", cache, number, to, "--volume", &url]).failure(1, "exists");
+    run(&["rm", cache, number]).failure(2, "must be confirmed");
+    run(&["rm", cache, "00ff", "--yes"]).failure(1, "no record 00ff");
+    run(&["rm", cache, number, "--yes"]).success();
+    let listed = run(&["ls", cache, "--json"]).success().json();
+    assert_eq!(listed, serde_json::json!([]));
+}
+
+#[test]
+fn a_commit_whose_answer_got_lost_with_the_session_is_known_as_one_s_own() {
+    let set = Writeback::new("unanswered", &[]);
+    let mount = set.mount(&["--writeback", "--upload-delay", "3s"]);
+    let other = set.other();
+    let whole = content(1, 300_000);
+    // Segment ids are at hand from now on.
+    write_synced(&mount.join("first"), &whole);
+    assert!(fs::read(other.join("first")).unwrap() == whole);
+    let file = write_synced(&mount.join("file"), &whole);
+    let before = objects(&set.bucket());
+    let lost = LostReplies::from_port(set.cluster.nodes[0].port);
+    // The upload needs no answer of the server's, and the commit is sent right after it.
+    wait_for("the upload", SOON, || {
+        (objects(&set.bucket()) > before).then_some(())
+    });
+    wait_for("an answer to be lost", SOON, || {
+        (lost.dropped() > 5).then_some(())
+    });
+    mount.process.signal(Signal::SIGSTOP);
+    drop(lost);
+    assert!(
+        fs::read(other.join("file")).unwrap() == whole,
+        "the commit took effect"
+    );
+    mount.process.signal(Signal::SIGCONT);
+    wait_for("a new session", SOON, || {
+        mount
+            .process
+            .log()
+            .contains("a new session goes on")
+            .then_some(())
+    });
+    file.write_all_at(b"again", 0).unwrap();
+    file.sync_all().unwrap();
+    let expected = [b"again", &whole[5..]].concat();
+    assert!(fs::read(other.join("file")).unwrap() == expected);
+    assert!(set.staged("conflicts").is_empty());
+}
+
+/// Files in a bucket that is a directory.
+fn objects(bucket: &Path) -> usize {
+    let entries = fs::read_dir(bucket).unwrap();
+    let counts = entries.map(|entry| {
+        let entry = entry.unwrap();
+        match entry.file_type().unwrap().is_dir() {
+            true => objects(&entry.path()),
+            false => 1,
+        }
+    });
+    counts.sum()
+}
+
+#[test]
+fn a_file_that_several_mounts_have_open_is_stored_by_fsync() {
+    let set = Writeback::new("several", &[]);
+    let mount = set.mount(&[HELD, &["--io-timeout", "1s"]].concat());
+    let other = set.other();
+    fs::write(other.join("file"), content(1, 50_000)).unwrap();
+    let _theirs = File::open(other.join("file")).unwrap();
+    let file = File::options()
+        .write(true)
+        .open(mount.join("file"))
+        .unwrap();
+    file.write_all_at(&content(2, 50_000), 0).unwrap();
+    let down = set.bucket_down();
+    let refused = file.sync_all().expect_err("it is not in the bucket");
+    assert_eq!(refused.raw_os_error(), Some(libc::EIO));
+    drop(down);
+    file.sync_all().unwrap();
+    assert!(set.staged("").is_empty());
+    assert!(fs::read(other.join("file")).unwrap() == content(2, 50_000));
 }

@@ -38,6 +38,7 @@ impl FsError {
             Self::TooBig => 7,
             Self::Interrupted => 4,
             Self::CrossDevice => 18,
+            Self::Changed => 116,
         })
     }
 }

@@ -23,6 +23,9 @@ const _: () = assert!(BLOCK_BYTES == 1 << BLOCK_SHIFT);
 /// The prelude up to the salt or the table.
 const PRELUDE_BYTES: usize = 16;
 const PRELUDE_VERSION: u8 = 1;
+/// Where in it its own checksum lies: whoever needs no more than the prelude need not fetch the page, whose checksum is of all of
+/// it. 0 in frames of earlier releases.
+const SUM: Range<usize> = 12..16;
 /// Random bytes from which the frame's own key is derived.
 const SALT_BYTES: usize = 32;
 /// What AES-GCM adds to each block.
@@ -35,6 +38,19 @@ const ZSTD_LEVEL: i32 = 1;
 /// A frame's prelude must fit its first page, which readers fetch to find a block.
 const _: () =
     assert!(PRELUDE_BYTES + SALT_BYTES + 4 * (FRAME_BYTES_MAX as usize / BLOCK_BYTES) < PAGE_BYTES);
+
+/// The prelude's checksum, with what the page header says of the frame. Never 0.
+fn prelude_sum(identity: &PageIdentity, codec: Codec, stored_bytes: u32, prelude: &[u8]) -> u32 {
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&identity.volume.0.to_le_bytes());
+    sum.update(&identity.segment.0.to_le_bytes());
+    sum.update(&identity.frame.0.to_le_bytes());
+    sum.update(&[codec.byte()]);
+    sum.update(&stored_bytes.to_le_bytes());
+    sum.update(&prelude[..SUM.start]);
+    sum.update(&prelude[SUM.end..]);
+    sum.finalize().max(1)
+}
 
 /// Why the stored bytes of a frame give no data, though their checksums are right.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -151,6 +167,8 @@ impl FrameEncoder {
         if sealer.is_none() && stored.len() >= decoded {
             return Ok(None);
         }
+        let sum = prelude_sum(identity, codec, stored.len() as u32, &stored[..prelude]);
+        stored[SUM].copy_from_slice(&sum.to_le_bytes());
         Ok(Some((codec, stored.freeze())))
     }
 }
@@ -207,6 +225,24 @@ pub struct FrameHead {
 }
 
 impl FrameHead {
+    /// As [`FrameHead::parse`], from the first bytes of the first page, whose checksum was not looked at. `None`: the prelude has
+    /// no checksum of its own, or a wrong one, or goes on behind them.
+    pub fn parse_front(
+        front: &[u8],
+        identity: PageIdentity,
+        codec: Codec,
+        stored_bytes: u32,
+        key: Option<&VolumeKey>,
+    ) -> Option<Result<Self, FrameFault>> {
+        let length = u16::from_le_bytes(*front.first_chunk()?);
+        let prelude = front.get(..usize::from(length).max(PRELUDE_BYTES))?;
+        let sum = u32::from_le_bytes(*prelude[SUM].first_chunk()?);
+        if sum != prelude_sum(&identity, codec, stored_bytes, prelude) {
+            return None;
+        }
+        Some(Self::parse(prelude, identity, codec, stored_bytes, key))
+    }
+
     /// Reads the prelude from the first page of the frame `identity` of `stored_bytes`. Any bytes are allowed.
     pub fn parse(
         page: &[u8],

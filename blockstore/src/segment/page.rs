@@ -176,6 +176,17 @@ impl PageIdentity {
     }
 }
 
+/// What the header of a frame's first page says of `identity`'s codec and stored bytes. Its checksum is of the whole page: nothing
+/// of it may be believed that is not checked in another way. `None`: there is no such header.
+pub fn peek(bytes: &[u8], identity: &PageIdentity) -> Option<(Codec, u32)> {
+    let header: &[u8; PAGE_HEADER_BYTES] = bytes.first_chunk()?;
+    let codec = Codec::try_from(header[2]).ok()?;
+    let stored_bytes = u32::from_le_bytes(*header[24..28].first_chunk()?);
+    let expected = identity.encode(codec, 0, stored_bytes, crc32fast::Hasher::new());
+    (header[..3] == expected[..3] && header[4..28] == expected[4..28])
+        .then_some((codec, stored_bytes))
+}
+
 /// Takes page `page` of `identity` off the front of `bytes`. Any bytes are allowed; on a fault they are left as they were.
 pub fn take_page(bytes: &mut Bytes, identity: &PageIdentity, page: u32) -> Result<Page, PageFault> {
     let Some(header) = bytes.get(..PAGE_HEADER_BYTES) else {

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use super::flights::{Flight, Flights, Landing, Run};
 use super::scans::Scans;
 use super::second::Second;
-use super::stored::{Missed, Stored};
+use super::stored::{Front, Missed, Stored};
 use crate::cache::PageKey;
 use crate::cache::disks::Disks;
 use crate::cache::memory::MemoryTier;
@@ -283,7 +283,20 @@ impl Shared {
         if let Some(head) = known() {
             return Ok((head, Vec::new()));
         }
-        let first = match mixed {
+        let front = match mixed && wanted.start > 0 {
+            true => self.front(segment, frame).await?,
+            false => Front::Untold,
+        };
+        let likely_plain = match front {
+            Front::Encoded(head) => {
+                let head = Head::Encoded(head);
+                self.heads.lock().put((segment, frame), head.clone());
+                return Ok((head, Vec::new()));
+            }
+            Front::Plain => true,
+            Front::Untold => !mixed,
+        };
+        let first = match !likely_plain {
             // Most likely it is stored as it is.
             false => wanted.clone(),
             // No longer than its data, but for the prelude: what is asked for, if it begins at the front, is there too.

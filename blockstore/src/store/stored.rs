@@ -8,13 +8,17 @@ use heliofs_proto::ids::SegmentId;
 
 use super::fetch::Shared;
 use super::second::{CopyNews, Origin, Part};
-use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES};
+use crate::segment::codec::FrameHead;
+use crate::segment::layout::{PAGE_BYTES, PAGE_HEADER_BYTES, PAGE_STRIDE, TRAILER_BYTES};
 use crate::segment::object::{FrameEntry, decode_footer, decode_trailer};
-use crate::segment::page::{Page, PageFault, PageIdentity, take_page};
+use crate::segment::page::{Page, PageFault, PageIdentity, peek, take_page};
 use crate::{FrameNumber, FrameRange, StoreError};
 
 /// First guess at a footer's length: 250 frames.
 const FOOTER_GUESS_BYTES: u64 = 8192;
+
+/// The header of a frame's first page and the prelude of a frame of up to 6 MiB, more than a mount makes by itself.
+const FRONT_BYTES: u64 = 512;
 
 const _: () = assert!(FOOTER_GUESS_BYTES > TRAILER_BYTES as u64);
 
@@ -25,6 +29,16 @@ pub(super) enum Missed {
     Beyond,
     /// It can't be read.
     Failed(StoreError),
+}
+
+/// What the first few hundred bytes of a frame tell.
+pub(super) enum Front {
+    /// Its prelude, by its own checksum.
+    Encoded(Arc<FrameHead>),
+    /// Most likely it is stored as it is: the pages that are wanted say so for sure.
+    Plain,
+    /// Only the whole first page does: it is on this disk, was moved, is of an earlier release, or damaged.
+    Untold,
 }
 
 /// A stored page, or why not.
@@ -91,6 +105,39 @@ impl Shared {
             .into_iter()
             .map(|page| page.unwrap_or(Err(Missed::Beyond)))
             .collect()
+    }
+
+    /// How a frame is encoded, from its first few hundred bytes: whoever reads in the middle of it needs no more of its first page.
+    pub(super) async fn front(
+        &self,
+        segment: SegmentId,
+        frame: FrameNumber,
+    ) -> Result<Front, StoreError> {
+        if let Some(disk) = &self.disk
+            && disk.may_have(segment, frame, 0..1)
+        {
+            return Ok(Front::Untold);
+        }
+        let part = Part::Range(frame.start()..frame.start() + FRONT_BYTES);
+        let (bytes, _) = self.part(segment, part, 0).await?;
+        let identity = PageIdentity {
+            volume: self.volume,
+            segment,
+            frame,
+        };
+        let Some((codec, stored_bytes)) = peek(&bytes, &identity) else {
+            return Ok(Front::Untold);
+        };
+        if codec.is_plain() {
+            return Ok(Front::Plain);
+        }
+        let front = &bytes[PAGE_HEADER_BYTES..];
+        let key = self.encoder.key.as_deref();
+        match FrameHead::parse_front(front, identity, codec, stored_bytes, key) {
+            None => Ok(Front::Untold),
+            Some(Ok(head)) => Ok(Front::Encoded(Arc::new(head))),
+            Some(Err(fault)) => Err(self.undecodable(segment, frame, 0, &fault)),
+        }
     }
 
     /// Fetches pages from the bucket. Bytes that fail verification are fetched once more: a flip on the way heals, one in the

@@ -4,17 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockstore::SegmentStore;
-use heliofs_proto::error::FsError;
-use heliofs_proto::ids::{Ino, SegmentId};
+use heliofs_proto::ids::SegmentId;
 use heliofs_proto::v1::{self, maintain::Ask, maintained::Answer};
-use meta_client::{ClientError, Event, Session};
+use meta_client::{Event, Session};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
 use super::Fs;
 use crate::compact::{CompactError, Compacted, Compactor, Sightings};
-use crate::errno::Errno;
 use crate::inode::Inode;
 use crate::options::CompactionOptions;
 use crate::write::pack::Packer;
@@ -37,7 +35,7 @@ const SPARSE: u32 = 256;
 const ROOM_EVERY: Duration = Duration::from_secs(1);
 
 /// Pause between two attempts to begin a session anew.
-const RENEW_PAUSE: Duration = Duration::from_millis(500);
+pub(super) const RENEW_PAUSE: Duration = Duration::from_millis(500);
 
 impl Fs {
     pub(crate) fn store(&self) -> &Arc<SegmentStore> {
@@ -185,100 +183,6 @@ impl Fs {
             tokio::select! {
                 () = self.stop.cancelled() => return None,
                 () = tokio::time::sleep(RENEW_PAUSE) => {}
-            }
-        }
-    }
-
-    /// Goes on with a new session: what is open or dirty here is opened there. Uncommitted data of files that nobody changed
-    /// since is uploaded and committed again, under new segment ids. Locks and leases ended with the old session, so what others
-    /// have written since stays, and ours is lost: whoever syncs or opens such a file learns it.
-    ///
-    /// Errors: the new session ended meanwhile; nothing is lost by that.
-    async fn adopt(&self, session: &Session) -> Result<(), ClientError> {
-        // Nobody opens or closes meanwhile: each handle is to be counted once.
-        let _adoption = self.adoption.write().await;
-        self.segment_ids.discard().await;
-        let mut lost = Vec::new();
-        for inode in self.coherence.inodes.all() {
-            // Not while a flush is under way under the old session.
-            let _changing = inode.changing.lock().await;
-            let (opens, base) = {
-                let mut state = inode.lock();
-                state.forget();
-                (state.handles + state.owed_releases, state.base_seq)
-            };
-            let mut changed = None;
-            for _ in 0..opens {
-                match self.open_again(session, inode.ino).await? {
-                    Some(data_seq) if base == Some(data_seq) => {}
-                    Some(_) => changed = Some("others have written to it since"),
-                    None => changed = Some("it is gone"),
-                }
-            }
-            let mut state = inode.lock();
-            if changed == Some("it is gone") {
-                state.lost = Some(Errno::STALE);
-            }
-            if state.pieces.is_empty() {
-                continue;
-            }
-            state.batches.clear();
-            match changed {
-                None => {
-                    tracing::info!(
-                        ino = inode.ino,
-                        bytes = state.pieces.bytes(),
-                        "uncommitted data is uploaded again"
-                    );
-                    state.pieces.unsend_all();
-                    state.retry = None;
-                    state.failure = None;
-                }
-                Some(why) => {
-                    drop(state);
-                    lost.push((inode.clone(), why));
-                }
-            }
-        }
-        self.session.store(Arc::new(session.clone()));
-        for (inode, why) in lost {
-            let mut state = inode.lock();
-            tracing::error!(
-                ino = inode.ino,
-                bytes = state.pieces.bytes(),
-                why,
-                "uncommitted data is lost"
-            );
-            if let Some(staging) = &self.staging {
-                for record in std::mem::take(&mut state.records) {
-                    staging.put_aside(record.path(), why);
-                }
-            }
-            state.pieces.clear();
-            state.lost = Some(Errno::STALE);
-            drop(state);
-            self.settle(&inode);
-        }
-        tracing::info!("a new session goes on");
-        Ok(())
-    }
-
-    /// Opens a file once more, for as long as it takes. What identifies its content; `None`: it is gone.
-    async fn open_again(&self, session: &Session, ino: u64) -> Result<Option<u64>, ClientError> {
-        loop {
-            match session.open(Ino(ino), 0, false).await {
-                Ok((opened, _)) => {
-                    return Ok(Some(opened.attr.map_or(0, |attr| attr.data_seq)));
-                }
-                Err(ClientError::Verdict(FsError::Stale | FsError::NotFound)) => return Ok(None),
-                Err(gone @ ClientError::SessionGone(_)) => return Err(gone),
-                Err(error) => {
-                    tracing::warn!(ino, %error, "an open file could not be opened again yet");
-                    if self.stop.is_cancelled() {
-                        return Err(error);
-                    }
-                    tokio::time::sleep(RENEW_PAUSE).await;
-                }
             }
         }
     }

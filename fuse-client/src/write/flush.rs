@@ -12,6 +12,7 @@ use heliofs_proto::v1;
 use heliofs_proto::v1::command::Op;
 use meta_client::ClientError;
 
+use super::conflict::Overtaken;
 use super::pieces::{Frame, SentPiece, concat};
 use super::staging::StagedRecord;
 use super::stored::Stored;
@@ -30,6 +31,8 @@ const COMMIT_INLINE_BYTES_MAX: usize = 256 << 10;
 pub(crate) enum Refused {
     /// The segment ids were closed or the segments freed: upload again under new ids.
     Fenced,
+    /// The content was changed, by an earlier commit of this mount whose answer never came: once more, over that.
+    Again,
     /// For this reason.
     Failed(Errno),
 }
@@ -214,7 +217,7 @@ impl Fs {
             }
             self.pack();
             self.commit_sealed(&mut under_way).await;
-            let mut fenced = false;
+            let (mut fenced, mut again) = (false, false);
             for (place, flushed) in places.into_iter().zip(under_way) {
                 let mut state = flushed.inode.lock();
                 if flushed.outcome.is_err() || flushed.overwrites != state.pieces.overwrites() {
@@ -234,16 +237,18 @@ impl Fs {
                         outcomes[place] = Some(Err(error));
                     }
                     Err(Refused::Fenced) => fenced = true,
+                    Err(Refused::Again) => again = true,
                 }
             }
-            if !fenced {
+            if fenced {
+                self.segment_ids().discard().await;
+            } else if !again {
                 break;
             }
-            self.segment_ids().discard().await;
         }
         let outcomes = inodes.iter().zip(outcomes).map(|(inode, outcome)| {
             outcome.unwrap_or_else(|| {
-                tracing::error!(ino = inode.ino, "segment ids were refused again and again");
+                tracing::error!(ino = inode.ino, "commits were refused again and again");
                 inode.lock().failure = Some(Errno::IO);
                 Err(Errno::IO)
             })
@@ -328,13 +333,16 @@ impl Fs {
                 .extents
                 .iter()
                 .map(|extent| extent.offset + extent.length);
+            let state = file.inode.lock();
             v1::FileCommit {
                 ino: file.inode.ino,
                 extents: file.extents.clone(),
                 size_min: ends.max().unwrap_or(0),
-                mtime: file.inode.lock().mtime.unwrap_or(0),
+                mtime: state.mtime.unwrap_or(0),
                 // Cleared at once when the write was made.
                 kill_suidgid: false,
+                // What was staged may have waited for long, and leases can be lost meanwhile.
+                base_seq: state.staged_base,
             }
         });
         let op = Op::Commit(v1::Commit {
@@ -384,6 +392,9 @@ impl Fs {
                     self.committed(part, &attr, position);
                     continue;
                 }
+                Err(ClientError::Verdict(FsError::Changed)) => {
+                    Err(self.overtaken(part.inode).await)
+                }
                 Err(error) => Err(self.refused(part.inode, &part.pieces, &error)),
             };
             let file = files
@@ -407,6 +418,8 @@ impl Fs {
                 continue;
             }
             let mut segments: Vec<u64> = file.extents.iter().map(|extent| extent.segment).collect();
+            // Inline bytes of anybody look alike.
+            segments.retain(|segment| *segment != 0);
             segments.sort_unstable();
             segments.dedup();
             pairs.extend(
@@ -476,13 +489,8 @@ impl Fs {
             }
             ClientError::Verdict(FsError::Stale | FsError::NotFound) => {
                 // The inode is gone (its last name was removed elsewhere and nobody had it open any more).
-                tracing::warn!(
-                    ino = inode.ino,
-                    "the file is gone; what was written to it is lost"
-                );
-                state.pieces.clear();
-                state.batches.clear();
-                state.lost = Some(Errno::STALE);
+                drop(state);
+                self.give_over(inode, Overtaken::Gone);
                 Refused::Failed(Errno::STALE)
             }
             // What was uploaded stays: the same commit is proposed again by the next flush. When the session is over, the next

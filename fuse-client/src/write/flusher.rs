@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use heliofs_proto::ids::Ino;
-use meta_client::Recalled;
+use meta_client::{Recalled, Session};
 use tokio::sync::Semaphore;
 
 use super::stage::Stage;
@@ -32,9 +32,20 @@ const RECALLS_MAX: usize = 256;
 /// Longest that somebody waits for a lease to be returned; well below the time that operations wait for an answer.
 const RECALL_WAIT: Duration = Duration::from_secs(10);
 
+/// Longest that somebody waits for a lease under which staged data is held while the bucket takes nothing of it. Who waits gets an
+/// error before, and may try again.
+const DRAIN_WAIT: Duration = Duration::from_secs(60);
+
 /// First and longest pause between two attempts to store a file's data.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
+
+impl InodeState {
+    /// Sync has confirmed data that is staged only, and nothing says that the bucket will not take it.
+    fn waits_for_the_bucket(&self) -> bool {
+        !self.records.is_empty() && !self.pieces.is_empty() && self.failure.is_none()
+    }
+}
 
 impl Fs {
     /// Runs until the file system stops.
@@ -224,6 +235,7 @@ impl Fs {
                 // What can't be stored now is known as such here; who waits sees what was stored before.
                 let holds = !state.pieces.is_empty() && state.failure.is_none();
                 let bytes = state.pieces.bytes();
+                let holds = holds || state.resuming;
                 drop(state);
                 holds.then_some((inode, bytes))
             });
@@ -241,42 +253,97 @@ impl Fs {
             let recalls: Vec<Recalled> = recalls.by_ref().take(inodes.len()).collect();
             let (fs, session) = (self.clone(), session.clone());
             self.runtime().spawn(async move {
-                fs.give_up(&inodes).await;
-                for recall in recalls {
-                    session.return_lease(recall);
-                }
+                fs.give_up(&session, inodes, recalls).await;
             });
         }
     }
 
-    /// Stores files that somebody waits for; gives up waiting, not storing, when that takes too long.
-    async fn give_up(self: &Arc<Self>, inodes: &[Arc<Inode>]) {
-        let (fs, wanted) = (self.clone(), inodes.to_vec());
+    /// Stores files that somebody waits for, and returns their leases; gives up waiting, not storing, when that takes too long.
+    async fn give_up(
+        self: &Arc<Self>,
+        session: &Session,
+        inodes: Vec<Arc<Inode>>,
+        recalls: Vec<Recalled>,
+    ) {
+        let (fs, wanted) = (self.clone(), inodes.clone());
         let flush = self
             .runtime()
             .spawn(async move { fs.flush_many(&wanted).await });
-        let why = match tokio::time::timeout(RECALL_WAIT, flush).await {
-            Ok(Ok(flushed)) => {
-                for (inode, flushed) in inodes.iter().zip(flushed) {
-                    if let Err(error) = flushed {
-                        tracing::warn!(ino = inode.ino, %error, "a write lease is returned without its data");
-                    }
-                }
-                return;
-            }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "storing it takes too long".to_owned(),
+        let flushed = match tokio::time::timeout(RECALL_WAIT, flush).await {
+            Ok(Ok(flushed)) => flushed
+                .into_iter()
+                .map(|flushed| flushed.map_err(|error| error.to_string()))
+                .collect(),
+            Ok(Err(error)) => vec![Err(error.to_string()); inodes.len()],
+            Err(_) => vec![Err("storing it takes too long".to_owned()); inodes.len()],
         };
-        // As after a close that failed: here every later sync and open tries again, and says so if it fails.
-        for inode in inodes {
+        for ((inode, recall), flushed) in inodes.into_iter().zip(recalls).zip(flushed) {
+            let Err(why) = flushed else {
+                session.return_lease(recall);
+                continue;
+            };
             let mut state = inode.lock();
+            if state.waits_for_the_bucket() {
+                drop(state);
+                let (fs, session) = (self.clone(), session.clone());
+                self.runtime().spawn(async move {
+                    fs.drain(&inode).await;
+                    session.return_lease(recall);
+                });
+                continue;
+            }
             if !state.pieces.is_empty() {
                 tracing::warn!(
                     ino = inode.ino,
                     why,
                     "a write lease is returned without its data"
                 );
+                // As after a close that failed: here every later sync and open tries again, and says so if it fails.
                 state.failure.get_or_insert(Errno::IO);
+            }
+            drop(state);
+            session.return_lease(recall);
+        }
+    }
+
+    /// Stores a file of which sync has confirmed more than the bucket has, for as long as the bucket takes anything of this
+    /// mount: meanwhile the lease is kept, and whoever wants to see the file waits. What is left then stays staged, and is stored
+    /// if nobody has changed the file by then.
+    async fn drain(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let (stop, mut uploaded, mut since) =
+            (self.stop_token(), self.stored_bytes(), Instant::now());
+        loop {
+            let (fs, wanted) = (self.clone(), inode.clone());
+            let mut flush = self.runtime().spawn(async move { fs.flush(&wanted).await });
+            let mut failed = false;
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    _ = &mut flush, if !failed => failed = true,
+                    () = tokio::time::sleep(RETRY_MIN) => {}
+                }
+                if !inode.lock().waits_for_the_bucket() {
+                    return;
+                }
+                let now = self.stored_bytes();
+                if now != uploaded {
+                    (uploaded, since) = (now, Instant::now());
+                }
+                if since.elapsed() >= DRAIN_WAIT {
+                    tracing::warn!(
+                        ino = inode.ino,
+                        bytes = inode.lock().pieces.bytes(),
+                        "a write lease is returned although the bucket has not taken what is staged: others see what was stored before"
+                    );
+                    return;
+                }
+                if failed {
+                    break;
+                }
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(RETRY_MIN) => {}
             }
         }
     }

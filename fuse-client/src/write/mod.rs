@@ -10,6 +10,7 @@
 //! - [`flusher`]: what flushes by age and under pressure
 
 pub mod budget;
+pub(crate) mod conflict;
 pub mod flush;
 pub mod flusher;
 pub mod pack;

@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::{Ino, Position};
-use heliofs_proto::v1;
 use meta_client::ClientError;
 
 use super::pieces::StagedAt;
 use super::staging::record::Header;
 use super::staging::{StagedRecord, Staging};
 use crate::fs::Fs;
+use crate::inode::Inode;
 
 /// Extents asked for with the open, and per request after that.
 const EXTENTS: u32 = 512;
@@ -74,7 +74,40 @@ impl Fs {
         ino: u64,
         records: Vec<(Header, Arc<StagedRecord>)>,
     ) -> Result<(), ClientError> {
-        let session = self.session();
+        let inode = self.coherence().inodes.acquire(ino);
+        // A recall of the lease that the open brings waits until there is something to be stored (`Fs::answer_recalls`).
+        let changing = inode.changing.lock().await;
+        inode.lock().resuming = true;
+        let taken = self.take_over(staging, &inode, records).await;
+        inode.lock().resuming = false;
+        drop(changing);
+        match taken {
+            Ok(true) => {
+                // The open goes back once the data is stored.
+                if self.coherence().inodes.release(&inode) {
+                    self.session().release(Ino(ino));
+                }
+                Ok(())
+            }
+            Ok(false) => {
+                self.coherence().inodes.abandon(&inode);
+                Ok(())
+            }
+            Err(error) => {
+                self.coherence().inodes.abandon(&inode);
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens the file under its write lease and takes its records over. False: there are none to be stored, and it is not open.
+    async fn take_over(
+        &self,
+        staging: &Staging,
+        inode: &Arc<Inode>,
+        records: Vec<(Header, Arc<StagedRecord>)>,
+    ) -> Result<bool, ClientError> {
+        let (session, ino) = (self.session(), inode.ino);
         let mut opened = session.open(Ino(ino), EXTENTS, true).await;
         if opened.is_ok() && !session.holds_write_lease(Ino(ino)) {
             // The mount that died counted when the lease could have been given; by now its session has ended.
@@ -88,7 +121,7 @@ impl Fs {
                     let why = format!("the file (inode {ino}) is gone");
                     staging.put_aside(record.path(), &why);
                 }
-                return Ok(());
+                return Ok(false);
             }
             Err(error) => return Err(error),
         };
@@ -99,7 +132,8 @@ impl Fs {
             let fits = header.epoch == u64::from(at.epoch.0)
                 && (!accepted.is_empty() || header.base_seq == attr.data_seq || {
                     if ours.is_none() {
-                        ours = Some(self.changed_by_us_last(staging, ino, attr.data_seq).await?);
+                        let asked = self.changed_by_us_last(&session, ino, attr.data_seq, &[]);
+                        ours = Some(asked.await.inspect_err(|_| session.release(Ino(ino)))?);
                     }
                     ours == Some(true)
                 });
@@ -120,15 +154,16 @@ impl Fs {
         );
         if accepted.is_empty() {
             session.release(Ino(ino));
-            return Ok(());
+            return Ok(false);
         }
-        let inode = self.coherence().inodes.acquire(ino);
         {
             let mut state = inode.lock();
             state.saw(&attr, at, false);
             if let Some(page) = &opened.extents {
                 state.learn(&attr, at, 0..page.complete_to, &page.extents);
             }
+            // Somebody may write to it before this is stored, if it has no lease: not over that.
+            state.staged_base = Some(attr.data_seq);
             for (header, record) in accepted {
                 let mut offset = 0;
                 for (place, length) in header.ranges {
@@ -153,38 +188,7 @@ impl Fs {
             state.dirty_since = Some(Instant::now());
         }
         self.dirty().lock().insert(ino, inode.clone());
-        // The open goes back once the data is stored.
-        if self.coherence().inodes.release(&inode) {
-            session.release(Ino(ino));
-        }
-        Ok(())
-    }
-
-    /// Whether the last change of the file was a commit of data that was staged here.
-    async fn changed_by_us_last(
-        &self,
-        staging: &Staging,
-        ino: u64,
-        data_seq: u64,
-    ) -> Result<bool, ClientError> {
-        let mut from = 0;
-        loop {
-            let (page, _) = self
-                .session()
-                .get_extents(Ino(ino), from, u64::MAX - from, EXTENTS)
-                .await?;
-            let ours = |extent: &v1::Extent| {
-                extent.seq == data_seq && staging.has_noted(ino, extent.segment)
-            };
-            if page.extents.iter().any(ours) {
-                return Ok(true);
-            }
-            let size = page.attr.map_or(0, |attr| attr.size);
-            if page.complete_to <= from || page.complete_to >= size {
-                return Ok(false);
-            }
-            from = page.complete_to;
-        }
+        Ok(true)
     }
 
     /// The epoch that staged records belong to.

@@ -128,6 +128,7 @@ impl Fs {
                             return Ok(false);
                         }
                         state.records.push_back(record);
+                        state.staged_base = Some(base_seq);
                     }
                 }
             }

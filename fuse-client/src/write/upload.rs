@@ -1,6 +1,7 @@
 //! Buffered bytes into the bucket: what fills a segment has it for itself.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, INLINE_BYTES_MAX};
 use tokio::sync::watch;
@@ -93,12 +94,18 @@ impl Fs {
             loaded.push(pieces);
         }
         let (segment, numbers) = self.store().build(id, loaded).await?;
-        let record = segment.record();
+        let (record, bytes) = (segment.record(), segment.length);
         self.store().put(segment).await.map_err(|error| {
             tracing::warn!(segment = id.0, %error, "upload failed");
             Errno::from(error)
         })?;
+        self.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok((Arc::new(Stored::new(record, self.abandoned())), numbers))
+    }
+
+    /// Bytes of segments that this mount has stored: as long as they grow, the bucket takes what it is given.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        self.stored_bytes.load(Ordering::Relaxed)
     }
 
     /// Commits uploaded batches in the background once enough of them wait.

@@ -1,10 +1,9 @@
 //! `heliofs config`: shows or changes a volume's settings.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
-use blockstore::{Bucket, KeyOpener, Passphrase, StoreOptions, VolumeKey};
+use blockstore::{Bucket, Passphrase, StoreOptions, VolumeKey};
 use clap::Args;
 use heliofs_proto::v1::{UpdateVolumeRequest, Volume};
 use meta_client::ClusterError;
@@ -95,7 +94,7 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     }
     let new = match (&options.new_passphrase_file, &options.new_encrypt_key) {
         (Some(file), _) => Some(Passphrase::new(read_private(file, "passphrase")?).into()),
-        (None, Some(file)) => Some(KeyOpener::Rsa(Arc::new(read_key(file)?))),
+        (None, Some(file)) => Some(read_key(file)?),
         (None, None) => None,
     };
     if let Some(new) = new {
@@ -104,6 +103,8 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         };
         let key = VolumeKey::open(encryption, &options.passphrase.required()?)?;
         encryption.keys = vec![key.wrap(&new)?];
+        // Volumes of earlier releases have none.
+        encryption.commitment = key.commitment();
     }
     if options.keys.given() {
         (storage.access_key, storage.secret_key) = options.keys.find()?;

@@ -241,6 +241,13 @@ impl Check<'_> {
                     "the cluster gave another answer than was asked for",
                 ));
             };
+            if checked.parts == 0 && checked.problems.is_empty() {
+                // A server of a release before there were parts knows none of the question.
+                return Err(Failure::new(
+                    "the metadata records were not checked: the metadata server is of an earlier release, which can't",
+                )
+                .hint("upgrade the metadata nodes first"));
+            }
             report.problems.extend(checked.problems);
             parts = checked.parts;
             part += 1;

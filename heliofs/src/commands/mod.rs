@@ -21,6 +21,7 @@ pub(crate) mod restore;
 pub(crate) mod rmr;
 pub(crate) mod segments;
 pub(crate) mod snapshot;
+pub(crate) mod staging;
 pub(crate) mod status;
 pub(crate) mod summary;
 pub(crate) mod sync;
@@ -67,6 +68,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Objbench(options) => wait(objbench::run(options, json)),
         Command::Quota(command) => wait(quota::run(command, json)),
         Command::Snapshot(command) => wait(snapshot::run(command, json)),
+        Command::Staging(command) => wait(staging::run(command, json)),
         Command::Summary(options) => wait(summary::run(options, json)),
         Command::Bench(options) => bench::run(&options, json),
         Command::Restore(options) => wait(restore::run(options, json)),

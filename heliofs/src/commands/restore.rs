@@ -219,6 +219,10 @@ async fn put_back(session: &Session, it: &Kept) -> Outcome<Option<String>> {
         Err(ClientError::Verdict(FsError::Stale | FsError::NotFound | FsError::NotDirectory)) => {
             Some("the directory that it was in is gone for good".to_owned())
         }
+        Err(ClientError::Verdict(FsError::CrossDevice)) => Some(
+            "a quota was set or taken back since, and moving the tree would not charge it anew: copy it (cp -a)"
+                .to_owned(),
+        ),
         Err(ClientError::Verdict(verdict)) => {
             Some(Failure::from(ClientError::Verdict(verdict)).to_json()["error"].to_string())
         }

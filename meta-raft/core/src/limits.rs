@@ -1,10 +1,13 @@
 //! Bounds of the state machine. DESIGN.md §3.3: a command changes at most 1,000 records.
 
 /// The highest behaviour that this build can apply. A volume's `core_level` is raised only by a logged command.
-pub const CORE_LEVEL_MAX: u32 = 2;
+pub const CORE_LEVEL_MAX: u32 = 3;
 
 /// From this level on there are quotas and snapshots.
 pub const CORE_LEVEL_QUOTAS: u32 = 2;
+
+/// From this level on a commit can depend on what the file's content is.
+pub const CORE_LEVEL_CONDITIONS: u32 = 3;
 
 /// Extents that one command removes in place; more become an erase record that `EraseStep` works off. Each removal touches the
 /// extent and perhaps its segment's record, so that twice this number stays well below 1,000.

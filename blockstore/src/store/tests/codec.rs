@@ -145,15 +145,21 @@ async fn every_codec_reads_back_random_ranges_with_and_without_caches() {
 
 #[tokio::test]
 async fn a_random_read_of_a_large_frame_fetches_little_and_readers_share_it() {
-    let rig = Rig::new(1, Rates::default());
     let encoder = FrameEncoder {
         compression: Compression::Zstd,
         key: Some(key()),
     };
-    let data = prose(64 * PAGE_BYTES, 3);
+    // What the test's own key encrypts and nothing compresses lies across the borders of pages.
+    for data in [prose(64 * PAGE_BYTES, 3), noise(64 * PAGE_BYTES, 5)] {
+        a_random_read_fetches_little(&encoder, data).await;
+    }
+}
+
+async fn a_random_read_fetches_little(encoder: &FrameEncoder, data: Bytes) {
+    let rig = Rig::new(1, Rates::default());
     let store = over(
         &rig,
-        &encoder,
+        encoder,
         StoreOptions {
             cache_uploads: false,
             ..Default::default()
@@ -176,10 +182,10 @@ async fn a_random_read_of_a_large_frame_fetches_little_and_readers_share_it() {
     assert_eq!(
         after - reads,
         2,
-        "the first page with the table, and the block"
+        "the first page's beginning with the table, and the block"
     );
     assert!(
-        more - bytes <= 3 * (PAGE_BYTES as u64 + 32),
+        more - bytes <= 2 * (PAGE_BYTES as u64 + 32) + 512,
         "{} bytes",
         more - bytes
     );

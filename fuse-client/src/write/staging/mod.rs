@@ -2,12 +2,14 @@
 //!
 //! - this file: [`Staging`], the folder: written, read, emptied; one mount at a time
 //! - [`record`]: one file's data, as it is staged
+//! - [`look`]: what is in a folder, for whoever does not mount it
 //! - [`notes`]: which segments commits of this folder's data have named
 //!
 //! A record is on disk (file and directory synced) before anybody is told so, and goes once its bytes are committed, or
 //! overwritten by bytes that are committed or in a later record. Of one inode records go in the order in which they came: were
 //! an earlier one left behind alone, a crash would bring its bytes back over newer ones.
 
+pub mod look;
 pub mod notes;
 pub mod record;
 
@@ -282,36 +284,10 @@ impl Staging {
         path: &Path,
         store: &SegmentStore,
     ) -> Result<(Header, Arc<StagedRecord>), String> {
-        let number = path
-            .file_name()
-            .and_then(|name| number_of(&name.to_string_lossy()));
-        let number = number.ok_or_else(|| "its name is no record's".to_owned())?;
-        let mut file = File::open(path).map_err(|error| error.to_string())?;
-        let header = Header::read(&mut file)?;
-        if header.number != number {
-            return Err(format!("it is record {}", header.number));
-        }
-        let base = file.stream_position().map_err(|error| error.to_string())?;
-        let mut object = Vec::new();
-        file.seek(SeekFrom::Start(base))
-            .and_then(|_| file.read_to_end(&mut object))
-            .map_err(|error| error.to_string())?;
-        let entries = store
-            .check(&Bytes::from(object), SegmentId(number))
-            .map_err(|fault| fault.to_string())?;
-        let staged: u64 = header.ranges.iter().map(|(_, length)| length).sum();
-        let framed: u64 = entries
-            .iter()
-            .map(|entry| u64::from(entry.decoded_bytes))
-            .sum();
-        if staged != framed {
-            return Err(format!("{framed} bytes in frames, {staged} in ranges"));
-        }
-        if let Some(listed) = self.records.lock().get_mut(&number) {
+        let (header, record) = read_record(path, store)?;
+        if let Some(listed) = self.records.lock().get_mut(&record.number()) {
             listed.ino = header.ino;
         }
-        let record = StagedRecord::new(number, header.ino, path.to_owned());
-        record.written(Frames { base, entries });
         Ok((header, Arc::new(record)))
     }
 
@@ -412,6 +388,37 @@ impl Staging {
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
+}
+
+fn read_record(path: &Path, store: &SegmentStore) -> Result<(Header, StagedRecord), String> {
+    let number = path
+        .file_name()
+        .and_then(|name| number_of(&name.to_string_lossy()));
+    let number = number.ok_or_else(|| "its name is no record's".to_owned())?;
+    let mut file = File::open(path).map_err(|error| error.to_string())?;
+    let header = Header::read(&mut file)?;
+    if header.number != number {
+        return Err(format!("it is record {}", header.number));
+    }
+    let base = file.stream_position().map_err(|error| error.to_string())?;
+    let mut object = Vec::new();
+    file.seek(SeekFrom::Start(base))
+        .and_then(|_| file.read_to_end(&mut object))
+        .map_err(|error| error.to_string())?;
+    let entries = store
+        .check(&Bytes::from(object), SegmentId(number))
+        .map_err(|fault| fault.to_string())?;
+    let staged: u64 = header.ranges.iter().map(|(_, length)| length).sum();
+    let framed: u64 = entries
+        .iter()
+        .map(|entry| u64::from(entry.decoded_bytes))
+        .sum();
+    if staged != framed {
+        return Err(format!("{framed} bytes in frames, {staged} in ranges"));
+    }
+    let record = StagedRecord::new(number, header.ino, path.to_owned());
+    record.written(Frames { base, entries });
+    Ok((header, record))
 }
 
 fn load(

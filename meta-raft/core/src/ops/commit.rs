@@ -14,6 +14,7 @@ use heliofs_proto::v1;
 use super::segments::Balance;
 use super::{extents, privileges};
 use crate::keys;
+use crate::limits::CORE_LEVEL_CONDITIONS;
 use crate::records::{ExtentData, ExtentRecord, InodeRecord, SegmentBlockRecord, SegmentRecord};
 use crate::txn::{OpError, OpResult, Txn};
 use crate::view::View;
@@ -21,7 +22,7 @@ use crate::view::View;
 /// Publishes segments and extents of several files.
 ///
 /// Each file has its own verdict in `files`: `STALE` if it is gone, `IS_DIRECTORY` or `INVALID` if it has no content or the
-/// extents make no sense, `SEGMENT_FENCED` if they name a segment that this session may not commit or that was freed,
+/// extents make no sense, `CHANGED` if its content is not the one that the commit was made for, `SEGMENT_FENCED` if they name a segment that this session may not commit or that was freed,
 /// `FILE_TOO_LARGE`, `READ_ONLY` in a snapshot. A segment that the commit brings and that nothing references in the end is freed at once.
 ///
 /// Refused as a whole: `INVALID` when there is too much of anything, a file comes twice or a segment contradicts its record;
@@ -196,6 +197,11 @@ fn check<V: View>(
             data,
         };
         records.push((extent.offset, record));
+    }
+    if file.base_seq.is_some_and(|base| base != inode.data_seq)
+        && txn.settings()?.core_level >= CORE_LEVEL_CONDITIONS
+    {
+        return Err(FsError::Changed.into());
     }
     // Last: whoever is told so uploads again, which helps only if all else is in order.
     if fenced {

@@ -55,6 +55,11 @@ fn namespace_commands_do_what_their_script_says() {
 }
 
 #[test]
+fn conditional_commits_do_what_their_script_says() {
+    run("condition.txt");
+}
+
+#[test]
 fn renames_do_what_their_script_says() {
     run("rename.txt");
 }

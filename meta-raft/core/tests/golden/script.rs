@@ -345,6 +345,7 @@ impl Volume {
                     size_min: offset + length,
                     mtime: 0,
                     kill_suidgid: words.flag("kill"),
+                    base_seq: words.number("base")?,
                 };
                 Op::Commit(v1::Commit {
                     segments: Vec::new(),

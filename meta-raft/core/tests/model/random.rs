@@ -354,7 +354,7 @@ fn replay(mut records: Records, log: &[(meta_core::Stamp, Command)], group: usiz
 
 fn run(steps: &[Step]) -> (World, Reference, Vec<Records>) {
     let settings = v1::VolumeSettings {
-        core_level: 2,
+        core_level: meta_core::limits::CORE_LEVEL_MAX,
         ..v1::VolumeSettings::default()
     };
     let mut world = World::new(settings);

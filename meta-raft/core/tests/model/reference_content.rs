@@ -110,6 +110,7 @@ impl Reference {
                     Ok(()) if file.extents.iter().any(|extent| extent.length == 0) => {
                         FsError::Invalid
                     }
+                    Ok(()) if file.base_seq.is_some() => FsError::Changed,
                     Ok(()) => {
                         let ids = file.extents.iter().map(|extent| extent.segment);
                         match ids.filter(|id| *id != 0).any(|id| fenced(&id)) {

@@ -481,7 +481,7 @@ impl Writer {
             }
             Step::Capacity(bytes) => {
                 let settings = v1::VolumeSettings {
-                    core_level: 2,
+                    core_level: meta_core::limits::CORE_LEVEL_MAX,
                     capacity_bytes_max: if bytes % 2 == 0 { 0 } else { u64::from(*bytes) },
                     ..v1::VolumeSettings::default()
                 };
@@ -612,6 +612,8 @@ impl Writer {
                     by => reference.time + 700 * (i64::from(by) - 3),
                 },
                 kill_suidgid: flags & 1 != 0,
+                // No content has this number: what a right one does, other tests show.
+                base_seq: (size_min % 17 == 5).then_some(u64::MAX),
             });
         }
         // Sometimes listed without need, sometimes not listed although new, sometimes listed again.

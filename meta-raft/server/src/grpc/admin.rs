@@ -263,7 +263,13 @@ impl Admin for AdminService {
                 let encryption = storage.encryption.as_ref();
                 encryption.map(|encryption| (encryption.cipher.clone(), encryption.key_id))
             };
-            if key(&storage) != key(&before) {
+            let commitment = |storage: &v1::StorageConfig| {
+                let encryption = storage.encryption.as_ref();
+                encryption.map_or_else(Default::default, |it| it.commitment.clone())
+            };
+            let recommitted =
+                !commitment(&before).is_empty() && commitment(&storage) != commitment(&before);
+            if key(&storage) != key(&before) || recommitted {
                 return Err(Status::invalid_argument(
                     "whether and with which key a volume is encrypted can't be changed: its objects are",
                 ));

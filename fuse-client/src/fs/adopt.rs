@@ -1,0 +1,153 @@
+//! A mount goes on after it has lost its session.
+
+use std::sync::Arc;
+
+use heliofs_proto::error::FsError;
+use heliofs_proto::ids::Ino;
+use meta_client::{ClientError, Session};
+
+use super::Fs;
+use super::background::RENEW_PAUSE;
+use crate::errno::Errno;
+use crate::write::conflict::Overtaken;
+
+impl Fs {
+    /// Goes on with a new session: what is open or dirty here is opened there. Uncommitted data of files that nobody else changed
+    /// since is uploaded and committed again, under new segment ids. Locks and leases ended with the old session, so what others
+    /// have written since stays, and ours is lost, or kept aside if it was staged: whoever syncs or opens such a file learns it.
+    ///
+    /// Errors: the new session ended meanwhile; nothing is lost by that.
+    pub(super) async fn adopt(&self, session: &Session) -> Result<(), ClientError> {
+        // Nobody opens or closes meanwhile: each handle is to be counted once.
+        let _adoption = self.adoption.write().await;
+        self.segment_ids.discard().await;
+        let mut lost = Vec::new();
+        for inode in self.coherence.inodes.all() {
+            // Not while a flush is under way under the old session.
+            let _changing = inode.changing.lock().await;
+            let (opens, base, dirty, sent) = {
+                let mut state = inode.lock();
+                state.forget();
+                (
+                    state.handles + state.owed_releases,
+                    state.staged_base.or(state.base_seq),
+                    !state.pieces.is_empty(),
+                    state.sent_segments(),
+                )
+            };
+            let (mut content, mut gone) = (base, false);
+            for _ in 0..opens {
+                match self.open_again(session, inode.ino, dirty).await? {
+                    Some(data_seq) => content = Some(data_seq),
+                    None => gone = true,
+                }
+            }
+            // The outcome of a commit that was under way is unknown: it may have been the last change.
+            let unchanged = gone
+                || content == base
+                || match content {
+                    Some(data_seq) if dirty => {
+                        self.ours_for_sure(session, inode.ino, data_seq, &sent)
+                            .await?
+                    }
+                    _ => false,
+                };
+            if gone {
+                inode.lock().lost = Some(Errno::STALE);
+            }
+            if !dirty {
+                continue;
+            }
+            if gone {
+                lost.push((inode.clone(), Overtaken::Gone));
+                continue;
+            }
+            if !unchanged {
+                lost.push((inode.clone(), Overtaken::Changed));
+                continue;
+            }
+            let mut state = inode.lock();
+            tracing::info!(
+                ino = inode.ino,
+                bytes = state.pieces.bytes(),
+                "uncommitted data is uploaded again"
+            );
+            state.batches.clear();
+            state.pieces.unsend_all();
+            state.retry = None;
+            state.failure = None;
+            state.base_seq = content.or(state.base_seq);
+            state.staged_base = state.staged_base.and(content);
+        }
+        self.session.store(Arc::new(session.clone()));
+        for (inode, why) in lost {
+            self.give_over(&inode, why);
+            self.settle(&inode);
+        }
+        tracing::info!("a new session goes on");
+        Ok(())
+    }
+
+    /// Opens a file once more, for as long as it takes; with `dirty`, under its write lease if nobody else has it open. What
+    /// identifies its content; `None`: it is gone.
+    async fn open_again(
+        &self,
+        session: &Session,
+        ino: u64,
+        dirty: bool,
+    ) -> Result<Option<u64>, ClientError> {
+        loop {
+            match session.open(Ino(ino), 0, dirty).await {
+                Ok((opened, _)) => {
+                    return Ok(Some(opened.attr.map_or(0, |attr| attr.data_seq)));
+                }
+                Err(error) => {
+                    if self.is_final(ino, error).await? {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`Fs::changed_by_us_last`], for as long as it takes.
+    async fn ours_for_sure(
+        &self,
+        session: &Session,
+        ino: u64,
+        data_seq: u64,
+        sent: &[u64],
+    ) -> Result<bool, ClientError> {
+        loop {
+            match self.changed_by_us_last(session, ino, data_seq, sent).await {
+                Ok(ours) => return Ok(ours),
+                Err(error) => {
+                    if self.is_final(ino, error).await? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether `error` says that the file is gone; otherwise it is time to ask again.
+    ///
+    /// Errors: the session ended, or the mount does.
+    async fn is_final(&self, ino: u64, error: ClientError) -> Result<bool, ClientError> {
+        match error {
+            ClientError::Verdict(FsError::Stale | FsError::NotFound) => Ok(true),
+            ClientError::SessionGone(_) => Err(error),
+            ClientError::Verdict(_)
+            | ClientError::Unavailable { .. }
+            | ClientError::Unknown { .. }
+            | ClientError::Invalid(_) => {
+                tracing::warn!(ino, %error, "an open file could not be opened again yet");
+                if self.stop.is_cancelled() {
+                    return Err(error);
+                }
+                tokio::time::sleep(RENEW_PAUSE).await;
+                Ok(false)
+            }
+        }
+    }
+}
