@@ -182,6 +182,7 @@ fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     source.format_file("follows", &[]);
     let here = source.mount("follows");
     fs::write(here.join("old"), vec![3; 50_000]).unwrap();
+    File::open(here.join("old")).unwrap().sync_all().unwrap();
     let mirror = mirror_of(&source, &source.url(), 1, &[]);
     catch_up(&source, &mirror, "follows");
     let there = Mount::of(&mirror, "follows", &["--follow-promotion"]);

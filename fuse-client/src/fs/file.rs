@@ -80,7 +80,7 @@ impl Fs {
         how: OpenHow,
         caller: Caller,
     ) -> FsResult<Opened> {
-        if how.truncate {
+        if how.truncate || how.write {
             self.writable()?;
         }
         let _adoption = self.adoption.read().await;
