@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites faults churn fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy token-trials lint install
+.PHONY: help build demo test suites faults churn chaos caps fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy token-trials lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -38,6 +38,13 @@ faults: ## Each fault of an S3 server for a minute, under fsx and a checked load
 
 churn: ## Stored bytes beside live bytes under random changes; OPERATIONS and LIVE_MIB set the size
 	@.ci/churn
+
+chaos: ## Ten minutes of faults on both sides of a mirror; what readers saw is recorded in ./history.jsonl and checked
+	HELIOFS_CHAOS_SECONDS=600 HELIOFS_CHAOS_HISTORY=$(CURDIR)/history.jsonl \
+		cargo test --release --workspace --test mirror_chaos -- --nocapture
+
+caps: ## 2 GiB of log written at a source whose mirror, with a cap of 256 MiB, is away; it comes back and keeps its objects
+	HELIOFS_CAP_MIB=256 cargo test --release --workspace --test mirror_copy past_its_cap -- --nocapture
 
 fuzz: ## A million rounds of decoding damaged segments and records
 	FUZZ_ITERATIONS=1000000 cargo test --release --workspace --lib --test fuzz_records of_any_bytes

@@ -2,12 +2,14 @@
 //! table that sets two systems side by side. `benches/quick`, `benches/scale` and `benches/failover` run it.
 //!
 //! - [`load`]: the phases and how they are timed
+//! - [`filer`]: how far SeaweedFS's filer.sync is behind
 //! - [`fsync`]: what one synced append costs on a device, the floor under every durable operation
 //! - [`gap`]: the longest time between two creates that succeeded
 //! - [`mirror`]: how far a mirror is behind over a slow link, and how quickly it comes back
 //! - [`scale`]: millions of inodes, a file of a million extents, and others' latencies meanwhile
 //! - [`table`]: medians of repeated runs and their ratios
 
+mod filer;
 mod fsync;
 mod gap;
 mod load;
@@ -50,6 +52,8 @@ enum Command {
     Relay(mirror::Relay),
     /// Commits at a rate and prints how old entries are when a mirror has applied them.
     MirrorLag(mirror::Lag),
+    /// Makes directories in one SeaweedFS filer at a rate and prints how long they take to another.
+    FilerLag(filer::FilerLag),
     /// Lets a mirror fall behind and prints how quickly it applies what it missed.
     MirrorCatchUp(mirror::CatchUp),
     /// Prints the table of two files of JSON lines, ratio = first / second.
@@ -66,6 +70,7 @@ fn main() -> anyhow::Result<()> {
         Command::Gap(options) => gap::run(&options),
         Command::Relay(options) => mirror::relay(&options),
         Command::MirrorLag(options) => mirror::lag(&options),
+        Command::FilerLag(options) => filer::lag(&options),
         Command::MirrorCatchUp(options) => mirror::catch_up(&options),
         Command::Table(options) => table::print(&options),
     }

@@ -1,15 +1,16 @@
 //! Compaction: what still lives in sparse segments is copied into new ones, and the extents follow. The old segments then have
 //! no live bytes, and are deleted as any others.
 //!
-//! Frames that are mostly alive are copied as they are, others by their live ranges. Nothing is locked: the cluster moves only
-//! what still lies where it was copied from.
+//! Frames that are mostly alive are copied as they are, others by their live ranges; neighbours are read with one request, some
+//! segments ahead. Nothing is locked: the cluster moves only what still lies where it was copied from.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
 
 use blockstore::segment::object::FrameEntry;
 use blockstore::{FrameNumber, FrameRange, Kind, SegmentBuilder, SegmentStore, StoreError};
 use bytes::Bytes;
+use futures::StreamExt;
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::SegmentId;
 use heliofs_proto::v1::{self, command::Op, maintain::Ask, maintained::Answer};
@@ -22,6 +23,13 @@ const MOVES: usize = 128;
 
 /// A frame is copied as it is when at least this part of it lives; below that its live ranges become frames of their own.
 const VERBATIM_PERCENT_MIN: u64 = 70;
+
+/// A frame of which less lives than this is not read whole to copy that little, unless it is short.
+const WHOLE_PERCENT_MIN: u64 = 25;
+const WHOLE_BYTES: u64 = 256 << 10;
+
+/// Segments that are read at the same time.
+const READ_AHEAD: usize = 4;
 
 /// Extents are asked for with a pause between the questions: the nodes have others to serve.
 const FIND_PAUSE: Duration = Duration::from_millis(2);
@@ -68,7 +76,7 @@ pub struct Compactor<'a> {
     pub ids: &'a SegmentIds,
     /// Length at which a new segment is full.
     pub segment_bytes: u64,
-    /// Bytes to write per second at most; 0: no limit.
+    /// Bytes to write per second at most, on average over one [`Self::compact`]; 0: no limit.
     pub bytes_per_second: u64,
     /// Renew the compaction lease, and end when it is lost.
     pub leased: bool,
@@ -90,6 +98,30 @@ enum Piece {
     Verbatim(FrameEntry, Bytes),
     /// A range of its data.
     Range(Bytes),
+}
+
+/// What lives of a frame.
+struct Frame {
+    number: u32,
+    /// In order of place.
+    placed: Vec<Placed>,
+    /// Parts of its data that live, merged.
+    ranges: Vec<(u64, u64)>,
+    /// What the segment's footer says of it.
+    entry: Option<FrameEntry>,
+    /// The frame as it is stored, if it was worth to be read whole and could be.
+    encoded: Option<Bytes>,
+}
+
+impl Frame {
+    fn live_bytes(&self) -> u64 {
+        self.ranges.iter().map(|(from, to)| to - from).sum()
+    }
+
+    /// Whether at least this part of it lives.
+    fn lives(&self, entry: &FrameEntry, percent: u64) -> bool {
+        self.live_bytes() * 100 >= u64::from(entry.decoded_bytes) * percent
+    }
 }
 
 impl Compactor<'_> {
@@ -127,26 +159,19 @@ impl Compactor<'_> {
             let frames = by_segment.entry(extent.segment).or_default();
             frames.entry(extent.frame).or_default().push((ino, extent));
         }
+        let began = Instant::now();
         let mut filling = None;
-        for (segment, frames) in by_segment {
+        let reads = by_segment
+            .into_iter()
+            .map(|(segment, frames)| self.read_segment(SegmentId(segment), frames));
+        let mut read = std::pin::pin!(futures::stream::iter(reads).buffered(READ_AHEAD));
+        while let Some((segment, frames)) = read.next().await {
             done.segments += 1;
-            let segment = SegmentId(segment);
-            let table = match self.store.frame_table(segment).await {
-                Ok(table) => table,
-                Err(error) => {
-                    // Its data may be sound all the same: it is copied by ranges.
-                    tracing::debug!(segment = segment.0, %error, "no frame table");
-                    Vec::new()
-                }
-            };
-            for (frame, mut placed) in frames {
-                placed.sort_unstable_by_key(|(_, extent)| (extent.frame_offset, extent.length));
-                let entry = table
-                    .iter()
-                    .find(|entry| entry.frame == FrameNumber(frame))
-                    .copied();
-                self.frame(segment, frame, entry, &placed, &mut filling, &mut done)
-                    .await?;
+            for frame in frames {
+                self.frame(segment, frame, &mut filling, &mut done).await?;
+            }
+            if let Some(due) = (done.written_bytes * 1000).checked_div(self.bytes_per_second) {
+                tokio::time::sleep_until((began + Duration::from_millis(due)).into()).await;
             }
         }
         if let Some(filling) = filling {
@@ -155,42 +180,97 @@ impl Compactor<'_> {
         Ok(done)
     }
 
-    /// Copies what lives of one frame. `placed` is in order of place.
-    async fn frame(
+    /// Reads those frames of a segment whole that are worth it.
+    async fn read_segment(
         &self,
         segment: SegmentId,
-        frame: u32,
-        entry: Option<FrameEntry>,
-        placed: &[Placed],
-        filling: &mut Option<Filling>,
-        done: &mut Compacted,
-    ) -> Result<(), CompactError> {
-        let ranges = union(placed);
-        let live: u64 = ranges.iter().map(|(from, to)| to - from).sum();
-        if let Some(entry) = entry
-            && live * 100 >= u64::from(entry.decoded_bytes) * VERBATIM_PERCENT_MIN
-        {
-            match self.store.read_encoded(segment, &entry).await {
-                Ok(encoded) => {
-                    let piece = Piece::Verbatim(entry, encoded);
-                    return self
-                        .add(segment, frame, piece, 0, placed, filling, done)
-                        .await;
+        frames: BTreeMap<u32, Vec<Placed>>,
+    ) -> (SegmentId, Vec<Frame>) {
+        let table = match self.store.frame_table(segment).await {
+            Ok(table) => table,
+            Err(error) => {
+                // Its data may be sound all the same: it is copied by ranges.
+                tracing::debug!(segment = segment.0, %error, "no frame table");
+                Vec::new()
+            }
+        };
+        let mut frames: Vec<Frame> = frames
+            .into_iter()
+            .map(|(number, mut placed)| {
+                placed.sort_unstable_by_key(|(_, extent)| (extent.frame_offset, extent.length));
+                let frame = |entry: &FrameEntry| entry.frame;
+                let at = table.binary_search_by_key(&FrameNumber(number), frame);
+                Frame {
+                    number,
+                    ranges: union(&placed),
+                    placed,
+                    entry: at.ok().map(|at| table[at]),
+                    encoded: None,
                 }
+            })
+            .collect();
+        let is_worth = |frame: &Frame| {
+            frame.entry.filter(|entry| {
+                u64::from(entry.stored_bytes) <= WHOLE_BYTES
+                    || frame.lives(entry, WHOLE_PERCENT_MIN)
+            })
+        };
+        let wanted: Vec<FrameEntry> = frames.iter().filter_map(is_worth).collect();
+        let read = self.store.encoded_frames(segment, &wanted).await;
+        let asked = frames.iter_mut().filter(|frame| is_worth(frame).is_some());
+        for (frame, encoded) in asked.zip(read) {
+            match encoded {
+                Ok(encoded) => frame.encoded = Some(encoded),
                 // Page by page there may be more to save.
                 Err(error) => {
-                    tracing::warn!(segment = segment.0, frame, %error, "a frame can't be copied whole");
+                    let frame = frame.number;
+                    tracing::warn!(segment = segment.0, frame, %error, "a frame can't be read whole");
                 }
             }
         }
-        for (from, to) in ranges {
+        (segment, frames)
+    }
+
+    /// Copies what lives of one frame.
+    async fn frame(
+        &self,
+        segment: SegmentId,
+        frame: Frame,
+        filling: &mut Option<Filling>,
+        done: &mut Compacted,
+    ) -> Result<(), CompactError> {
+        let mut whole = None;
+        if let (Some(entry), Some(encoded)) = (&frame.entry, &frame.encoded) {
+            if frame.lives(entry, VERBATIM_PERCENT_MIN) {
+                let piece = Piece::Verbatim(*entry, encoded.clone());
+                return self
+                    .add(
+                        segment,
+                        frame.number,
+                        piece,
+                        0,
+                        &frame.placed,
+                        filling,
+                        done,
+                    )
+                    .await;
+            }
+            // A block that does not decode is found again below, by its range.
+            whole = self.store.frame_data(segment, entry, encoded).ok();
+        }
+        for (from, to) in &frame.ranges {
+            let (from, to) = (*from, *to);
             let inside =
                 |(_, extent): &&Placed| (from..to).contains(&u64::from(extent.frame_offset));
-            let placed: Vec<Placed> = placed.iter().filter(inside).cloned().collect();
-            match self.range(segment, frame, from, to - from).await {
+            let placed: Vec<Placed> = frame.placed.iter().filter(inside).cloned().collect();
+            let data = match &whole {
+                Some(data) if to <= data.len() as u64 => Ok(data.slice(from as usize..to as usize)),
+                _ => self.range(segment, frame.number, from, to - from).await,
+            };
+            match data {
                 Ok(data) => {
                     let piece = Piece::Range(data);
-                    self.add(segment, frame, piece, from, &placed, filling, done)
+                    self.add(segment, frame.number, piece, from, &placed, filling, done)
                         .await?;
                 }
                 Err(error) if error.kind() == Kind::Unavailable => return Err(error.into()),
@@ -199,11 +279,11 @@ impl Compactor<'_> {
                     for one in &placed {
                         let (ino, extent) = one;
                         let from = u64::from(extent.frame_offset);
-                        match self.range(segment, frame, from, extent.length).await {
+                        match self.range(segment, frame.number, from, extent.length).await {
                             Ok(data) => {
                                 let piece = Piece::Range(data);
                                 let one = std::slice::from_ref(one);
-                                self.add(segment, frame, piece, from, one, filling, done)
+                                self.add(segment, frame.number, piece, from, one, filling, done)
                                     .await?;
                             }
                             Err(error) => {
@@ -317,10 +397,77 @@ impl Compactor<'_> {
         }
         done.written_segments += 1;
         done.written_bytes += length;
-        if let Some(wait) = (length * 1000).checked_div(self.bytes_per_second) {
-            tokio::time::sleep(Duration::from_millis(wait)).await;
-        }
         Ok(())
+    }
+}
+
+/// A segment that was just brought looks sparse until all its extents are committed: it is left alone for so long.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// A sparse segment that is not met again is forgotten after this time.
+const FORGET_AFTER: Duration = Duration::from_secs(20 * 60);
+
+/// Which sparse segments this mount has met, since when, and which it has compacted already: some of those stay, since they
+/// can't be read or are written to at the same time, and must not keep it busy.
+#[derive(Debug)]
+pub struct Sightings {
+    /// Between two looks while there is something to do.
+    pub settle: Duration,
+    /// Whether the last look met some that are not old enough yet.
+    pub unsettled: bool,
+    retry: Duration,
+    met: HashMap<u64, Sighting>,
+}
+
+#[derive(Debug)]
+struct Sighting {
+    since: Instant,
+    tried: bool,
+}
+
+impl Sightings {
+    /// For a mount that looks once every `pause`.
+    pub fn new(pause: Duration) -> Self {
+        Self {
+            settle: SETTLE.min(pause),
+            unsettled: false,
+            retry: pause * 10,
+            met: HashMap::new(),
+        }
+    }
+
+    /// Which of the sparse segments, met now, are to be compacted.
+    pub fn choose(&mut self, now: Instant, sparse: impl Iterator<Item = u64>) -> Vec<u64> {
+        let age = |sighting: &Sighting| now.saturating_duration_since(sighting.since);
+        self.met.retain(|_, sighting| age(sighting) < FORGET_AFTER);
+        self.unsettled = false;
+        let mut chosen = Vec::new();
+        for id in sparse {
+            let first = Sighting {
+                since: now,
+                tried: false,
+            };
+            let sighting = self.met.entry(id).or_insert(first);
+            let wait = if sighting.tried {
+                self.retry
+            } else {
+                self.settle
+            };
+            self.unsettled |= !sighting.tried && age(sighting) < wait;
+            if age(sighting) >= wait {
+                chosen.push(id);
+                *sighting = Sighting {
+                    since: now,
+                    tried: true,
+                };
+            }
+        }
+        chosen
+    }
+
+    /// What was chosen last was not compacted.
+    pub fn clear(&mut self) {
+        self.met.clear();
     }
 }
 
@@ -353,6 +500,25 @@ pub fn sparse(segments: &[v1::Segment], live_percent_max: u32) -> BTreeSet<u64> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sparse_segment_is_compacted_when_it_has_settled_and_rarely_again() {
+        let now = Instant::now();
+        let at = |seconds| now + Duration::from_secs(seconds);
+        let mut sightings = Sightings::new(Duration::from_secs(60));
+        assert_eq!(sightings.choose(at(0), [1, 2].into_iter()), [0; 0]);
+        assert!(sightings.unsettled);
+        assert_eq!(sightings.choose(at(1), [1, 2, 3].into_iter()), [1, 2]);
+        assert_eq!(sightings.choose(at(2), [1, 3].into_iter()), [3]);
+        assert!(!sightings.unsettled);
+        // It could not be moved.
+        assert_eq!(sightings.choose(at(600), [1].into_iter()), [0; 0]);
+        assert_eq!(sightings.choose(at(601), [1].into_iter()), [1]);
+        // The turn failed.
+        sightings.clear();
+        assert_eq!(sightings.choose(at(602), [1].into_iter()), [0; 0]);
+        assert_eq!(sightings.choose(at(603), [1].into_iter()), [1]);
+    }
 
     #[test]
     fn live_ranges_are_merged_and_gaps_are_kept() {

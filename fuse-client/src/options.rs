@@ -32,7 +32,7 @@ pub struct FsOptions {
     pub flush_age: Duration,
     /// close returns at once while the session holds the file's write lease; otherwise it waits until the data is committed.
     pub defer_close: bool,
-    /// Largest read-ahead window of an open file, bytes; 0 turns read-ahead off.
+    /// Largest read-ahead window of an open file, bytes; 0 turns read-ahead off. Below it the link to the bucket decides.
     pub read_ahead_bytes_max: u64,
     /// Whether this mount deletes dead segments from the bucket.
     pub delete_segments: bool,
@@ -45,14 +45,15 @@ pub struct FsOptions {
 /// Compaction in the background.
 #[derive(Clone, Debug)]
 pub struct CompactionOptions {
-    /// Between two looks for sparse segments. A segment is compacted only if it was sparse at two looks of this mount: one that
-    /// is still being filled is left alone.
+    /// Between two looks for sparse segments, when there is nothing to do.
     pub pause: Duration,
     /// A segment is sparse when at most this part of its data lives. All others being fuller, what is stored stays below
     /// 100 / 70 of what lives.
     pub live_percent_max: u32,
-    /// Bytes written per second at most.
+    /// Bytes written per second at most, unless it is urgent.
     pub bytes_per_second: u64,
+    /// It is urgent when what is dead, of all that is stored, is more than this part of what lives.
+    pub urgent_dead_percent: u64,
 }
 
 impl Default for CompactionOptions {
@@ -61,6 +62,7 @@ impl Default for CompactionOptions {
             pause: Duration::from_secs(60),
             live_percent_max: 70,
             bytes_per_second: 32 << 20,
+            urgent_dead_percent: 20,
         }
     }
 }
@@ -74,7 +76,7 @@ impl Default for FsOptions {
             segment_bytes: 4 << 20,
             flush_age: Duration::from_secs(1),
             defer_close: true,
-            read_ahead_bytes_max: 8 << 20,
+            read_ahead_bytes_max: 32 << 20,
             delete_segments: true,
             staging: None,
             compaction: Some(CompactionOptions::default()),

@@ -189,7 +189,7 @@ fn what_is_stored_stays_near_what_lives() {
     let settled = Instant::now();
     wait_for(
         "stored bytes near live bytes",
-        Duration::from_secs(120),
+        Duration::from_secs(30),
         || {
             last = gc();
             (kept(&last) * 10 <= live * 15 + SEGMENT * 10).then_some(())

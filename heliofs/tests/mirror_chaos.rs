@@ -1,12 +1,14 @@
 //! What readers at a mirror see while nodes on both sides are killed and frozen, the link is cut and buckets stand still: always a
-//! prefix of the source's history, never going back, no file a mixture, no read that fails.
+//! prefix of the source's history, never going back, no file a mixture, no read that fails. What everybody did and saw is recorded,
+//! and checked at the end (`jepsen/src/prefix.rs`).
 //!
-//! `HELIOFS_CHAOS_SECONDS` sets how long (40), `HELIOFS_CHAOS_SEED` which faults.
+//! `HELIOFS_CHAOS_SECONDS` sets how long (40), `HELIOFS_CHAOS_SEED` which faults, `HELIOFS_CHAOS_HISTORY` where the record goes.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod support;
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use heliofs_jepsen::{History, Kind, Op, Recorder, prefix};
 use nix::sys::signal::Signal;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -27,13 +30,8 @@ const VOLUME: &str = "history";
 /// Files that are replaced again and again.
 const FILES: u64 = 12;
 
-/// The latest write of a file among the first `versions` of the history; 0: none.
-fn latest(file: u64, versions: u64) -> u64 {
-    (1..=versions)
-        .rev()
-        .find(|version| number(*version) == file)
-        .unwrap_or(0)
-}
+/// A reader's pace: with caches it would fill the record with thousands of reads a second.
+const READ_EVERY: Duration = Duration::from_millis(1);
 
 /// The file that the `version`-th write of the history replaces.
 fn number(version: u64) -> u64 {
@@ -58,110 +56,109 @@ fn content(version: u64) -> Vec<u8> {
 /// The history: one write after the other.
 struct Writer {
     stop: Arc<AtomicBool>,
-    begun: Arc<AtomicU64>,
-    thread: thread::JoinHandle<u64>,
+    thread: thread::JoinHandle<()>,
 }
 
 impl Writer {
-    fn start(root: PathBuf) -> Self {
-        let (stop, begun) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicU64::new(0)),
-        );
-        let (stopped, counter) = (stop.clone(), begun.clone());
+    fn start(root: PathBuf, history: Arc<Recorder>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
         let thread = thread::spawn(move || {
             let mut version = 0;
             while !stopped.load(Ordering::Relaxed) {
                 version += 1;
-                counter.store(version, Ordering::SeqCst);
-                let new = root.join("new");
-                let mut file = File::create(&new).unwrap();
-                file.write_all(&content(version)).unwrap();
-                file.sync_all().unwrap();
-                fs::rename(&new, root.join(number(version).to_string())).unwrap();
+                let file = number(version);
+                let record = |kind, why| {
+                    let op = Op::Write { file, version };
+                    history.record("writer", kind, op, why).unwrap();
+                };
+                record(Kind::Invoke, None);
+                match replace(&root, file, version) {
+                    Ok(()) => record(Kind::Ok, None),
+                    Err(error) => {
+                        record(Kind::Info, Some(error.to_string()));
+                        panic!("version {version}: {error}");
+                    }
+                }
             }
-            version
-        });
-        Self {
-            stop,
-            begun,
-            thread,
-        }
-    }
-
-    fn end(self) -> u64 {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap()
-    }
-}
-
-/// The prefix checker: reads files in any order; each must be as it was at a moment of the history that is not before anything
-/// that this reader has seen.
-struct Reader {
-    stop: Arc<AtomicBool>,
-    thread: thread::JoinHandle<(u64, u64)>,
-}
-
-fn read_version(path: &Path) -> u64 {
-    for _ in 0..50 {
-        match fs::read(path) {
-            Ok(bytes) => {
-                let version = bytes
-                    .first_chunk()
-                    .map_or(0, |head| u64::from_le_bytes(*head));
-                assert!(version > 0, "{} has {} bytes", path.display(), bytes.len());
-                assert!(bytes == content(version), "{} is a mixture", path.display());
-                return version;
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return 0,
-            // It was replaced, and its inode removed, between open and read.
-            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {}
-            Err(error) => panic!("{}: {error}", path.display()),
-        }
-    }
-    panic!("{} is replaced faster than it can be read", path.display());
-}
-
-impl Reader {
-    fn start(name: &'static str, root: PathBuf, begun: Arc<AtomicU64>) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = thread::spawn(move || {
-            let (mut seen, mut reads) = (0, 0);
-            let mut random = StdRng::seed_from_u64(1);
-            while !stopped.load(Ordering::Relaxed) {
-                let file = random.random_range(0..FILES);
-                let found = read_version(&root.join(file.to_string()));
-                reads += 1;
-                let least = latest(file, seen);
-                assert!(
-                    found >= least,
-                    "{name}: file {file} is at version {found} after the history was seen up to {seen}, where it was at {least}"
-                );
-                assert!(
-                    found == 0 || number(found) == file,
-                    "{name}: another file's bytes"
-                );
-                assert!(
-                    found <= begun.load(Ordering::SeqCst),
-                    "{name}: from the future"
-                );
-                seen = seen.max(found);
-            }
-            (seen, reads)
         });
         Self { stop, thread }
     }
 
-    /// How far it saw, and how often it read.
-    fn end(self) -> (u64, u64) {
+    fn end(self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap()
+        self.thread.join().unwrap();
+    }
+}
+
+fn replace(root: &Path, file: u64, version: u64) -> std::io::Result<()> {
+    let new = root.join("new");
+    let mut written = File::create(&new)?;
+    written.write_all(&content(version))?;
+    written.sync_all()?;
+    fs::rename(&new, root.join(file.to_string()))
+}
+
+/// Reads files in any order.
+struct Reader {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+/// The version that a file holds, 0 if it does not exist; or why it can't be told.
+fn read_version(path: &Path) -> Result<u64, String> {
+    for _ in 0..50 {
+        match fs::read(path) {
+            Ok(bytes) => {
+                let head = bytes.first_chunk();
+                let version = head.map_or(0, |head| u64::from_le_bytes(*head));
+                return match version {
+                    0 => Err(format!("{} bytes without a version", bytes.len())),
+                    _ if bytes == content(version) => Ok(version),
+                    _ => Err(format!("a mixture of {version} and something else")),
+                };
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+            // It was replaced, and its inode removed, between open and read.
+            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    Err("it is replaced faster than it can be read".to_owned())
+}
+
+impl Reader {
+    fn start(name: &'static str, root: PathBuf, history: Arc<Recorder>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = thread::spawn(move || {
+            let mut random = StdRng::seed_from_u64(1);
+            while !stopped.load(Ordering::Relaxed) {
+                let file = random.random_range(0..FILES);
+                let record = |kind, version, why| {
+                    let op = Op::Read { file, version };
+                    history.record(name, kind, op, why).unwrap();
+                };
+                record(Kind::Invoke, None, None);
+                match read_version(&root.join(file.to_string())) {
+                    Ok(version) => record(Kind::Ok, Some(version), None),
+                    Err(why) => record(Kind::Fail, None, Some(why)),
+                }
+                thread::sleep(READ_EVERY);
+            }
+        });
+        Self { stop, thread }
+    }
+
+    fn end(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
     }
 }
 
 /// Both regions, and what may happen to them.
 struct World {
+    history: Arc<Recorder>,
     source: Cluster,
     mirror: Cluster,
     links: Vec<Relay>,
@@ -181,7 +178,20 @@ impl World {
         let time = Duration::from_millis(random.random_range(500..2500));
         let node = random.random_range(0..3);
         let fault = random.random_range(0..8);
-        eprintln!("fault {fault}, node {node}, {time:?}");
+        let name = [
+            "a node of the source is killed",
+            "a node of the mirror is killed",
+            "the source's leader is frozen",
+            "the mirror's leader is frozen",
+            "the links are cut",
+            "the source's bucket is frozen",
+            "the mirror's bucket is frozen",
+            "the worker is killed",
+        ][fault];
+        let what = format!("{name} (node {node}, {time:?})");
+        self.history
+            .record("nemesis", Kind::Info, Op::Fault { what }, None)
+            .unwrap();
         match fault {
             0 | 1 => {
                 let cluster = if fault == 0 {
@@ -283,12 +293,17 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
                 .arg(&token);
         })
     });
-    let writer = Writer::start(written.path.clone());
+    let records = scratch();
+    let path = std::env::var_os("HELIOFS_CHAOS_HISTORY")
+        .map_or_else(|| records.path().join("history.jsonl"), PathBuf::from);
+    let history = Arc::new(Recorder::create(&path).unwrap());
+    let writer = Writer::start(written.path.clone(), history.clone());
     let readers = [
-        Reader::start("latest", latest.path.clone(), writer.begun.clone()),
-        Reader::start("complete", complete.path.clone(), writer.begun.clone()),
+        Reader::start("latest", latest.path.clone(), history.clone()),
+        Reader::start("complete", complete.path.clone(), history.clone()),
     ];
     let mut world = World {
+        history: history.clone(),
         source,
         mirror,
         links,
@@ -302,7 +317,7 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         world.one_fault(&mut random);
         thread::sleep(Duration::from_millis(random.random_range(200..1500)));
     }
-    let versions = writer.end();
+    writer.end();
     let token = world
         .source
         .run(&["mirror", "token", &world.source.volume_url(VOLUME)])
@@ -319,19 +334,25 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
             "120s",
         ])
         .success();
-    for (name, reader) in ["latest", "complete"].into_iter().zip(readers) {
-        let (seen, reads) = reader.end();
-        eprintln!("{name}: {reads} reads, the history seen up to {seen} of {versions}");
+    for reader in readers {
+        reader.end();
+    }
+    let recorded = History::load(&path).unwrap();
+    assert_eq!(recorded, history.history());
+    let summary = prefix::check(&recorded).unwrap_or_else(|violation| {
+        let kept = std::env::temp_dir().join("heliofs-chaos-history.jsonl");
+        fs::copy(&path, &kept).unwrap();
+        panic!("{violation}; the history is in {}", kept.display())
+    });
+    eprintln!("{summary:?}");
+    for name in ["latest", "complete"] {
+        let (reads, seen) = summary.readers[name];
         assert!(reads > 20 && seen > 0, "{name}: {reads} reads up to {seen}");
     }
     assert_mirror_equal(&world.source, &world.mirror, VOLUME);
     let expected = tree(&written.path);
-    assert_eq!(
-        expected.len() as u64,
-        (0..FILES)
-            .filter(|file| self::latest(*file, versions) > 0)
-            .count() as u64
-    );
+    let files: HashSet<u64> = (1..=summary.written).map(number).collect();
+    assert_eq!(expected.len(), files.len());
     assert_eq!(tree(&latest.path), expected);
     assert_eq!(tree(&complete.path), expected);
     latest.unmount();

@@ -8,7 +8,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -30,10 +30,14 @@ const VOLUME: &str = "photos";
 
 impl Regions {
     fn start(nodes: usize) -> Self {
+        Self::with_flags(nodes, &[], &[])
+    }
+
+    fn with_flags(nodes: usize, source_flags: &[&str], mirror_flags: &[&str]) -> Self {
         let buckets = scratch();
-        let source = Cluster::with_dirs(1, |_, _| None, &[]);
+        let source = Cluster::with_dirs(1, |_, _| None, source_flags);
         let regions = Self {
-            mirror: mirror_of(&source, &source.url(), nodes, &[]),
+            mirror: mirror_of(&source, &source.url(), nodes, mirror_flags),
             source,
             buckets,
         };
@@ -414,6 +418,105 @@ fn a_mirror_that_loads_anew_keeps_the_objects_it_has() {
         "{pulled} of {all} bytes were pulled again"
     );
     assert_eq!(regions.objects("mirror"), news);
+    written.unmount();
+}
+
+/// Bytes below a directory, as the disk has them.
+fn disk_bytes(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => disk_bytes(&entry.path()),
+        // Removed meanwhile, perhaps.
+        metadata => metadata.map_or(0, |metadata| metadata.blocks() * 512),
+    });
+    bytes.sum()
+}
+
+/// `HELIOFS_CAP_MIB=256` makes 2 GiB of log at the source meanwhile.
+#[test]
+fn a_mirror_away_past_its_cap_costs_the_source_no_room_and_keeps_its_objects() {
+    const FILE_BYTES: usize = 4000;
+    const THREADS: u64 = 4;
+    let cap = std::env::var("HELIOFS_CAP_MIB").map_or(1, |mib| mib.parse::<u64>().unwrap()) << 20;
+    let settings = scratch();
+    let config = settings.path().join("meta.toml");
+    let kept = cap >> 12;
+    let text = format!("[log]\nentries_min = 50\nentries_max = 100000\nbytes_max = \"{kept}K\"\n");
+    fs::write(&config, text).unwrap();
+    let source_flags = ["--config", config.to_str().unwrap()];
+    let cap_text = cap.to_string();
+    let mirror_flags = ["--mirror-log-cap", &cap_text, "--mirror-name", "east"];
+    let mut regions = Regions::with_flags(1, &source_flags, &mirror_flags);
+    let written = regions.source.mount(VOLUME);
+    write_files(&written.path, 21, 15);
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    regions.give_bucket(&[]).success();
+    regions.worker(&[]).success();
+    regions.complete();
+    let first = regions.objects("mirror");
+    assert!(first.len() > 3);
+    let pulled = regions.copies()["pulled_bytes"].as_u64().unwrap();
+
+    regions.mirror.stop_node(0);
+    let writes = 8 * cap / FILE_BYTES as u64 / THREADS;
+    let writers: Vec<_> = (0..THREADS)
+        .map(|thread| {
+            let directory = written.join(format!("churn-{thread}"));
+            fs::create_dir(&directory).unwrap();
+            std::thread::spawn(move || {
+                for n in 0..writes {
+                    let mut file = File::create(directory.join(format!("{}", n % 50))).unwrap();
+                    file.write_all(&[n as u8; FILE_BYTES]).unwrap();
+                    file.sync_all().unwrap();
+                }
+            })
+        })
+        .collect();
+    let (log, mut most) = (regions.source.nodes[0].data_dir.join("log"), 0);
+    assert!(disk_bytes(&log) > 0, "no log in {}", log.display());
+    while !writers.iter().all(std::thread::JoinHandle::is_finished) {
+        most = most.max(disk_bytes(&log));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    for writer in writers {
+        writer.join().unwrap();
+    }
+    // RocksDB's write buffers and files that wait for compaction come on top.
+    let room = 2 * cap + (192 << 20);
+    println!(
+        "{} MiB of log at most while {} MiB were written; the mirror's cap is {} MiB",
+        most >> 20,
+        (8 * cap) >> 20,
+        cap >> 20
+    );
+    assert!(most < room, "{most} bytes of log; the cap is {cap}");
+    let url = regions.source.volume_url(VOLUME);
+    let slot = wait_for("giving the slot up", Duration::from_secs(30), || {
+        let slots = regions.source.run(&["mirror", "list", &url, "--json"]);
+        Some(slots.success().json()[0].clone()).filter(|slot| slot["state"] == "invalid")
+    });
+    assert!(slot["why"].as_str().unwrap().contains("log"), "{slot}");
+
+    regions.mirror.start_node(0);
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    assert_eq!(mirror_status(&regions.mirror, VOLUME).unwrap()["loads"], 2);
+    let ran = regions.worker(&[]).success().json();
+    assert!(ran["found_segments"].as_u64().unwrap() > 0, "{ran}");
+    regions.complete();
+    let now = regions.objects("mirror");
+    for (name, object) in &first {
+        assert!(now.get(name) == Some(object), "{} is lost", name.display());
+    }
+    assert_eq!(now, regions.objects("source"));
+    let again = regions.copies()["pulled_bytes"].as_u64().unwrap() - pulled;
+    let held: usize = first.values().map(Vec::len).sum();
+    assert!(
+        again < held as u64 / 4,
+        "{again} bytes were pulled again of {held}"
+    );
+    let seen = regions.mirror.mount(VOLUME);
+    assert_eq!(tree(&seen.path), tree(&written.path));
+    seen.unmount();
     written.unmount();
 }
 

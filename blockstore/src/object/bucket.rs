@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -22,6 +22,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use super::attempts::Patience;
 use super::backend::{self, Backend};
 use super::fault::{Fault, as_error, classify};
+use super::link::Link;
 use super::rate::RateLimit;
 use crate::metrics::Metrics;
 use crate::{Kind, StoreError, StoreOptions};
@@ -45,11 +46,33 @@ pub struct Bucket {
     upload_limit: Option<RateLimit>,
     download_limit: Option<Arc<RateLimit>>,
     hedge_after: Option<Duration>,
+    link: Mutex<Link>,
     /// `file` only: directories whose own names are durable up to the bucket's.
     durable_directories: Mutex<HashSet<PathBuf>>,
     /// The server has said that it does not know conditional puts.
     unconditional: AtomicBool,
     metrics: Arc<Metrics>,
+}
+
+/// A request for bytes; given up, it has brought none.
+struct Sent<'a> {
+    link: &'a Mutex<Link>,
+    at: Instant,
+    bytes: u64,
+}
+
+impl<'a> Sent<'a> {
+    fn now(link: &'a Mutex<Link>) -> Self {
+        let at = Instant::now();
+        link.lock().begin(at);
+        Self { link, at, bytes: 0 }
+    }
+}
+
+impl Drop for Sent<'_> {
+    fn drop(&mut self) {
+        self.link.lock().end(Instant::now(), self.bytes);
+    }
 }
 
 impl fmt::Debug for Bucket {
@@ -132,6 +155,7 @@ impl Bucket {
                 None => RateLimit::new(options.download_bytes_per_second).map(Arc::new),
             },
             hedge_after: options.hedge_after,
+            link: Mutex::default(),
             durable_directories: Mutex::default(),
             unconditional: AtomicBool::new(false),
             metrics,
@@ -416,11 +440,19 @@ impl Bucket {
         }
     }
 
+    /// Bytes that are under way when the link to the bucket is used to the full, as far as reads have shown.
+    pub fn link_holds(&self) -> Option<u64> {
+        self.link.lock().holds()
+    }
+
     async fn get_once(&self, path: &Path, options: GetOptions) -> Result<Bytes, StoreError> {
+        let mut sent = Sent::now(&self.link);
         let bytes = match self.backend.store.get_opts(path, options).await {
             Ok(found) => {
                 let promised = found.range.end - found.range.start;
+                self.link.lock().answered(sent.at.elapsed());
                 let bytes = found.bytes().await;
+                sent.bytes = bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
                 // A body cut short by the connection is not always an error of the client's.
                 match bytes {
                     Ok(bytes) if (bytes.len() as u64) < promised => {

@@ -6,12 +6,14 @@
 //! - [`marker`]: the object that says whose prefix this is
 //! - [`register`]: [`Register`], an object that is changed by conditional puts only
 //! - [`plain`]: [`PlainBucket`], objects under their own keys, whoever wrote them; [`listing`]: their names in order
+//! - `link`: how much the way to it holds
 //! - [`fault`]: what an error of `object_store` means; [`attempts`]: when it is tried again; [`rate`]: limits
 
 mod attempts;
 pub mod backend;
 pub mod bucket;
 pub mod fault;
+mod link;
 mod listing;
 pub mod marker;
 pub mod plain;

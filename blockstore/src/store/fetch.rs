@@ -346,7 +346,7 @@ impl Shared {
             .map_err(|fault| self.undecodable(segment, frame, 0, &fault))
     }
 
-    fn undecodable(
+    pub(super) fn undecodable(
         &self,
         segment: SegmentId,
         frame: FrameNumber,

@@ -3,6 +3,7 @@
 //! - [`options`]: how it behaves; values only
 //! - `fetch`: pages of data, decoded
 //! - `stored`: pages as they are stored, from disk tier or bucket, verified
+//! - `frames`: whole frames, many with one request
 //! - `keep`: what goes into the caches
 //! - `local`: segments that lie on local disk
 //! - `scans`: how far a fetch reaches
@@ -11,6 +12,7 @@
 
 mod fetch;
 mod flights;
+mod frames;
 mod keep;
 mod local;
 pub mod options;
@@ -44,6 +46,12 @@ use second::Second;
 
 /// Deletions of one [`SegmentStore::delete`] in flight.
 const DELETES_MAX: usize = 16;
+
+/// Least read-ahead: an object of the default size.
+const READ_AHEAD_BYTES_MIN: u64 = 4 << 20;
+
+/// Read-ahead before anything is known of the link.
+const READ_AHEAD_BYTES_UNKNOWN: u64 = 8 << 20;
 
 /// Prefetch budget is counted in units of this many bytes, so that it fits a semaphore's permits.
 const BUDGET_UNIT: u64 = 4096;
@@ -299,15 +307,37 @@ impl SegmentStore {
         self.shared.frame_table(segment).await
     }
 
-    /// A whole frame as it is stored, page headers and all, from the bucket; every page verified. For compaction.
+    /// Whole frames as they are stored, page headers and all, from the bucket; every page verified. `entries` are in order of
+    /// place. For compaction.
     ///
-    /// Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
-    pub async fn read_encoded(
+    /// Shape: one result per entry, in order. Errors: `NotFound`, `Corrupt`, `Denied`, `Unavailable`.
+    pub async fn encoded_frames(
+        &self,
+        segment: SegmentId,
+        entries: &[FrameEntry],
+    ) -> Vec<Result<Bytes, StoreError>> {
+        self.shared.encoded_frames(segment, entries).await
+    }
+
+    /// The data of a frame that [`Self::encoded_frames`] gave.
+    ///
+    /// Errors: `Corrupt`; `Denied` when it is encrypted with another key.
+    pub fn frame_data(
         &self,
         segment: SegmentId,
         entry: &FrameEntry,
+        encoded: &Bytes,
     ) -> Result<Bytes, StoreError> {
-        self.shared.read_encoded(segment, entry).await
+        self.shared.frame_data(segment, entry, encoded)
+    }
+
+    /// How far ahead of a sequential reader to fetch: twice what the link to the bucket holds, so that it is never idle, but whole
+    /// requests at least.
+    pub fn read_ahead_bytes(&self) -> u64 {
+        match self.shared.bucket.link_holds() {
+            Some(bytes) => bytes.saturating_mul(2).max(READ_AHEAD_BYTES_MIN),
+            None => READ_AHEAD_BYTES_UNKNOWN,
+        }
     }
 
     /// Fetches ranges into the caches in the background. What exceeds the budget, or fails, is left to the read that needs it.

@@ -8,9 +8,9 @@ use heliofs_proto::ids::SegmentId;
 
 use super::fetch::Shared;
 use super::second::{CopyNews, Origin, Part};
-use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES, frame_extent_bytes};
+use crate::segment::layout::{PAGE_BYTES, PAGE_STRIDE, TRAILER_BYTES};
 use crate::segment::object::{FrameEntry, decode_footer, decode_trailer};
-use crate::segment::page::{Page, PageFault, PageIdentity, take_page, take_pages};
+use crate::segment::page::{Page, PageFault, PageIdentity, take_page};
 use crate::{FrameNumber, FrameRange, StoreError};
 
 /// First guess at a footer's length: 250 frames.
@@ -112,6 +112,8 @@ impl Shared {
             // What would come along could not be kept, or is fetched by the readers of this frame.
             _ => own.clone(),
         };
+        // A page by itself is kept in memory as it is: what came along with it must not stay there, too.
+        let alone = wanted.len() == 1 && reach.end > own.end;
         // Bad bytes of the own bucket, if there is another one to get good ones from.
         let mut bad_copy = false;
         for attempt in 0..self.attempts() {
@@ -160,7 +162,10 @@ impl Shared {
                 .all(Result::is_ok);
             for ((at, number), page) in wanted.clone().enumerate().zip(decoded) {
                 match page {
-                    Ok(page) => {
+                    Ok(mut page) => {
+                        if alone {
+                            page.data = Bytes::copy_from_slice(&page.data);
+                        }
                         good[at] = Some(page);
                         faults[at] = None;
                     }
@@ -214,7 +219,7 @@ impl Shared {
     }
 
     /// How often bytes that fail verification are asked for.
-    fn attempts(&self) -> u32 {
+    pub(super) fn attempts(&self) -> u32 {
         match self.second {
             Some(_) => 3,
             None => 2,
@@ -254,37 +259,6 @@ impl Shared {
             .binary_search_by_key(&frame, |entry| entry.frame)
             .map(|at| table[at]);
         Ok(entry.ok().map(|entry| entry.identity(self.volume)))
-    }
-
-    /// A whole frame as it is stored. Bytes that fail verification are fetched once more.
-    pub(super) async fn read_encoded(
-        &self,
-        segment: SegmentId,
-        entry: &FrameEntry,
-    ) -> Result<Bytes, StoreError> {
-        let from = entry.frame.start();
-        let length = frame_extent_bytes(u64::from(entry.stored_bytes));
-        let pages = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
-        let origin = entry.identity(self.volume);
-        let mut fault = None;
-        for attempt in 0..self.attempts() {
-            let part = Part::Range(from..from + length);
-            let (bytes, _) = self.part(segment, part, attempt).await?;
-            let mut rest = bytes.clone();
-            match take_pages(&mut rest, &origin, 0, pages) {
-                Ok(_) if rest.is_empty() => return Ok(bytes),
-                Ok(_) => fault = Some((pages, "it has another length".to_owned())),
-                Err((page, wrong)) => fault = Some((page, wrong.to_string())),
-            }
-        }
-        let at = FrameRange {
-            segment,
-            frame: entry.frame,
-            offset: 0,
-            length: 0,
-        };
-        let (page, detail) = fault.unwrap_or_default();
-        Err(self.corrupt(&at, page, detail))
     }
 
     pub(super) async fn frame_table(

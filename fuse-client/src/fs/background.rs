@@ -1,8 +1,7 @@
 //! What runs beside the operations: session events, the flusher, deletion of dead segments, compaction of sparse ones.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockstore::SegmentStore;
 use heliofs_proto::error::FsError;
@@ -14,7 +13,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
 use super::Fs;
-use crate::compact::{CompactError, Compacted, Compactor};
+use crate::compact::{CompactError, Compacted, Compactor, Sightings};
 use crate::errno::Errno;
 use crate::inode::Inode;
 use crate::options::CompactionOptions;
@@ -31,9 +30,8 @@ const DELETION_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// Abandoned segments deleted together.
 const ABANDONED: usize = 64;
 
-/// Sparse segments asked for at once, and how many are remembered until they are met again.
+/// Sparse segments asked for at once.
 const SPARSE: u32 = 256;
-const SEEN_MAX: usize = 4096;
 
 /// How often the volume's room is asked for.
 const ROOM_EVERY: Duration = Duration::from_secs(1);
@@ -60,6 +58,10 @@ impl Fs {
 
     pub(crate) fn segment_bytes(&self) -> u64 {
         self.options.segment_bytes
+    }
+
+    pub(crate) fn read_ahead_bytes_max(&self) -> u64 {
+        self.options.read_ahead_bytes_max
     }
 
     pub(crate) fn flush_age(&self) -> Duration {
@@ -342,27 +344,39 @@ impl Fs {
 
     /// Copies what lives in sparse segments together, when it is this mount's turn.
     async fn run_compaction(self: Arc<Self>, options: CompactionOptions) {
-        let mut before = BTreeSet::new();
+        let mut sightings = Sightings::new(options.pause);
+        let mut wait = options.pause;
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                () = tokio::time::sleep(options.pause) => {}
+                () = tokio::time::sleep(wait) => {}
             }
-            let turn = self.compact_some(&options, &mut before);
+            let turn = self.compact_some(&options, &mut sightings);
             let compacted = tokio::select! {
                 () = self.stop.cancelled() => return,
                 compacted = turn => compacted,
             };
+            wait = options.pause;
             match compacted {
-                Ok(done) if done.written_segments > 0 => tracing::info!(
-                    segments = done.segments,
-                    moved_bytes = done.moved_bytes,
-                    written_bytes = done.written_bytes,
-                    "compacted sparse segments"
-                ),
-                Ok(_) => {}
-                // Left for the next turn, perhaps another mount's.
-                Err(error) => tracing::debug!(%error, "compaction ended early"),
+                Ok(done) => {
+                    if done.written_segments > 0 {
+                        tracing::info!(
+                            segments = done.segments,
+                            moved_bytes = done.moved_bytes,
+                            written_bytes = done.written_bytes,
+                            "compacted sparse segments"
+                        );
+                    }
+                    // While there is something to do, it is done.
+                    if done.moved_bytes > 0 || sightings.unsettled {
+                        wait = sightings.settle;
+                    }
+                }
+                Err(error) => {
+                    // Left for the next turn, perhaps another mount's.
+                    tracing::debug!(%error, "compaction ended early");
+                    sightings.clear();
+                }
             }
         }
     }
@@ -370,7 +384,7 @@ impl Fs {
     async fn compact_some(
         &self,
         options: &CompactionOptions,
-        before: &mut BTreeSet<u64>,
+        sightings: &mut Sightings,
     ) -> Result<Compacted, CompactError> {
         let session = self.session();
         let ask = Ask::TakeSparse(v1::TakeSparse {
@@ -380,23 +394,19 @@ impl Fs {
         let Answer::Sparse(sparse) = session.maintain(ask).await? else {
             return Err(CompactError::Answer);
         };
-        let now: BTreeSet<u64> = sparse.segments.iter().map(|segment| segment.id).collect();
-        let chosen: Vec<u64> = now.intersection(before).copied().collect();
-        before.retain(|id| !chosen.contains(id));
-        before.extend(now.iter().filter(|id| !chosen.contains(id)));
-        // What was seen long ago and never again is gone.
-        while before.len() > SEEN_MAX {
-            before.pop_first();
-        }
+        let ids = sparse.segments.iter().map(|segment| segment.id);
+        let chosen = sightings.choose(Instant::now(), ids);
         if chosen.is_empty() {
             return Ok(Compacted::default());
         }
+        let dead = sparse.data_bytes.saturating_sub(sparse.live_bytes);
+        let urgent = dead * 100 > sparse.live_bytes * options.urgent_dead_percent;
         let compactor = Compactor {
             session: &session,
             store: &self.store,
             ids: &self.segment_ids,
             segment_bytes: self.options.segment_bytes,
-            bytes_per_second: options.bytes_per_second,
+            bytes_per_second: if urgent { 0 } else { options.bytes_per_second },
             leased: true,
         };
         compactor.compact(&chosen).await

@@ -206,26 +206,30 @@ impl Fs {
         Ok(target.freeze())
     }
 
-    /// Fetches ahead of a sequential reader, as far as the extents are known.
+    /// Fetches ahead of a sequential or strided reader, as far as the extents are known.
     fn read_ahead(&self, file: &FileHandle, range: &Range<u64>, size: u64) {
         let length = range.end - range.start;
-        let Some(ahead) = file.read_ahead.lock().read(range.start, length, size) else {
-            return;
+        let most = self.read_ahead_bytes_max();
+        let ahead = {
+            let mut window = file.read_ahead.lock();
+            window.limit(self.store().read_ahead_bytes().min(most));
+            window.read(range.start, length, size)
         };
+        if ahead.is_empty() {
+            return;
+        }
         let frames: Vec<_> = match &file.inode.lock().content {
-            Some(content) => {
-                let end = ahead.end.min(content.size).max(ahead.start);
-                content
-                    .extents
-                    .plan(ahead.start..end)
-                    .unwrap_or_default()
-                    .into_iter()
-                    .filter_map(|part| match part.source {
-                        Source::Frame(frame) => Some(frame),
-                        Source::Hole | Source::Inline(_) => None,
-                    })
-                    .collect()
-            }
+            Some(content) => ahead
+                .into_iter()
+                .flat_map(|ahead| {
+                    let end = ahead.end.min(content.size).max(ahead.start);
+                    content.extents.plan(ahead.start..end).unwrap_or_default()
+                })
+                .filter_map(|part| match part.source {
+                    Source::Frame(frame) => Some(frame),
+                    Source::Hole | Source::Inline(_) => None,
+                })
+                .collect(),
             None => return,
         };
         if !frames.is_empty() {

@@ -460,9 +460,12 @@ async fn frames_that_compaction_moved_are_decrypted_where_they_lie_now() {
     let table = store.frame_table(SegmentId(1)).await.unwrap();
     let mut builder = store.builder(SegmentId(2));
     let mut moved = Vec::new();
-    for entry in table.iter().rev() {
-        let encoded = store.read_encoded(SegmentId(1), entry).await.unwrap();
-        moved.push(builder.add_relocated(entry, encoded).unwrap());
+    let encoded = store.encoded_frames(SegmentId(1), &table).await;
+    for (entry, encoded) in table.iter().zip(encoded).rev() {
+        let encoded = encoded.unwrap();
+        moved.push(builder.add_relocated(entry, encoded.clone()).unwrap());
+        let data_of = store.frame_data(SegmentId(1), entry, &encoded).unwrap();
+        assert_eq!(data_of, data[moved.len() % 2]);
     }
     store.put(builder.finish()).await.unwrap();
     store.delete(&[SegmentId(1)]).await;

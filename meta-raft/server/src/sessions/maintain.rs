@@ -2,7 +2,7 @@
 //!
 //! [`CompactionLease`] is pure: time is an argument.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, BinaryHeap, HashMap};
 use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::{Ino, SegmentId};
@@ -180,47 +180,62 @@ fn take_sparse(
     if max == 0 {
         return Ok(v1::SparseSegments {
             leased: true,
-            segments: Vec::new(),
+            ..v1::SparseSegments::default()
         });
     }
-    let (segments, next) = ctx
+    let (sparse, next) = ctx
         .state
         .snapshot_view(|view| sparse(view, volume.id, after, max, ask.live_percent_max))
         .map_err(Failed::Corrupt)?;
     volume.soft().compaction.go_on(session, next);
-    Ok(v1::SparseSegments {
-        leased: true,
-        segments,
-    })
+    Ok(sparse)
 }
 
-/// Sparse segments behind `after`, and where to go on: at the front when all were seen.
+/// The sparsest of the segments behind `after`, and where to go on: at the front when all were seen.
 fn sparse(
     view: &impl View,
     volume: heliofs_proto::ids::VolumeId,
     after: SegmentId,
     max: usize,
     live_percent_max: u32,
-) -> Result<(Vec<v1::Segment>, SegmentId), Corruption> {
-    let (mut found, mut after) = (Vec::new(), after);
+) -> Result<(v1::SparseSegments, SegmentId), Corruption> {
+    let mut sparse = v1::SparseSegments {
+        leased: true,
+        ..v1::SparseSegments::default()
+    };
+    // The fullest is on top: it is the first to go when there are too many.
+    let mut kept: BinaryHeap<(u32, SegmentId)> = BinaryHeap::new();
+    let mut found: HashMap<SegmentId, SegmentRecord> = HashMap::new();
+    let mut after = after;
     for _ in 0..SEGMENTS_EXAMINED_MAX / PAGE_MAX {
         let page = query::segments(view, volume, after, PAGE_MAX)?;
         let whole = page.len() == PAGE_MAX;
         for (id, record) in page {
             after = id;
+            sparse.data_bytes += record.data_bytes;
+            sparse.live_bytes += record.live_bytes;
             let live = u128::from(record.live_bytes) * 100;
-            if live <= u128::from(record.data_bytes) * u128::from(live_percent_max) {
-                found.push(as_segment((id, record)));
-                if found.len() == max {
-                    return Ok((found, after));
-                }
+            if live > u128::from(record.data_bytes) * u128::from(live_percent_max) {
+                continue;
+            }
+            let permille =
+                u128::from(record.live_bytes) * 1000 / u128::from(record.data_bytes.max(1));
+            kept.push((u32::try_from(permille).unwrap_or(u32::MAX), id));
+            found.insert(id, record);
+            if kept.len() > max
+                && let Some((_, fullest)) = kept.pop()
+            {
+                found.remove(&fullest);
             }
         }
         if !whole {
-            return Ok((found, SegmentId(0)));
+            after = SegmentId(0);
+            break;
         }
     }
-    Ok((found, after))
+    sparse.segments = found.into_iter().map(as_segment).collect();
+    sparse.segments.sort_unstable_by_key(|segment| segment.id);
+    Ok((sparse, after))
 }
 
 fn as_segment((id, record): (SegmentId, SegmentRecord)) -> v1::Segment {
