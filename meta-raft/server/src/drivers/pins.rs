@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use heliofs_proto::ids::VolumeId;
 use heliofs_proto::v1::{self, log_item::Item};
 use tokio_util::sync::CancellationToken;
 
@@ -20,9 +19,9 @@ pub async fn keep(state: State, cancel: CancellationToken) {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(EVERY) => {}
         }
-        for volume in state.volumes() {
-            if let Err(error) = state.advance_pins(VolumeId(volume.id)) {
-                tracing::warn!(volume = volume.id, %error, "what the bucket lacks can't be read");
+        for volume in state.pinned_volumes() {
+            if let Err(error) = state.advance_pins(volume) {
+                tracing::warn!(%volume, %error, "what the bucket lacks can't be read");
             }
         }
     }

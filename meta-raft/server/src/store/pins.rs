@@ -201,6 +201,11 @@ impl State {
         Ok(complete)
     }
 
+    /// The volumes of which something is held.
+    pub(crate) fn pinned_volumes(&self) -> Vec<VolumeId> {
+        self.pins().lines.keys().copied().collect()
+    }
+
     fn drop_pins(&self, volume: VolumeId) {
         let line = self.pins().lines.remove(&volume);
         for pin in line.into_iter().flat_map(|line| line.waiting) {
