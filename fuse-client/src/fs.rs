@@ -307,7 +307,8 @@ impl Fs {
     }
 
     fn writable(&self) -> FsResult<()> {
-        if self.options.read_only {
+        let waits = self.options.follow_promotion && self.session().welcome().mirror;
+        if self.options.read_only || waits {
             return Err(Errno::ROFS);
         }
         Ok(())

@@ -22,6 +22,8 @@ pub enum AtimePolicy {
 pub struct FsOptions {
     /// Refuse every change.
     pub read_only: bool,
+    /// Refuse every change while the volume is a mirror, and none once it is promoted.
+    pub follow_promotion: bool,
     /// See [`AtimePolicy`].
     pub atime: AtimePolicy,
     /// Bytes per segment that large writes fill; the volume's setting.
@@ -69,6 +71,7 @@ impl Default for FsOptions {
     fn default() -> Self {
         Self {
             read_only: false,
+            follow_promotion: false,
             atime: AtimePolicy::Off,
             segment_bytes: 4 << 20,
             flush_age: Duration::from_secs(1),

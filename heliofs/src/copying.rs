@@ -8,6 +8,7 @@ use fuse_client::fs::Fs;
 use heliofs_proto::ids::SegmentId;
 use heliofs_proto::v1::StorageConfig;
 use meta_client::Session;
+use mirror_sync::check::Checker;
 use mirror_sync::copy::{Buckets, Copier, CopyProgress, Host};
 use parking_lot::Mutex;
 use prometheus::{IntGauge, Opts, Registry};
@@ -131,17 +132,23 @@ pub(crate) async fn check_second(bucket: &Bucket, uuid: &str) -> Outcome {
     }
 }
 
-/// Starts the copier of a mount; it lives as long as the process.
+/// Starts the copier of a mount, and its checks of both buckets every `interval` unless that is 0; they live as long as the
+/// process.
 pub(crate) fn start(
-    buckets: Buckets,
+    (buckets, checked): (Buckets, Buckets),
+    interval: Duration,
     fs: Arc<Fs>,
     store: Arc<SegmentStore>,
     news: mpsc::Receiver<CopyNews>,
     metrics: CopyMetrics,
 ) {
     let host = Arc::new(MountHost { fs, store, metrics });
-    let copier = Copier::new(buckets, host, MOUNT_PARALLEL);
+    let copier = Copier::new(buckets, host.clone(), MOUNT_PARALLEL);
     tokio::spawn(copier.run(Some(news), CancellationToken::new()));
+    if !interval.is_zero() {
+        let checker = Checker::new(checked, host, interval);
+        tokio::spawn(checker.run(CancellationToken::new()));
+    }
 }
 
 /// A worker: a session, renewed when it ends, and what was done.

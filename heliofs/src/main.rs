@@ -14,6 +14,7 @@ mod commands;
 mod connect;
 mod copying;
 mod failure;
+mod fencing;
 mod fstab;
 mod log;
 mod mirror_target;

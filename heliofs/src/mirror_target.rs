@@ -6,8 +6,9 @@ use async_trait::async_trait;
 use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
 use heliofs_proto::v1;
 use meta_server::NodeContext;
+use meta_server::fence;
 use meta_server::proposer::{LocalReply, ProposeError, Proposed};
-use mirror_sync::{Answered, Target, TargetError};
+use mirror_sync::{Answered, Standing, Target, TargetError};
 
 /// The node.
 pub(crate) struct NodeTarget(pub(crate) Arc<NodeContext>);
@@ -45,6 +46,7 @@ impl Target for NodeTarget {
     async fn deposed(&self) {
         self.leading(false).await;
         self.0.mirrors.clear();
+        self.0.fences.end();
     }
 
     fn cluster_id(&self) -> Option<u32> {
@@ -55,6 +57,28 @@ impl Target for NodeTarget {
         let mut volumes = self.0.state.volumes();
         volumes.retain(|volume| volume.mirror.is_some());
         volumes
+    }
+
+    fn fenced(&self) -> Vec<v1::Volume> {
+        let mut volumes = self.0.state.volumes();
+        volumes.retain(|volume| volume.mirror.is_none() && volume.fence.is_some());
+        volumes
+    }
+
+    fn stand(&self, volume: VolumeId, standing: Option<Standing>) {
+        let fences = &self.0.fences;
+        match standing {
+            Some(Standing::Held(until)) => fences.set(volume, fence::Standing::Held { until }),
+            Some(Standing::Lapsed(why)) => fences.set(volume, fence::Standing::Lapsed(why)),
+            Some(Standing::Lost(why)) => fences.set(volume, fence::Standing::Lost(why)),
+            None => fences.forget(volume),
+        }
+    }
+
+    fn url(&self) -> String {
+        let members = self.0.raft.members();
+        let addresses: Vec<_> = members.into_iter().map(|peer| peer.address).collect();
+        format!("helio://{}", addresses.join(","))
     }
 
     fn owns(&self, name: &str) -> bool {
@@ -81,7 +105,7 @@ impl Target for NodeTarget {
         let answer = self.0.proposer.propose(item).await;
         let answer = answer.map_err(|error| match error {
             ProposeError::NotLeader { .. } => TargetError::NotLeader,
-            ProposeError::Unknown => TargetError::Unknown,
+            ProposeError::Unknown | ProposeError::Fenced(_) => TargetError::Unknown,
             ProposeError::Fatal(why) => TargetError::Stopped(why),
         })?;
         Ok(match answer {

@@ -475,3 +475,28 @@ fn a_tree_is_equal_at_the_mirror_once_its_token_was_waited_for() {
     seen.unmount();
     mount.unmount();
 }
+
+#[test]
+fn the_changelog_is_packed_on_its_way() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("packed", &[]);
+    let mount = source.mount("packed");
+    let relay = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let url = format!("helio://{}", relay.address());
+    let mirror = mirror_of(&source, &url, 1, &[]);
+    catch_up(&source, &mirror, "packed");
+    let before = (mirror_status(&mirror, "packed").unwrap(), relay.passed());
+    for number in 0..1500 {
+        fs::write(mount.join(format!("a-name-of-some-length-{number}")), "x").unwrap();
+    }
+    File::open(&mount.path).unwrap().sync_all().unwrap();
+    assert_mirror_equal(&source, &mirror, "packed");
+    let after = mirror_status(&mirror, "packed").unwrap();
+    let passed = relay.passed() - before.1;
+    let grown = |key: &str| after[key].as_u64().unwrap() - before.0[key].as_u64().unwrap();
+    let (plain, received) = (grown("stream_plain_bytes"), grown("stream_bytes"));
+    assert!(plain > 100_000, "{after}");
+    assert!(received * 2 < plain, "{received} bytes of {plain}");
+    // What the link saw: reports of the slot and comparisons are on it, too.
+    assert!(passed < plain, "{passed} bytes for {plain}");
+}

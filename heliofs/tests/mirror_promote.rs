@@ -9,7 +9,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use support::mirror::{assert_mirror_equal, catch_up, mirror_of, wait_for_status};
-use support::{Cluster, Load, wait_for};
+use support::{Cluster, Load, Mount, wait_for};
 
 #[test]
 fn a_planned_promotion_loses_nothing_and_can_be_undone_the_same_way() {
@@ -174,4 +174,53 @@ fn a_forced_promotion_needs_a_dead_source_and_says_so() {
     later.verify(&moved.path.join("writer-0"));
     mirror.assert_replicas_equal("dies");
     moved.unmount();
+}
+
+#[test]
+fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("follows", &[]);
+    let here = source.mount("follows");
+    fs::write(here.join("old"), vec![3; 50_000]).unwrap();
+    File::open(here.join("old")).unwrap().sync_all().unwrap();
+    let mirror = mirror_of(&source, &source.url(), 1, &[]);
+    catch_up(&source, &mirror, "follows");
+    let there = Mount::of(&mirror, "follows", &["--follow-promotion"]);
+    assert_eq!(fs::read(there.join("old")).unwrap(), vec![3; 50_000]);
+    let refused = |outcome: std::io::Result<()>| {
+        let error = outcome.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(30), "{error}");
+    };
+    let open = || File::options().write(true).open(there.join("old"));
+    refused(fs::write(there.join("new"), "x"));
+    refused(fs::create_dir(there.join("directory")));
+    refused(fs::rename(there.join("old"), there.join("other")));
+    refused(fs::remove_file(there.join("old")));
+    refused(open().map(drop));
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    refused(fs::set_permissions(there.join("old"), mode));
+    // One that is open stays open.
+    let reading = File::open(there.join("old")).unwrap();
+    mirror
+        .run(&["mirror", "promote", &mirror.volume_url("follows")])
+        .success();
+    wait_for("the mount's first change", Duration::from_secs(30), || {
+        fs::write(there.join("new"), "x").ok()
+    });
+    let mut file = open().unwrap();
+    file.write_all(&[4; 20_000]).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    let mut start = [0; 4];
+    std::os::unix::fs::FileExt::read_exact_at(&reading, &mut start, 0).unwrap();
+    assert_eq!(start, [4; 4]);
+    fs::rename(there.join("old"), there.join("renamed")).unwrap();
+    let fresh = mirror.mount("follows");
+    assert_eq!(fs::read(fresh.join("new")).unwrap(), b"x");
+    let mut content = vec![4; 20_000];
+    content.extend(vec![3; 30_000]);
+    assert_eq!(fs::read(fresh.join("renamed")).unwrap(), content);
+    drop(reading);
+    fresh.unmount();
+    there.unmount();
 }

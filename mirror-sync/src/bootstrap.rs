@@ -46,6 +46,7 @@ impl Follower {
             name: self.names.local.clone(),
             storage: record.storage,
             settings: record.settings,
+            fence: record.fence,
             mirror: Some(v1::MirrorOf {
                 source: self.names.url.clone(),
                 volume: self.names.source.clone(),

@@ -26,6 +26,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 const REPORT_AFTER: Duration = Duration::from_millis(200);
 const REPORT_MAX: usize = 256;
 
+/// What is under way for long is said this often to be: a third of a lease, after which others would be given the same.
+const RENEW: Duration = Duration::from_secs(20);
+
 /// An object that the second bucket does not have is asked for this often, at least [`ABSENT_PAUSE`] apart, before that counts.
 const ABSENT_MAX: u32 = 3;
 const ABSENT_PAUSE: Duration = Duration::from_millis(500);
@@ -140,11 +143,17 @@ impl Copier {
         let mut under_way: JoinSet<Done> = JoinSet::new();
         let mut queue: VecDeque<v1::CopyTask> = VecDeque::new();
         let mut ask_at = Instant::now();
+        let mut renew_at = Instant::now() + RENEW;
         loop {
             let room = (self.parallel * 2).saturating_sub(queue.len() + under_way.len());
             let now = Instant::now();
             let hungry = room >= self.parallel && (now >= ask_at || !self.wanted.is_empty());
-            if hungry || self.report_is_due(now) {
+            if self.under_way.is_empty() {
+                renew_at = now + RENEW;
+            }
+            let renew = now >= renew_at;
+            if hungry || renew || self.report_is_due(now) {
+                renew_at = now + RENEW;
                 match self.ask(if hungry { room } else { 0 }).await {
                     Ok(tasks) if hungry => {
                         ask_at = match tasks.is_empty() {
@@ -179,7 +188,12 @@ impl Copier {
             let next = match report_at {
                 Some(at) if can_ask => at.min(ask_at),
                 Some(at) => at,
-                None => ask_at,
+                None if can_ask => ask_at,
+                None => renew_at,
+            };
+            let next = match self.under_way.is_empty() {
+                true => next,
+                false => next.min(renew_at),
             };
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -200,7 +214,7 @@ impl Copier {
                     }
                 },
                 heard = hear(&mut news) => self.hear(heard),
-                () = tokio::time::sleep_until(next), if can_ask || report_at.is_some() => {}
+                () = tokio::time::sleep_until(next) => {}
             }
         }
         under_way.abort_all();
@@ -226,9 +240,10 @@ impl Copier {
         let report = std::mem::replace(&mut self.report, empty);
         let wanted = std::mem::take(&mut self.wanted);
         let stored: Vec<u64> = report.stored.clone();
+        let working = self.under_way.iter().copied().collect();
         let session = self.host.session();
         match session
-            .take_copies(report.clone(), max as u32, &wanted)
+            .take_copies(report.clone(), max as u32, &wanted, working)
             .await
         {
             Ok(copies) => {

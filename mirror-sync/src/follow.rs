@@ -9,6 +9,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesOrdered;
 use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
 use heliofs_proto::v1::{self, MirrorState, local_command::Op, log_item::Item};
+use meta_client::changelog::Traffic;
 use meta_client::{Cluster, ClusterError};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -317,6 +318,9 @@ impl Follower {
                             waiting.push_back(frame);
                         }
                         self.says.peer.clone_from(&reader.peer.borrow());
+                        let traffic = *reader.traffic.borrow();
+                        self.says.stream_bytes = traffic.received;
+                        self.says.stream_plain_bytes = traffic.plain;
                     }
                 }
                 _ = ticks.tick() => self.look(volume, load, paused)?,
@@ -429,6 +433,7 @@ struct Proposed {
 struct Reader {
     frames: mpsc::Receiver<Result<v1::ChangelogFrame, ClusterError>>,
     peer: watch::Receiver<String>,
+    traffic: watch::Receiver<Traffic>,
     stop: CancellationToken,
 }
 
@@ -442,6 +447,7 @@ impl Reader {
     fn start(source: &Cluster, volume: &str, after: Position) -> Self {
         let (sender, frames) = mpsc::channel(FRAMES_MAX);
         let (peer_sender, peer) = watch::channel(String::new());
+        let (traffic_sender, traffic) = watch::channel(Traffic::default());
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let mut follower = source.follow(volume, after, true);
@@ -460,6 +466,8 @@ impl Reader {
                         }
                         Err(error) => Err(error),
                     };
+                    // Nobody needs to be woken for it.
+                    traffic_sender.send_replace(follower.traffic());
                     peer_sender.send_if_modified(|peer| {
                         let now = follower.peer().unwrap_or_default();
                         let changed = peer != now;
@@ -477,7 +485,12 @@ impl Reader {
                 () = read => {}
             }
         });
-        Self { frames, peer, stop }
+        Self {
+            frames,
+            peer,
+            traffic,
+            stop,
+        }
     }
 }
 

@@ -4,11 +4,15 @@
 //! - [`supervise`]: while this node leads, one follower per mirrored volume
 //! - [`follow`]: one volume: slot, load if needed, then entry after entry; [`bootstrap`]: the load; [`report`]: how far it is,
 //!   said to the source
+//! - [`fence`]: the marker that names who may write a volume: kept, and taken over
 //! - [`copy`]: objects into the region's own bucket, in a mount or a worker
+//! - [`check`]: both buckets against the records, now and then
 //! - [`plan`]: frames of the changelog to proposals, pure; [`lag`]: how old what is applied is, pure
 
 pub mod bootstrap;
+pub mod check;
 pub mod copy;
+pub mod fence;
 pub mod follow;
 pub mod lag;
 pub mod plan;
@@ -17,4 +21,4 @@ pub mod supervise;
 pub mod target;
 
 pub use supervise::{MirrorConfig, Supervisor};
-pub use target::{Answered, Target, TargetError};
+pub use target::{Answered, Standing, Target, TargetError};

@@ -105,6 +105,7 @@ impl Plan {
             false => Vec::new(),
         };
         Some(v1::Replay {
+            pin: false,
             volume: self.volume.0,
             entries,
             beats: digests,

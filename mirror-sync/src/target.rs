@@ -33,7 +33,18 @@ pub enum Answered {
     Refused(String),
 }
 
-/// The cluster that a volume is mirrored into. Everything but [`Target::propose`] answers at once, from this node.
+/// How the marker of a volume stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It names this cluster, and nobody else can have taken it before this moment.
+    Held(std::time::Instant),
+    /// It can't be renewed; why.
+    Lapsed(String),
+    /// It names another cluster, under a higher epoch.
+    Lost(String),
+}
+
+/// The cluster that a volume is mirrored into, or that writes volumes which are fenced. Everything but [`Target::propose`] answers at once, from this node.
 #[async_trait]
 pub trait Target: Send + Sync + 'static {
     /// Waits until this node leads.
@@ -47,6 +58,15 @@ pub trait Target: Send + Sync + 'static {
 
     /// The volumes that are mirrors.
     fn mirrors(&self) -> Vec<v1::Volume>;
+
+    /// The volumes that are written here and have a fence store, with its keys.
+    fn fenced(&self) -> Vec<v1::Volume>;
+
+    /// Says how the marker of a volume stands; `None`: this node keeps it no more.
+    fn stand(&self, volume: VolumeId, standing: Option<Standing>);
+
+    /// META-URL of the cluster.
+    fn url(&self) -> String;
 
     /// Whether a volume of this name is written here: a promoted mirror is.
     fn owns(&self, name: &str) -> bool;

@@ -3,11 +3,13 @@
 //! - [`ids`]: a newtype for every id, and positions
 //! - [`error`]: verdicts of the file system and how they map to errno
 //! - [`limits`]: bounds that both ends of a connection rely on
+//! - [`packing`]: streams of frames, compressed
 //! - [`v1`]: messages and services, generated from `proto/heliofs/v1/*.proto`
 
 pub mod error;
 pub mod ids;
 pub mod limits;
+pub mod packing;
 
 /// Messages and services of wire version 1, generated from the `.proto` files; their comments are the documentation.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::unwrap_used)]

@@ -44,7 +44,7 @@ pub struct Bucket {
     uploads: Semaphore,
     downloads: Semaphore,
     upload_limit: Option<RateLimit>,
-    download_limit: Option<RateLimit>,
+    download_limit: Option<Arc<RateLimit>>,
     hedge_after: Option<Duration>,
     link: Mutex<Link>,
     /// `file` only: directories whose own names are durable up to the bucket's.
@@ -150,7 +150,10 @@ impl Bucket {
             uploads: Semaphore::new(options.uploads_max.max(1)),
             downloads: Semaphore::new(options.downloads_max.max(1)),
             upload_limit: RateLimit::new(options.upload_bytes_per_second),
-            download_limit: RateLimit::new(options.download_bytes_per_second),
+            download_limit: match &options.download_budget {
+                Some(budget) => Some(Arc::clone(budget)),
+                None => RateLimit::new(options.download_bytes_per_second).map(Arc::new),
+            },
             hedge_after: options.hedge_after,
             link: Mutex::default(),
             durable_directories: Mutex::default(),

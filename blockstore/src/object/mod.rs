@@ -4,6 +4,7 @@
 //! - [`s3`]: bucket URLs, and what only S3 has (create a bucket)
 //! - [`bucket`]: [`Bucket`], the operations on one volume's objects
 //! - [`marker`]: the object that says whose prefix this is
+//! - [`register`]: [`Register`], an object that is changed by conditional puts only
 //! - [`plain`]: [`PlainBucket`], objects under their own keys, whoever wrote them; [`listing`]: their names in order
 //! - `link`: how much the way to it holds
 //! - [`fault`]: what an error of `object_store` means; [`attempts`]: when it is tried again; [`rate`]: limits
@@ -17,6 +18,7 @@ mod listing;
 pub mod marker;
 pub mod plain;
 mod rate;
+pub mod register;
 pub mod s3;
 
 pub use backend::create_bucket;
@@ -24,3 +26,4 @@ pub use bucket::Bucket;
 pub use listing::From;
 pub use plain::{PlainBucket, PlainObject};
 pub use rate::RateLimit;
+pub use register::{Register, Written};

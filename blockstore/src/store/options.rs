@@ -1,9 +1,11 @@
 //! Settings of a segment store: values only.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::KeyOpener;
+use crate::object::RateLimit;
 
 /// How a [`crate::SegmentStore`] behaves. `Default` suits a mount.
 #[derive(Clone, Debug)]
@@ -28,6 +30,8 @@ pub struct StoreOptions {
     pub upload_bytes_per_second: u64,
     /// Bytes per second from the bucket; 0: no limit.
     pub download_bytes_per_second: u64,
+    /// Instead of the above: a limit that several buckets share.
+    pub download_budget: Option<Arc<RateLimit>>,
     /// A read that has no answer after this time (and a second per 4 MiB) is asked for once more, and the first answer taken.
     pub hedge_after: Option<Duration>,
     /// Opens the volume's key when the volume is encrypted.
@@ -49,6 +53,7 @@ impl Default for StoreOptions {
             prefetch_bytes_max: 64 << 20,
             upload_bytes_per_second: 0,
             download_bytes_per_second: 0,
+            download_budget: None,
             hedge_after: None,
             opener: None,
             registry: None,

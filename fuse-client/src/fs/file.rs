@@ -80,7 +80,7 @@ impl Fs {
         how: OpenHow,
         caller: Caller,
     ) -> FsResult<Opened> {
-        if how.truncate {
+        if how.truncate || how.write {
             self.writable()?;
         }
         let _adoption = self.adoption.read().await;
@@ -319,7 +319,7 @@ impl Fs {
 
     /// A program reads: whether the access time follows is the policy's matter.
     pub(crate) fn touch_atime(self: &Arc<Self>, file: &FileHandle) {
-        if self.options.read_only || file.atime_done.swap(true, Ordering::Relaxed) {
+        if self.writable().is_err() || file.atime_done.swap(true, Ordering::Relaxed) {
             return;
         }
         let (fs, ino) = (self.clone(), file.inode.ino);

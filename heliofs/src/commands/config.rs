@@ -12,6 +12,7 @@ use super::format::{Compress, Keys};
 use super::status::volume_json;
 use crate::cli::Access;
 use crate::failure::{Failure, Outcome};
+use crate::fencing::{self, FenceAccess};
 use crate::passphrase::{PassphraseSource, read_key, read_private};
 use crate::units::{show_limit, show_size};
 use crate::{output, units};
@@ -52,6 +53,8 @@ pub(crate) struct Options {
     /// must know it; there is no way back.
     #[arg(long, value_name = "N")]
     core_level: Option<u32>,
+    #[command(flatten)]
+    fence: FenceAccess,
     #[command(flatten)]
     passphrase: PassphraseSource,
     #[command(flatten)]
@@ -115,13 +118,26 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     let storage = (storage != unchanged).then_some(storage);
     let volume = if settings != before || storage.is_some() {
         let update = UpdateVolumeRequest {
-            name: target.volume,
+            name: target.volume.clone(),
             settings: (settings != before).then_some(settings),
             storage,
+            ..UpdateVolumeRequest::default()
         };
         target.cluster.update_volume(update).await?
     } else {
         volume
+    };
+    let volume = match options.fence.resolve()? {
+        Some(store) => fencing::fence(&target.cluster, &volume, store).await?,
+        None if options.fence.is_none() => {
+            let update = UpdateVolumeRequest {
+                name: volume.name,
+                unfence: true,
+                ..UpdateVolumeRequest::default()
+            };
+            target.cluster.update_volume(update).await?
+        }
+        None => volume,
     };
     if json {
         output::print_json(&volume_json(&volume))
@@ -166,6 +182,7 @@ pub(crate) fn not_a_mirror(volume: &Volume) -> Outcome {
 fn print(volume: &Volume) -> Outcome {
     let storage = volume.storage.clone().unwrap_or_default();
     let settings = volume.settings.unwrap_or_default();
+    let fence = volume.fence.clone().and_then(|fence| fence.store);
     let grace = Duration::from_secs(settings.deletion_grace_seconds);
     let mut table = output::table(["setting", "value"]);
     for (name, value) in [
@@ -185,6 +202,8 @@ fn print(volume: &Volume) -> Outcome {
             show_limit(settings.capacity_bytes_max, show_size),
         ),
         ("inodes", show_limit(settings.inodes_max, |n| n.to_string())),
+        ("fence store", fence.unwrap_or_default().bucket),
+        ("read-only because", volume.fenced.clone()),
         ("core level", settings.core_level.to_string()),
         ("trash days", settings.trash_days.to_string()),
         (

@@ -12,6 +12,7 @@ use meta_core::limits::CORE_LEVEL_MAX;
 use crate::cli::Access;
 use crate::commands::status::volume_json;
 use crate::failure::{Failure, Outcome, While};
+use crate::fencing::{self, FenceAccess};
 use crate::passphrase::{PassphraseSource, read_private};
 use crate::{output, units};
 
@@ -37,7 +38,7 @@ impl Storage {
 }
 
 /// The keys of a bucket, never only in argv.
-#[derive(Args, Clone)]
+#[derive(Args, Clone, Default)]
 pub(crate) struct Keys {
     /// Else HELIOFS_ACCESS_KEY, ACCESS_KEY or AWS_ACCESS_KEY_ID.
     #[arg(long, value_name = "KEY")]
@@ -157,6 +158,8 @@ pub(crate) struct Options {
     /// How long an object that nobody references stays in the bucket.
     #[arg(long, value_parser = units::parse_duration, default_value = "10m", value_name = "TIME")]
     deletion_grace: Duration,
+    #[command(flatten)]
+    fence: FenceAccess,
     /// Takes over a prefix of the bucket that a volume which is gone has left; its objects are deleted.
     #[arg(long)]
     force: bool,
@@ -219,7 +222,15 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         storage: Some(storage),
         settings: Some(settings),
     };
-    let created = create(&target.cluster, volume, options.force).await?;
+    let fence = options.fence.resolve()?;
+    let mut created = create(&target.cluster, volume, options.force).await?;
+    if let Some(store) = fence {
+        created = fencing::fence(&target.cluster, &created, store)
+            .await
+            .map_err(|failure| {
+                failure.hint("the volume exists, without a fence store: `heliofs config --fence-store` gives it one")
+            })?;
+    }
     if json {
         return output::print_json(&volume_json(&created));
     }

@@ -21,6 +21,7 @@ use serde_json::json;
 
 use super::info::{self, Place, places};
 use super::{config, segments};
+use crate::buckets::find_keys;
 use crate::cli::Access;
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
@@ -74,6 +75,16 @@ pub(crate) struct Options {
     /// With --repair: a disk cache that may hold what the bucket has lost; its mount must be unmounted.
     #[arg(long, value_name = "DIR", requires = "repair")]
     cache_dir: Option<PathBuf>,
+    /// With --repair: another region's bucket of the volume, such as a mirror's, or a copy of this one: whole objects come from
+    /// there.
+    #[arg(long, value_name = "BUCKET", requires = "repair")]
+    bucket2: Option<String>,
+    /// Its access key, or HELIOFS_ACCESS_KEY2 [default: the bucket's].
+    #[arg(long, value_name = "KEY", requires = "bucket2")]
+    access_key2: Option<String>,
+    /// Its secret key; better HELIOFS_SECRET_KEY2.
+    #[arg(long, value_name = "KEY", requires = "bucket2")]
+    secret_key2: Option<String>,
     #[command(flatten)]
     passphrase: PassphraseSource,
 }
@@ -86,6 +97,8 @@ fn parse_segment(text: &str) -> Result<u64, String> {
 struct Damage {
     id: u64,
     what: String,
+    /// The object is whole again.
+    healed: bool,
 }
 
 /// One check of one volume.
@@ -93,6 +106,8 @@ struct Check<'a> {
     options: &'a Options,
     json: bool,
     bucket: Bucket,
+    /// Where whole objects may be had.
+    second: Option<Bucket>,
     storage: v1::StorageConfig,
     session: &'a Session,
     volume: VolumeId,
@@ -131,6 +146,49 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     }
 }
 
+/// The other bucket, if one is named.
+fn second(options: &Options, storage: &v1::StorageConfig, prefix: &str) -> Outcome<Option<Bucket>> {
+    let Some(bucket) = &options.bucket2 else {
+        return Ok(None);
+    };
+    let keys = find_keys(&options.access_key2, &options.secret_key2, "2")?;
+    let (access_key, secret_key) =
+        keys.unwrap_or_else(|| (storage.access_key.clone(), storage.secret_key.clone()));
+    let local = bucket.starts_with('/') || bucket.starts_with("file://");
+    let storage = v1::StorageConfig {
+        storage: if local { "file" } else { "s3" }.to_owned(),
+        bucket: bucket.clone(),
+        access_key,
+        secret_key,
+        ..v1::StorageConfig::default()
+    };
+    let options = StoreOptions {
+        deadline: Duration::from_secs(30),
+        memory_cache_bytes: 0,
+        ..StoreOptions::default()
+    };
+    Ok(Some(Bucket::open(&storage, prefix, &options)?))
+}
+
+/// A bucket that was emptied has lost its marker, too. Nothing of another volume is in it then.
+async fn claim_emptied(storage: &v1::StorageConfig, prefix: &str) -> Outcome {
+    let options = StoreOptions {
+        deadline: Duration::from_secs(30),
+        memory_cache_bytes: 0,
+        ..StoreOptions::default()
+    };
+    blockstore::object::create_bucket(storage, &options).await?;
+    let bucket = Bucket::open(storage, prefix, &options)?;
+    match bucket.check_marker(&storage.uuid).await {
+        Err(error) if error.kind() == Kind::NotFound => {
+            tracing::warn!("the bucket has no marker: it is made anew");
+            Ok(bucket.claim_marker(&storage.uuid).await?)
+        }
+        // What is wrong with it is told by who opens it.
+        _ => Ok(()),
+    }
+}
+
 /// Checks the volume, or what lies below some places of it; `false`: damage is left.
 async fn check(options: &Options, target: &Target, places: &[Place], json: bool) -> Outcome<bool> {
     let volume = config::find(&target.cluster, &target.volume).await?;
@@ -139,12 +197,17 @@ async fn check(options: &Options, target: &Target, places: &[Place], json: bool)
         config::not_a_mirror(&volume)?;
     }
     let prefix = config::prefix(&volume);
+    let second = second(options, &storage, prefix)?;
+    if second.is_some() {
+        claim_emptied(&storage, prefix).await?;
+    }
     let bucket = segments::bucket(&storage, prefix).await?;
     let session = target.patient_session(!options.repair).await?;
     let check = Check {
         options,
         json,
         bucket,
+        second,
         storage,
         session: &session,
         volume: session.volume_id(),
@@ -178,7 +241,15 @@ impl Check<'_> {
                 self.data(&live, &mut report).await?;
             }
         }
-        let damaged: BTreeSet<u64> = report.damages.iter().map(|damage| damage.id).collect();
+        if let Some(second) = &self.second {
+            self.fetch(second, &mut report).await?;
+        }
+        let damaged: BTreeSet<u64> = report
+            .damages
+            .iter()
+            .filter(|damage| !damage.healed)
+            .map(|damage| damage.id)
+            .collect();
         if !damaged.is_empty() {
             report.users = segments::users(self.session, &damaged).await?;
         }
@@ -306,7 +377,11 @@ impl Check<'_> {
     /// Something is wrong, unless the segment was freed meanwhile.
     async fn found(&self, id: u64, what: String, report: &mut Report) -> Outcome {
         if segments::states(self.session, &[id]).await? == [SegmentState::Live] {
-            report.damages.push(Damage { id, what });
+            report.damages.push(Damage {
+                id,
+                what,
+                healed: false,
+            });
         }
         Ok(())
     }
@@ -379,6 +454,44 @@ impl Check<'_> {
         checked.await.map_err(Failure::new)
     }
 
+    /// Puts whole objects back that the other bucket has.
+    async fn fetch(&self, second: &Bucket, report: &mut Report) -> Outcome {
+        let ids: Vec<u64> = report.damages.iter().map(|damage| damage.id).collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let live = segments::live(self.session, 0).await?;
+        let known: BTreeMap<u64, v1::Segment> = live
+            .into_iter()
+            .map(|segment| (segment.id, segment))
+            .collect();
+        let bar = progress::bar("from the other bucket", ids.len() as u64, false, self.json);
+        for damage in &mut report.damages {
+            bar.inc(1);
+            // One that was freed meanwhile is not brought back.
+            let Some(segment) = known.get(&damage.id) else {
+                continue;
+            };
+            let name = SegmentId(segment.id).object_name();
+            let object = match second.get_about(&name, segment.length).await {
+                Ok(object) => object,
+                Err(error) if error.kind() == Kind::NotFound => continue,
+                Err(error) => return Err(error.into()),
+            };
+            if object.len() as u64 != segment.length
+                || crc32fast::hash(&object) != segment.checksum
+                || segments::states(self.session, &[segment.id]).await? != [SegmentState::Live]
+            {
+                continue;
+            }
+            self.bucket.put(&name, object).await?;
+            damage.healed = true;
+            report.repaired_bytes += segment.length;
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
     /// Lets files follow what can still be read.
     async fn repair(&self, volume: &str, damaged: &BTreeSet<u64>, report: &mut Report) -> Outcome {
         let options = StoreOptions {
@@ -409,7 +522,7 @@ impl Check<'_> {
             .compact(&damaged_ids)
             .await
             .map_err(Failure::new)?;
-        report.repaired_bytes = done.moved_bytes;
+        report.repaired_bytes += done.moved_bytes;
         // What is still named could not be read.
         report.users = segments::users(self.session, damaged).await?;
         Ok(())

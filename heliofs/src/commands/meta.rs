@@ -5,11 +5,13 @@ mod settings;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use meta_client::{Cluster, ClusterOptions, Token};
 use meta_server::{Node, NodeConfig};
+use mirror_sync::fence::Keeper;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +20,7 @@ use super::{runtime, service_threads};
 use crate::cli::Access;
 use crate::failure::{Failure, Outcome, While};
 use crate::log::{self, Role};
+use crate::mirror_target::NodeTarget;
 use crate::serve_metrics::{self, Exposed};
 use crate::signals::Stop;
 use crate::{output, units};
@@ -199,12 +202,19 @@ async fn serve(resolved: Resolved, init: bool, json: bool) -> Outcome {
 pub(crate) async fn start(config: NodeConfig) -> Outcome<Node> {
     let directory = config.data_dir.clone();
     let listen = config.listen;
-    Node::start(config).await.map_err(|error| {
+    let started = Node::start(config).await.map_err(|error| {
         Failure::new(format!(
             "cannot start the node in {} at {listen}: {error}",
             directory.display()
         ))
-    })
+    });
+    if let Ok(node) = &started {
+        // Volumes that have a fence store are written only while it keeps their markers.
+        let context = node.context();
+        let keeper = Keeper::new(Arc::new(NodeTarget(Arc::clone(context))));
+        context.tasks.spawn(keeper.run(context.cancel.clone()));
+    }
+    started
 }
 
 /// Forms a cluster of the node at `address` unless it belongs to one.

@@ -92,6 +92,8 @@ pub(crate) fn volume_json(volume: &Volume) -> serde_json::Value {
         "trash_days": settings.trash_days,
         "deletion_grace_seconds": settings.deletion_grace_seconds,
         "core_level": settings.core_level,
+        "fence_store": volume.fence.as_ref().map(|fence| fence.store.clone().unwrap_or_default().bucket),
+        "read_only_because": (!volume.fenced.is_empty()).then_some(&volume.fenced),
     })
 }
 

@@ -30,6 +30,10 @@ impl S3 {
             "name": "test",
             "credentials": [{ "accessKey": ACCESS_KEY, "secretKey": SECRET_KEY }],
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }, {
+            "name": "reader",
+            "credentials": [{ "accessKey": "test-reader", "secretKey": "test-reader-key" }],
+            "actions": ["Read", "List"],
         }]});
         std::fs::write(&config, identity.to_string()).unwrap();
         let ports = free_ports(8);

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use heliofs_proto::ids::Position;
 use heliofs_proto::limits::MESSAGE_BYTES_MAX;
+use heliofs_proto::packing::{self, Unpacker};
 use heliofs_proto::v1;
 use heliofs_proto::v1::changelog_client::ChangelogClient;
+use prost::Message;
 use tonic::Streaming;
 
 use crate::cluster::{Answer, Cluster, Search, judge, root_cause};
@@ -24,6 +26,15 @@ pub enum ChangelogItem {
     Beat(v1::ChangelogBeat),
 }
 
+/// What a follower has received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes of frames as they came.
+    pub received: u64,
+    /// The same as they were before the server packed them.
+    pub plain: u64,
+}
+
 /// A place in a volume's history that moves forward; see [`Cluster::follow`].
 pub struct ChangelogFollower {
     cluster: Cluster,
@@ -31,7 +42,8 @@ pub struct ChangelogFollower {
     after: Position,
     follow: bool,
     peer: Option<String>,
-    stream: Option<Streaming<v1::ChangelogFrame>>,
+    stream: Option<(Streaming<v1::ChangelogFrame>, Unpacker)>,
+    traffic: Traffic,
     items: VecDeque<ChangelogItem>,
 }
 
@@ -46,6 +58,7 @@ impl Cluster {
             follow,
             peer: None,
             stream: None,
+            traffic: Traffic::default(),
             items: VecDeque::new(),
         }
     }
@@ -60,6 +73,11 @@ impl ChangelogFollower {
     /// The replica it follows now.
     pub fn peer(&self) -> Option<&str> {
         self.peer.as_deref()
+    }
+
+    /// What it has received.
+    pub fn traffic(&self) -> Traffic {
+        self.traffic
     }
 
     /// The next entry or beat; `None` at the end, when it doesn't follow. May be dropped and called again: nothing is lost.
@@ -105,11 +123,26 @@ impl ChangelogFollower {
             if self.stream.is_none() {
                 self.connect().await?;
             }
-            let Some(stream) = &mut self.stream else {
+            let Some((stream, unpacker)) = &mut self.stream else {
                 continue;
             };
             match tokio::time::timeout(SILENCE_MAX, stream.message()).await {
-                Ok(Ok(Some(frame))) => return Ok(Some(frame)),
+                Ok(Ok(Some(frame))) => {
+                    let received = frame.encoded_len() as u64;
+                    let frame = match frame.packed.is_empty() {
+                        true => Ok(frame),
+                        false => unpacker.unpack(&frame.packed),
+                    };
+                    match frame {
+                        Ok(frame) => {
+                            self.traffic.received += received;
+                            self.traffic.plain += frame.encoded_len() as u64;
+                            return Ok(Some(frame));
+                        }
+                        // What was damaged on the way, or packed otherwise, comes again from elsewhere.
+                        Err(error) => self.leave(&error.to_string()),
+                    }
+                }
                 Ok(Ok(None)) if !self.follow => return Ok(None),
                 Ok(Ok(None)) => self.leave("it ended the stream"),
                 Ok(Err(status)) => match judge(self.peer.as_deref().unwrap_or(""), &status) {
@@ -167,7 +200,10 @@ impl ChangelogFollower {
                 match self.ask(&peer).await {
                     Ok(stream) => {
                         self.peer = Some(peer);
-                        self.stream = Some(stream);
+                        let unpacker = Unpacker::new().map_err(|error| {
+                            ClusterError::Invalid(format!("a changelog can't be unpacked: {error}"))
+                        })?;
+                        self.stream = Some((stream, unpacker));
                         return Ok(());
                     }
                     Err(Answer::Refused(error @ ClusterError::Trimmed(_))) => trimmed = Some(error),
@@ -199,6 +235,7 @@ impl ChangelogFollower {
             volume: self.volume.clone(),
             after: Some(self.after.into()),
             follow: self.follow,
+            packing: packing::ZSTD.to_owned(),
         });
         let timeout = self.cluster.options().attempt_timeout;
         match tokio::time::timeout(timeout, client.follow(request)).await {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use heliofs_proto::ids::Position;
 use heliofs_proto::limits::MESSAGE_BYTES_MAX;
+use heliofs_proto::packing::{self, Unpacker};
 use heliofs_proto::v1;
 use heliofs_proto::v1::changelog_client::ChangelogClient;
 use tokio::time::Instant;
@@ -22,6 +23,7 @@ const WAIT: Duration = Duration::from_secs(3);
 /// All records of a volume, on their way from one replica.
 pub struct VolumeCopy {
     stream: Streaming<v1::CopyFrame>,
+    unpacker: Unpacker,
     peer: String,
 }
 
@@ -40,6 +42,10 @@ impl VolumeCopy {
             detail,
         };
         match tokio::time::timeout(SILENCE_MAX, self.stream.message()).await {
+            Ok(Ok(Some(frame))) if !frame.packed.is_empty() => {
+                let frame = self.unpacker.unpack(&frame.packed);
+                frame.map(Some).map_err(|error| broken(error.to_string()))
+            }
             Ok(Ok(frame)) => Ok(frame),
             Ok(Err(status)) => Err(match judge(&self.peer, &status) {
                 Answer::Refused(error) => error,
@@ -61,7 +67,16 @@ impl Cluster {
         loop {
             for peer in self.order(None) {
                 match self.ask_for_copy(&peer, volume).await {
-                    Ok(stream) => return Ok(VolumeCopy { stream, peer }),
+                    Ok(stream) => {
+                        let unpacker = Unpacker::new().map_err(|error| {
+                            ClusterError::Invalid(format!("a copy can't be unpacked: {error}"))
+                        })?;
+                        return Ok(VolumeCopy {
+                            stream,
+                            unpacker,
+                            peer,
+                        });
+                    }
                     Err(Answer::Refused(error)) => return Err(error),
                     Err(Answer::Elsewhere(_, detail)) => search.note(&peer, &detail, true),
                     Err(Answer::Unreachable(detail)) | Err(Answer::Broken(detail)) => {
@@ -82,6 +97,7 @@ impl Cluster {
         let channel = self.channel(peer).map_err(Answer::Refused)?;
         let mut client = ChangelogClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let request = self.request(v1::CopyRequest {
+            packing: packing::ZSTD.to_owned(),
             volume: volume.to_owned(),
         });
         let timeout = self.options().attempt_timeout;
@@ -217,10 +233,14 @@ impl Cluster {
         &self,
         volume: &str,
         at: Option<Position>,
+        fence: Option<v1::FenceStore>,
+        forced: bool,
     ) -> Result<Position, ClusterError> {
         let body = v1::PromoteMirrorRequest {
             volume: volume.to_owned(),
             at: at.map(Into::into),
+            fence,
+            forced,
         };
         let answer = call!(self, promote_mirror, mutates = true, body)?;
         Ok(answer.position.map(Position::from).unwrap_or_default())

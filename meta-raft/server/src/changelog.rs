@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
+use heliofs_proto::packing::{self, Packer};
 use heliofs_proto::v1::{self, changelog_server::Changelog, local_command, log_item::Item};
 use meta_core::query;
 use openraft::EntryPayload;
@@ -177,11 +178,26 @@ fn copy(
     damage: &Damage,
     record: v1::Volume,
     frames: &mpsc::Sender<Result<v1::CopyFrame, Status>>,
+    packer: Option<Packer>,
 ) {
     let volume = VolumeId(record.id);
     let counters = state.snapshot_view(|view| query::counters(view, volume));
     let inodes = counters.map_or(0, |counters| counters.used_inodes);
-    let send = |frame: v1::CopyFrame| frames.blocking_send(Ok(frame)).is_ok();
+    let packer = std::cell::RefCell::new(packer);
+    let send = |frame: v1::CopyFrame| {
+        let frame = match packer.borrow_mut().as_mut() {
+            None => Ok(frame),
+            Some(packer) => packer
+                .pack(&frame)
+                .map_err(unpackable)
+                .map(|packed| v1::CopyFrame {
+                    packed,
+                    ..Default::default()
+                }),
+        };
+        let whole = frame.is_ok();
+        frames.blocking_send(frame).is_ok() && whole
+    };
     let begin = |position: Position| {
         send(v1::CopyFrame {
             begin: Some(v1::CopyBegin {
@@ -219,6 +235,18 @@ fn copy(
     }
 }
 
+/// What packs a stream for whom can unpack it.
+fn packer(packing: &str) -> Result<Option<Packer>, Status> {
+    match packing {
+        packing::ZSTD => Packer::new().map(Some).map_err(unpackable),
+        _ => Ok(None),
+    }
+}
+
+fn unpackable(error: std::io::Error) -> Status {
+    Status::internal(format!("a frame can't be packed: {error}"))
+}
+
 fn trimmed(after: Position) -> Status {
     Status::out_of_range(format!(
         "this node's log no longer reaches back to position {after}: begin with a copy of the volume as it is now"
@@ -233,13 +261,17 @@ impl Changelog for ChangelogService {
         &self,
         request: Request<v1::CopyRequest>,
     ) -> Result<Response<Self::CopyStream>, Status> {
-        let name = request.into_inner().volume;
+        let v1::CopyRequest {
+            volume: name,
+            packing,
+        } = request.into_inner();
+        let packer = packer(&packing)?;
         // Not older than what anybody was told, so that a slot made before is not older either.
         self.ctx.gate.linearizable().await.map_err(status::read)?;
         let record = self.served(&name).await?;
         let (frames, receiver) = mpsc::channel(FRAMES_MAX);
         let (state, damage) = (self.ctx.state.clone(), self.ctx.damage.clone());
-        tokio::task::spawn_blocking(move || copy(&state, &damage, record, &frames));
+        tokio::task::spawn_blocking(move || copy(&state, &damage, record, &frames, packer));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
@@ -253,7 +285,9 @@ impl Changelog for ChangelogService {
             volume,
             after,
             follow,
+            packing,
         } = request.into_inner();
+        let packer = packer(&packing)?;
         let record = self.served(&volume).await?;
         let id = VolumeId(record.id);
         let after = after.map(Position::from).unwrap_or_default();
@@ -272,6 +306,7 @@ impl Changelog for ChangelogService {
             projection: Projection::new(id, record.name, place, after),
             follow,
             frames,
+            packer,
         };
         let cancel = self.cancel.clone();
         tokio::spawn(async move {
@@ -301,6 +336,7 @@ struct Follower {
     projection: Projection,
     follow: bool,
     frames: mpsc::Sender<Result<v1::ChangelogFrame, Status>>,
+    packer: Option<Packer>,
 }
 
 impl Follower {
@@ -328,7 +364,7 @@ impl Follower {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => return Err(Status::unavailable("the node is stopping")),
                 Err(_) => {
-                    if !self.beat().await {
+                    if !self.beat().await? {
                         return Ok(());
                     }
                 }
@@ -365,8 +401,9 @@ impl Follower {
                     false => Vec::new(),
                 },
                 head: self.head(),
+                ..Default::default()
             };
-            if self.frames.send(Ok(frame)).await.is_err() {
+            if !self.send(frame).await? {
                 return Ok(false);
             }
         }
@@ -390,17 +427,17 @@ impl Follower {
     }
 
     /// Says that nothing happened. `false`: the follower is gone.
-    async fn beat(&mut self) -> bool {
+    async fn beat(&mut self) -> Result<bool, Status> {
         let (Some(beat), Some((position, time))) = (
             self.state.beat(self.projection.volume),
             self.state.head(self.projection.volume),
         ) else {
-            return true;
+            return Ok(true);
         };
         if beat.position.map(Position::from) != Some(position) || position != self.projection.last()
         {
             // Something has just happened: it is sent as what it is.
-            return true;
+            return Ok(true);
         }
         let beat = v1::ChangelogBeat {
             position: beat.position,
@@ -412,7 +449,19 @@ impl Follower {
             head: self.head(),
             ..Default::default()
         };
-        self.frames.send(Ok(frame)).await.is_ok()
+        self.send(frame).await
+    }
+
+    /// `false`: the follower is gone.
+    async fn send(&mut self, frame: v1::ChangelogFrame) -> Result<bool, Status> {
+        let frame = match &mut self.packer {
+            None => frame,
+            Some(packer) => v1::ChangelogFrame {
+                packed: packer.pack(&frame).map_err(unpackable)?,
+                ..Default::default()
+            },
+        };
+        Ok(self.frames.send(Ok(frame)).await.is_ok())
     }
 }
 
@@ -501,7 +550,7 @@ impl Projection {
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::MirrorPromote(promote)),
                 })) if promote.volume == self.volume.0 && self.mirrored => {
-                    self.promote(item.time, *promote, found);
+                    self.promote(item.time, promote.clone(), found);
                 }
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::MirrorLoadBegin(begin)),
@@ -670,6 +719,7 @@ mod tests {
         let mut projection = projection(10, 100, 9);
         let promote = |seq, epoch| {
             local_command::Op::MirrorPromote(v1::MirrorPromote {
+                fence: None,
                 volume: 3,
                 at: Some(v1::Position { epoch: 0, seq }),
                 epoch,
@@ -678,6 +728,7 @@ mod tests {
         let replay = |seq| v1::LogItem {
             time: 0,
             item: Some(Item::Replay(v1::Replay {
+                pin: false,
                 volume: 3,
                 entries: vec![v1::ChangelogEntry {
                     position: Some(v1::Position { epoch: 0, seq }),

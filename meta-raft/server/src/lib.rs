@@ -14,6 +14,7 @@ pub mod changelog;
 pub mod config;
 pub mod damage;
 pub mod drivers;
+pub mod fence;
 pub mod grpc;
 pub mod leadership;
 pub mod metrics;

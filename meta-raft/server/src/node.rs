@@ -23,6 +23,7 @@ use tonic::transport::server::TcpIncoming;
 use crate::auth::{BadToken, TokenBearer, TokenCheck};
 use crate::config::{NodeConfig, ReadMode};
 use crate::damage::Damage;
+use crate::fence::Fences;
 use crate::leadership::{Leadership, Peer};
 use crate::metrics::Shown;
 use crate::mirrors::MirrorBoard;
@@ -94,6 +95,8 @@ pub struct NodeContext {
     pub log_holds: LogHolds,
     /// Proposes log items.
     pub proposer: Proposer,
+    /// What the keeper of markers in fence stores says; nothing is written to a volume that has one until it does.
+    pub fences: Fences,
     /// Makes reads linearizable.
     pub reads: ReadGate,
     /// Who leads.
@@ -205,7 +208,8 @@ impl Node {
 
         let cancel = CancellationToken::new();
         let tasks = TaskTracker::new();
-        let proposer = Proposer::new(raft.clone());
+        let fences = Fences::new(state.fenced());
+        let proposer = Proposer::new(raft.clone(), fences.clone());
         let peers = Peers::new(dialer.clone(), state.clone());
         let reads = ReadGate::new(raft.clone(), peers, config.reads, config.raft.patience());
         let (sender, leadership) = watch::channel(Leadership::Follower {
@@ -243,6 +247,7 @@ impl Node {
             tasks.spawn(departures.run(cancel.clone()));
         }
         let damage = Damage::default();
+        tasks.spawn(crate::drivers::pins::keep(state.clone(), cancel.clone()));
         tasks.spawn(crate::scrub::run(
             state.clone(),
             damage.clone(),
@@ -257,6 +262,7 @@ impl Node {
             log,
             log_holds,
             proposer,
+            fences,
             reads: reads.clone(),
             leadership,
             raft: admin,

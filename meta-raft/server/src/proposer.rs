@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::oneshot;
 
+use crate::fence::{Fences, Shut};
 use crate::leadership::Peer;
 use crate::raft::types::{LogData, OnComplete, Raft, TypeConfig};
 
@@ -90,6 +91,9 @@ pub enum ProposeError {
     /// The node has stopped.
     #[error("the node has stopped: {0}")]
     Fatal(String),
+    /// The volume's fence store does not say that it may be changed here: nothing was logged.
+    #[error("{0}")]
+    Fenced(String),
 }
 
 type Waiter = oneshot::Sender<Result<Proposed, ProposeError>>;
@@ -126,6 +130,7 @@ struct Queue {
 
 struct Shared {
     raft: Raft,
+    fences: Fences,
     queue: Mutex<Queue>,
     runtime: tokio::runtime::Handle,
 }
@@ -138,10 +143,11 @@ pub struct Proposer {
 
 impl Proposer {
     /// Must be called within the runtime that is to carry the proposals.
-    pub fn new(raft: Raft) -> Self {
+    pub fn new(raft: Raft, fences: Fences) -> Self {
         Self {
             shared: Arc::new(Shared {
                 raft,
+                fences,
                 queue: Mutex::default(),
                 runtime: tokio::runtime::Handle::current(),
             }),
@@ -150,8 +156,30 @@ impl Proposer {
 
     /// Logs, commits and applies `item`, stamped with this node's time, and returns what it answered.
     ///
-    /// The item is in the log's order before the first await is over; dropping the future does not take it back.
+    /// The item is in the log's order before the first await is over, unless its volume has a fence store; dropping the future
+    /// does not take it back. Of such a volume nothing is logged, and nothing answered, but while its marker is this cluster's.
     pub async fn propose(&self, item: v1::log_item::Item) -> Result<Proposed, ProposeError> {
+        let v1::log_item::Item::Command(command) = &item else {
+            return self.log(item).await;
+        };
+        let volume = VolumeId(command.volume);
+        let fences = &self.shared.fences;
+        let admitted = fences.admit(volume).await;
+        let fenced = admitted.map_err(|Shut(why)| ProposeError::Fenced(why))?;
+        let applied = self.log(item).await?;
+        // It may have got a fence store, or lost the marker, meanwhile.
+        if (fenced || fences.is_fenced(volume)) && !fences.may_answer(volume).await {
+            return Err(ProposeError::Unknown);
+        }
+        Ok(applied)
+    }
+
+    /// What fence stores say.
+    pub fn fences(&self) -> &Fences {
+        &self.shared.fences
+    }
+
+    async fn log(&self, item: v1::log_item::Item) -> Result<Proposed, ProposeError> {
         let (waiter, reply) = oneshot::channel();
         let batch = {
             let mut queue = self.shared.queue.lock();

@@ -128,7 +128,9 @@ impl Cluster {
                 {
                     Ok(proposed) => return proposed,
                     Err(ProposeError::NotLeader { .. } | ProposeError::Unknown) => {}
-                    Err(error @ ProposeError::Fatal(_)) => panic!("{error}"),
+                    Err(error @ (ProposeError::Fatal(_) | ProposeError::Fenced(_))) => {
+                        panic!("{error}")
+                    }
                 }
             }
         };

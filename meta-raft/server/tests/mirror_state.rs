@@ -178,6 +178,7 @@ impl Source {
 
 fn begin() -> local_command::Op {
     local_command::Op::MirrorLoadBegin(v1::MirrorLoadBegin {
+        fence: None,
         volume: VOLUME.0,
         name: "far".to_owned(),
         mirror: Some(v1::MirrorOf {
@@ -210,6 +211,7 @@ fn load(mirror: &mut Region, source: &Source) {
 
 fn replay(mirror: &mut Region, entries: Vec<v1::ChangelogEntry>) -> LocalReply {
     let replay = v1::Replay {
+        pin: false,
         volume: VOLUME.0,
         entries,
         beats: Vec::new(),
@@ -399,6 +401,7 @@ fn a_load_whose_entries_are_applied_again_after_a_crash_ends_the_same() {
         .map(|op| stamped(Item::Local(v1::LocalCommand { op: Some(op) })))
         .collect();
     items.push(stamped(Item::Replay(v1::Replay {
+        pin: false,
         volume: VOLUME.0,
         entries: source.after(loaded),
         beats: Vec::new(),
@@ -417,6 +420,7 @@ fn a_digest_of_the_source_that_differs_is_noticed_and_one_that_agrees_is_counted
     load(&mut mirror, &source);
     let mut with = |beat: v1::Beat| {
         let replay = v1::Replay {
+            pin: false,
             volume: VOLUME.0,
             entries: Vec::new(),
             beats: vec![beat],
@@ -599,6 +603,7 @@ fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_
 
     let promote = |at: Position, epoch| {
         local_command::Op::MirrorPromote(v1::MirrorPromote {
+            fence: None,
             volume: VOLUME.0,
             at: Some(at.into()),
             epoch,

@@ -589,6 +589,7 @@ async fn volumes_are_made_changed_listed_and_destroyed() {
         name: "second".into(),
         settings: Some(settings),
         storage: None,
+        ..Default::default()
     };
     let updated = admin.update_volume(update).await.unwrap().into_inner();
     assert_eq!(updated.settings, Some(settings));
@@ -602,6 +603,7 @@ async fn volumes_are_made_changed_listed_and_destroyed() {
         name: "second".into(),
         settings: Some(unknown),
         storage: None,
+        ..Default::default()
     };
     let make = v1::VolumeCreate {
         settings: Some(unknown),
@@ -618,6 +620,7 @@ async fn volumes_are_made_changed_listed_and_destroyed() {
         name: "second".into(),
         settings: Some(settings),
         storage: None,
+        ..Default::default()
     };
     let updated = admin.update_volume(update).await.unwrap().into_inner();
     assert_eq!(updated.settings, Some(settings), "the node goes on");

@@ -1,18 +1,23 @@
 //! Makes a mirror the volume.
 //!
 //! Planned: the source logs its demotion at a position, the mirror reaches it, and opens an epoch: nothing is lost. Forced: the
-//! source is dead; what it had acknowledged and the mirror has not is lost, and is counted as far as it is known.
+//! source is dead; what it had acknowledged and the mirror has not is lost, and is counted as far as it is known. With a fence
+//! store its lease there is waited out, so that it writes no more, dead or not.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use heliofs_proto::ids::Position;
+use heliofs_proto::v1;
 use meta_client::{Cluster, ClusterError, ClusterOptions, MetaUrl};
+use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
 use crate::cli::Access;
+use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
+use crate::fencing::{self, FenceAccess};
 use crate::{output, units};
 
 /// A source that does not answer within this time counts as dead, if that is what was said.
@@ -40,7 +45,10 @@ pub(crate) struct Options {
     /// Does without the source. What it has acknowledged and the mirror has not is lost.
     #[arg(long)]
     force: bool,
-    /// Needed with --force: nothing but you keeps a source that is only cut off from being written to.
+    #[command(flatten)]
+    fence: FenceAccess,
+    /// Needed with --force where there is no fence store: then nothing but you keeps a source that is only cut off from being
+    /// written to. Where there is one, it is not asked.
     #[arg(long, requires = "force")]
     i_know_the_source_is_dead: bool,
 }
@@ -72,10 +80,15 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     };
     let known = status.applied.map(Position::from).unwrap_or_default();
     let head = status.source_head.map(Position::from).unwrap_or(known);
+    let here = target.cluster.get_volume(&target.volume).await?;
+    let fence = options.fence.resolve()?.or(here.fence.clone());
+    // An operator's word stands for the store's.
+    let mut fence =
+        fence.filter(|_| !options.i_know_the_source_is_dead && !options.fence.is_none());
     let (at, lost) = if options.force {
-        if !options.i_know_the_source_is_dead {
-            return Err(Failure::usage("--force needs --i-know-the-source-is-dead")
-                .hint("a source that is only cut off from here would be written to as well: two histories"));
+        if !options.i_know_the_source_is_dead && fence.is_none() {
+            return Err(Failure::usage("--force needs --fence-store, or --i-know-the-source-is-dead")
+                .hint("without a fence store a source that is only cut off from here would be written to as well: two histories"));
         }
         if source(ALIVE_WITHIN)?
             .get_volume(&mirror.volume)
@@ -108,9 +121,25 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             ))
             .hint("try again: nothing is lost; or promote the source itself, with its own META-URL, to go back"));
         }
+        if fence.is_none() && !options.fence.is_none() {
+            // It may have got one after the mirror was loaded.
+            fence = cluster.get_volume(&mirror.volume).await?.fence;
+        }
         (Some(at), 0)
     };
-    let first = target.cluster.promote_mirror(&target.volume, at).await?;
+    let mut waited = Duration::ZERO;
+    if let Some(store) = &fence {
+        let how = match options.force {
+            true => How::LeaseOut,
+            false => How::Demoted,
+        };
+        waited = take_marker(&target, &here, store, at.unwrap_or(known), how).await?;
+    }
+    let fenced = fence.is_some();
+    let promoted = target
+        .cluster
+        .promote_mirror(&target.volume, at, fence, options.force);
+    let first = promoted.await?;
     let last = Position {
         epoch: at.unwrap_or(known).epoch,
         seq: first.seq - 1,
@@ -126,6 +155,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             "lag_ms": if options.force { status.lag_ms } else { 0 },
             "objects_at_source_only": pending.pending_segments + pending.quarantined_segments,
             "seconds": seconds,
+            "fenced": fenced,
+            "lease_waited_ms": u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
         }));
     }
     output::line(format_args!(
@@ -147,4 +178,33 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// Makes the marker name this cluster, at the epoch behind `last`; how long the source's lease was waited for.
+async fn take_marker(
+    target: &Target,
+    volume: &v1::Volume,
+    store: &v1::FenceStore,
+    last: Position,
+    how: How,
+) -> Outcome<Duration> {
+    let status = target.cluster.status().await?;
+    let me = Me {
+        volume: volume.id,
+        cluster: status.cluster_id,
+        epoch: last.epoch.0 + 1,
+    };
+    let register = fence::open(store, fence::prefix(volume))?;
+    let lease = fence::lease(store);
+    let taken = fence::take_over(&register, me, &fencing::url_of(&status), lease, how).await;
+    match taken {
+        Ok(taken) => Ok(taken.waited),
+        Err(error @ TakeError::Alive(_)) => {
+            Err(Failure::new(error).hint("leave --force out: then nothing is lost"))
+        }
+        Err(error @ TakeError::Store(_)) => Err(Failure::new(error).hint(
+            "nothing was promoted; try again when the fence store answers, or --i-know-the-source-is-dead does without it",
+        )),
+        Err(error) => Err(Failure::new(error)),
+    }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use heliofs_proto::v1::{CopyState, MirrorState, MirrorStatus};
+use heliofs_proto::v1::{CheckCounts, CheckState, CopyState, MirrorState, MirrorStatus};
 use serde_json::json;
 
 use super::At;
@@ -54,6 +54,8 @@ pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
         "replayed": status.replayed,
         "proposals": status.proposals,
         "loaded_records": status.loaded_records,
+        "stream_bytes": status.stream_bytes,
+        "stream_plain_bytes": status.stream_plain_bytes,
         "digests_agreed": status.digests_agreed,
         "loads": mirror.load,
         "bucket": status.copies.as_ref().map(copies_json),
@@ -72,6 +74,27 @@ fn copies_json(copies: &CopyState) -> serde_json::Value {
         "copied_bytes": copies.copied_bytes,
         "pulled_bytes": copies.pulled_bytes,
         "lost_segments": copies.lost_segments,
+        "check": copies.check.as_ref().map(check_json),
+    })
+}
+
+fn check_json(check: &CheckState) -> serde_json::Value {
+    let counts = |counts: &CheckCounts| {
+        json!({
+            "segments": counts.segments,
+            "own_lost": counts.own_lost,
+            "source_lost": counts.source_lost,
+            "source_healed": counts.source_healed,
+            "reason": counts.reason,
+        })
+    };
+    json!({
+        "checks": check.checks,
+        "under_way": check.under_way,
+        "percent": check.groups * 100 / 256,
+        "ended": check.ended / 1_000_000_000,
+        "now": check.now.as_ref().filter(|_| check.under_way).map(counts),
+        "last": check.last.as_ref().map(counts),
     })
 }
 

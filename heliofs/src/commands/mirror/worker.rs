@@ -4,9 +4,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockstore::object::RateLimit;
 use blockstore::{Bucket, StoreOptions};
 use clap::Args;
 use meta_client::{Session, SessionOptions};
+use mirror_sync::check::Checker;
 use mirror_sync::copy::{Copier, CopyProgress, delete_dead};
 use parking_lot::Mutex;
 use serde_json::json;
@@ -42,9 +44,13 @@ pub(crate) struct Options {
     /// Bytes per second to the mirror's bucket at most. 0: no limit.
     #[arg(long, value_parser = units::parse_size, default_value = "0", value_name = "SIZE")]
     upload_limit: u64,
-    /// Bytes per second from the source's bucket at most. 0: no limit.
+    /// Bytes per second from both buckets together at most. 0: no limit.
     #[arg(long, value_parser = units::parse_size, default_value = "0", value_name = "SIZE")]
     download_limit: u64,
+    /// Both buckets are checked against the metadata this long after the last check, by whichever mount or worker comes first:
+    /// what is missing is copied again, or put back at the source if the keys allow it. 0s: not by this worker.
+    #[arg(long, value_parser = units::parse_duration, default_value = "7d", value_name = "TIME")]
+    sync_interval: Duration,
     /// Serves /metrics and /ready here.
     #[arg(long, value_name = "ADDR")]
     metrics: Option<SocketAddr>,
@@ -93,10 +99,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         uploads_max: options.threads.into(),
         downloads_max: options.threads.into(),
         upload_bytes_per_second: options.upload_limit,
-        download_bytes_per_second: options.download_limit,
+        download_budget: RateLimit::new(options.download_limit).map(Arc::new),
         ..StoreOptions::default()
     };
     let buckets = copying::open(&storage, &second, &welcome.prefix, &store_options)?;
+    let checked = copying::open(&storage, &second, &welcome.prefix, &store_options)?;
     // One that is another's must be noticed before anything is put into it.
     buckets.own.check_marker(&storage.uuid).await?;
     copying::check_second(&buckets.second, &second.uuid).await?;
@@ -118,6 +125,15 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     }
     let copier = Copier::new(buckets, host.clone(), options.threads.into());
     let copying = tokio::spawn(copier.run(None, stop.clone()));
+    let checking = tokio::spawn({
+        let (host, stop) = (host.clone(), stop.clone());
+        async move {
+            if !options.sync_interval.is_zero() {
+                let checker = Checker::new(checked, host, options.sync_interval);
+                checker.run(stop).await;
+            }
+        }
+    });
     let deleting = tokio::spawn(delete_dead(own, host.clone(), stop.clone()));
     let bar = progress::bar("copying", 0, false, json);
     let watching = watch(&options, &target, &host, &bar);
@@ -129,7 +145,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         }
     };
     stop.cancel();
-    for task in [copying, deleting] {
+    for task in [copying, checking, deleting] {
         if let Err(error) = task.await {
             tracing::error!(%error, "a task of the worker failed");
         }

@@ -4,8 +4,10 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use blockstore::object::RateLimit;
 use blockstore::{DiskCacheOptions, SegmentStore, StoreOptions};
 use clap::{Args, ValueEnum};
 use fuse_client::{
@@ -95,9 +97,18 @@ pub(crate) struct Serving {
     /// Bytes per second to the bucket at most. 0: no limit.
     #[arg(long, value_parser = units::parse_size, default_value = "0", value_name = "SIZE")]
     pub(crate) upload_limit: u64,
-    /// Bytes per second from the bucket at most. 0: no limit.
+    /// Bytes per second from the bucket, or from both, at most. 0: no limit.
     #[arg(long, value_parser = units::parse_size, default_value = "0", value_name = "SIZE")]
     pub(crate) download_limit: u64,
+    /// At a mirror: the mount refuses changes itself, not the kernel, and takes them without a remount once the mirror is
+    /// promoted.
+    #[arg(long)]
+    pub(crate) follow_promotion: bool,
+    /// At a mirror with a bucket of its own: both buckets are checked against the metadata this long after the last check, by
+    /// whichever mount or worker comes first. What is missing is copied again, or put back at the source if the keys allow it.
+    /// 0s: not by this mount.
+    #[arg(long, value_parser = units::parse_duration, default_value = "7d", value_name = "TIME")]
+    pub(crate) sync_interval: Duration,
     /// Part of the cache's file system that stays free, 0.0 to 1.0.
     #[arg(long, default_value_t = 0.1, value_name = "RATIO", value_parser = parse_ratio)]
     pub(crate) free_space_ratio: f64,
@@ -194,6 +205,10 @@ impl Serving {
                 "download-limit" => {
                     self.download_limit = units::parse_size(needed()?).map_err(wrong)?;
                 }
+                "follow-promotion" => self.follow_promotion = true,
+                "sync-interval" => {
+                    self.sync_interval = units::parse_duration(needed()?).map_err(wrong)?;
+                }
                 "free-space-ratio" => {
                     self.free_space_ratio = parse_ratio(needed()?).map_err(wrong)?;
                 }
@@ -204,7 +219,7 @@ impl Serving {
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, flush-age=, writeback, upload-delay=, threads=, no-bgjob, upload-limit=, download-limit=, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
+                         io-timeout=, close-sync, flush-age=, writeback, upload-delay=, threads=, no-bgjob, upload-limit=, download-limit=, sync-interval=, follow-promotion, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
                     ));
                 }
             }
@@ -250,6 +265,10 @@ impl Serving {
         for (name, value) in [
             ("--upload-limit", self.upload_limit.to_string()),
             ("--download-limit", self.download_limit.to_string()),
+            (
+                "--sync-interval",
+                format!("{}ms", self.sync_interval.as_millis()),
+            ),
             ("--free-space-ratio", self.free_space_ratio.to_string()),
         ] {
             arguments.extend([name.into(), value.into()]);
@@ -263,6 +282,9 @@ impl Serving {
         arguments.extend(["--compact-interval".into(), compact_interval.into()]);
         if self.no_bgjob {
             arguments.push("--no-bgjob".into());
+        }
+        if self.follow_promotion {
+            arguments.push("--follow-promotion".into());
         }
         if self.read_only {
             arguments.push("--read-only".into());
@@ -400,7 +422,8 @@ impl Serving {
             .buckets
             .apply(session.storage(), welcome.second.clone())?;
         // The server refuses changes of a mirror; the kernel says so at once.
-        let read_only = self.read_only || welcome.mirror;
+        let follow_promotion = self.follow_promotion && !self.read_only;
+        let read_only = self.read_only || (welcome.mirror && !follow_promotion);
         let prefix = welcome.prefix.as_str();
         let store_options = StoreOptions {
             deadline: self.io_timeout,
@@ -419,7 +442,8 @@ impl Serving {
                 .and(own.collect())
             }),
             upload_bytes_per_second: self.upload_limit,
-            download_bytes_per_second: self.download_limit,
+            // One for reads and copies, and for both buckets.
+            download_budget: RateLimit::new(self.download_limit).map(Arc::new),
             hedge_after: Some(HEDGE_AFTER),
             opener: match storage.encryption {
                 Some(_) => Some(self.passphrase.required()?),
@@ -451,9 +475,10 @@ impl Serving {
         }
         let id = session.volume_id();
         let copies = match &second {
-            Some(second) if !self.no_bgjob => {
-                Some(copying::open(&storage, second, prefix, &store_options)?)
-            }
+            Some(second) if !self.no_bgjob => Some((
+                copying::open(&storage, second, prefix, &store_options)?,
+                copying::open(&storage, second, prefix, &store_options)?,
+            )),
             _ => None,
         };
         let (store, news) = match &second {
@@ -471,10 +496,12 @@ impl Serving {
             volume: volume.to_owned(),
             fs: FsOptions {
                 read_only,
+                follow_promotion,
                 atime: self.atime.into(),
                 segment_bytes: storage.segment_bytes,
                 delete_segments: !self.no_bgjob,
-                compaction: (!self.no_bgjob).then(|| CompactionOptions {
+                // At a mirror nothing is to be compacted, and a mount that follows is not asked again.
+                compaction: (!self.no_bgjob && !welcome.mirror).then(|| CompactionOptions {
                     pause: self.compact_interval,
                     ..CompactionOptions::default()
                 }),
@@ -513,7 +540,14 @@ impl Serving {
         })?;
         if let (Some(buckets), Some(news)) = (copies, news) {
             let metrics = CopyMetrics::new(&registry, volume);
-            copying::start(buckets, mounted.fs().clone(), store, news, metrics);
+            copying::start(
+                buckets,
+                self.sync_interval,
+                mounted.fs().clone(),
+                store,
+                news,
+                metrics,
+            );
         }
         if let Some(listen) = self.metrics {
             let exposed = Exposed {
@@ -607,6 +641,8 @@ mod tests {
             allow_other: false,
             upload_limit: 0,
             download_limit: 0,
+            sync_interval: Duration::from_secs(7 * 24 * 3600),
+            follow_promotion: false,
             free_space_ratio: 0.1,
             no_bgjob: false,
             compact_interval: Duration::from_secs(60),

@@ -424,14 +424,38 @@ impl Session {
         report: v1::CopyReport,
         segments_max: u32,
         wanted: &[SegmentId],
+        working: Vec<u64>,
     ) -> Result<v1::Copies, ClientError> {
         let body = Body::TakeCopies(v1::TakeCopies {
+            working,
             report: Some(report),
             segments_max,
             wanted: wanted.iter().map(|id| id.0).collect(),
+            check: None,
         });
         let (copies, _) = expect_body!(self.read(body).await?, Copies, "take_copies")?;
         Ok(copies)
+    }
+
+    /// Asks for the lease on the check of both buckets, or keeps it and says what was found. `bucket`: the uuid of this
+    /// region's.
+    ///
+    /// Errors: as [`Session::take_copies`].
+    pub async fn take_check(
+        &self,
+        bucket: &str,
+        check: v1::TakeCheck,
+    ) -> Result<v1::CheckLease, ClientError> {
+        let body = Body::TakeCopies(v1::TakeCopies {
+            report: Some(v1::CopyReport {
+                bucket: bucket.to_owned(),
+                ..v1::CopyReport::default()
+            }),
+            check: Some(check),
+            ..v1::TakeCopies::default()
+        });
+        let (copies, _) = expect_body!(self.read(body).await?, Copies, "take_check")?;
+        Ok(copies.check.unwrap_or_default())
     }
 }
 

@@ -4,7 +4,7 @@
 //! - [`reap`]: removes orphans that nobody has open; [`work`]: goes on with erasures and tree removals
 //! - [`slots`]: gives up what is kept for mirrors that are too far behind
 //! - `copies`: finds what a region's own bucket lacks
-//! - `pins`: moves forward what is shown of a region's own bucket
+//! - [`pins`]: moves forward what is shown of a region's own bucket
 //! - [`trash`]: removes hours of the trash that are over
 //! - [`expiry`]: ends sessions that are silent; [`beats`]: says how far a volume is, and its digest
 //!
@@ -14,7 +14,7 @@
 pub mod beats;
 mod copies;
 pub mod expiry;
-mod pins;
+pub mod pins;
 pub mod reap;
 pub mod reign;
 pub mod slots;

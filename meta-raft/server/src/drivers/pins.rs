@@ -1,56 +1,66 @@
-//! Moves forward what mounts see that read only what the region's own bucket has all of: positions are pinned now and then, and
-//! each that has become complete is shown instead of the one before.
+//! Moves forward what mounts see that read only what the region's own bucket has all of: the log says now and then that every
+//! node holds the records as they are, and each position that has become complete is shown instead of the one before.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::time::Duration;
 
-use heliofs_proto::ids::VolumeId;
+use heliofs_proto::v1::{self, log_item::Item};
+use tokio_util::sync::CancellationToken;
 
 use crate::sessions::Context;
-use crate::store::{Completeness, Pin};
+use crate::store::State;
 
-/// How often.
+/// How often. An entry of the log each time, as long as the volume changes and copying keeps up.
 const EVERY: Duration = Duration::from_millis(100);
 
-/// Positions that wait to be complete. When copying is far behind, the newest is as old as the oldest took to be copied.
-const CANDIDATES_MAX: usize = 8;
+/// Lets go of positions that are not needed any more, on every node, until cancelled.
+pub async fn keep(state: State, cancel: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(EVERY) => {}
+        }
+        for volume in state.pinned_volumes() {
+            if let Err(error) = state.advance_pins(volume) {
+                tracing::warn!(%volume, %error, "what the bucket lacks can't be read");
+            }
+        }
+    }
+}
 
 /// Runs until dropped.
 pub(super) async fn run(ctx: Context) {
-    let mut candidates: BTreeMap<VolumeId, VecDeque<Pin>> = BTreeMap::new();
     loop {
-        tokio::time::sleep(EVERY).await;
         for volume in ctx.hub.volumes() {
             let id = volume.id;
             if !ctx.state.is_dual(id) {
                 continue;
             }
-            let waiting = candidates.entry(id).or_default();
-            let shown = volume.soft().pin().map(|pin| pin.position);
-            let newest = waiting.back().map(|pin| pin.position).or(shown);
-            if waiting.len() < CANDIDATES_MAX {
-                waiting.extend(ctx.state.pin(id, newest));
-            }
-            while let Some(oldest) = waiting.front() {
-                match ctx.state.completeness(id, oldest.position) {
-                    Ok(Completeness::Lacking) => break,
-                    Ok(found) => {
-                        let Some(pin) = waiting.pop_front() else {
-                            break;
-                        };
-                        ctx.state.unwatch(id, pin.position);
-                        if found == Completeness::Complete {
-                            volume.soft().show(Arc::new(pin));
-                        }
-                    }
-                    Err(error) => {
-                        tracing::warn!(volume = %id, %error, "what the bucket lacks can't be read");
-                        break;
-                    }
+            let complete = match ctx.state.advance_pins(id) {
+                Ok(complete) => complete,
+                Err(error) => {
+                    tracing::warn!(volume = %id, %error, "what the bucket lacks can't be read");
+                    continue;
                 }
+            };
+            let shown = volume.soft().pin().map(|pin| pin.position);
+            if let Some(pin) = complete
+                && Some(pin.position) > shown
+            {
+                volume.soft().show(pin);
+            }
+            if !ctx.state.wants_pin(id) {
+                continue;
+            }
+            let pin = v1::Replay {
+                volume: id.0,
+                pin: true,
+                ..v1::Replay::default()
+            };
+            if let Err(error) = ctx.proposer.propose(Item::Replay(pin)).await {
+                // The lead is about to change.
+                tracing::debug!(volume = %id, %error, "a position is not held");
             }
         }
-        candidates.retain(|id, _| ctx.state.is_dual(*id));
+        tokio::time::sleep(EVERY).await;
     }
 }

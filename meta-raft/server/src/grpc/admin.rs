@@ -139,6 +139,10 @@ impl AdminService {
             used_inodes: counters.used_inodes,
             segments: counters.segments,
             deletions_waiting: self.ctx.state.deletions_waiting(id),
+            fenced: match self.ctx.leadership.borrow().leading() {
+                Some(_) => self.ctx.proposer.fences().shut(id).unwrap_or_default(),
+                None => String::new(),
+            },
             ..record
         })
     }
@@ -247,6 +251,8 @@ impl Admin for AdminService {
             name,
             settings,
             storage,
+            fence,
+            unfence,
         } = request.into_inner();
         check_core_level(settings.as_ref())?;
         self.current().await?;
@@ -282,6 +288,17 @@ impl Admin for AdminService {
                 .propose_local(local_command::Op::VolumeUpdate(update))
                 .await?
             {
+                LocalReply::Done => {}
+                LocalReply::NoSuchVolume => return Err(no_volume(name)),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        if fence.is_some() || unfence {
+            let op = local_command::Op::VolumeFence(v1::VolumeFence {
+                volume: record.id,
+                fence,
+            });
+            match self.propose_local(op).await? {
                 LocalReply::Done => {}
                 LocalReply::NoSuchVolume => return Err(no_volume(name)),
                 other => return Err(unexpected(&other)),
@@ -343,6 +360,10 @@ impl Admin for AdminService {
         let volumes = self.ctx.state.volumes().into_iter().map(|record| {
             let mut volume = self.describe(record)?;
             // A list is printed; whoever needs the keys asks for the volume.
+            let fence = volume.fence.as_mut().and_then(|fence| fence.store.as_mut());
+            if let Some(store) = fence {
+                store.secret_key.clear();
+            }
             if let Some(storage) = &mut volume.storage {
                 storage.secret_key.clear();
                 if let Some(encryption) = &mut storage.encryption {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use heliofs_proto::ids::{Position, SegmentId, VolumeId};
+use heliofs_proto::ids::{Position, SegmentId, SessionId, VolumeId};
 use heliofs_proto::v1::{self, change_slot_request, local_command::Op, slot_change};
 use tokio::time::Instant;
 use tonic::{Response, Status};
@@ -20,6 +20,9 @@ const COPIES_LOOK: Duration = Duration::from_millis(50);
 
 /// One wait lasts at most this long; clients ask again.
 const WAIT_MAX: Duration = Duration::from_secs(4);
+
+/// Sessions read from the records at once.
+const SESSIONS_PAGE: usize = 1000;
 
 /// Missing segments looked at for one answer.
 const LISTED_MAX: usize = 4096;
@@ -277,16 +280,57 @@ impl AdminService {
             volume: volume.id,
             at: Some(at.into()),
             epoch: at.epoch.0 + 1,
+            fence: ask.fence,
         };
         match self.propose_local(Op::MirrorPromote(promote)).await? {
             LocalReply::Replayed(position) => {
                 tracing::warn!(volume = ask.volume, %position, "the mirror was promoted");
+                if ask.forced {
+                    self.end_sessions_of_the_source(VolumeId(volume.id)).await;
+                }
                 Ok(Response::new(v1::PromoteMirrorResponse {
                     position: Some(position.into()),
                 }))
             }
             LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Nobody of the source comes back for what it was not told: its clients get EIO for it, and ESTALE for what they hold.
+    /// Whatever is left here when the lead is lost ends with the session time-out.
+    async fn end_sessions_of_the_source(&self, id: VolumeId) {
+        let own = self.ctx.state.cluster_id();
+        let mut after = SessionId::SYSTEM;
+        loop {
+            let page = self
+                .ctx
+                .state
+                .snapshot_view(|view| meta_core::query::sessions(view, id, after, SESSIONS_PAGE));
+            let page = match page {
+                Ok(page) => page,
+                Err(found) => {
+                    self.ctx.damage.report("sessions of the source", &found);
+                    return;
+                }
+            };
+            let Some((last, _)) = page.last() else { return };
+            after = *last;
+            for (session, _) in page {
+                if Some(session.cluster()) == own {
+                    continue;
+                }
+                match self.ctx.hub.volume(id) {
+                    Ok(Some(volume)) => {
+                        crate::sessions::end_session(&self.ctx, &volume, session.0).await;
+                    }
+                    Ok(None) => return,
+                    Err(found) => {
+                        self.ctx.damage.report("sessions of the source", &found);
+                        return;
+                    }
+                }
+            }
         }
     }
 
@@ -362,6 +406,7 @@ impl AdminService {
             storage: None,
             settings: volume.settings,
             mirror: Some(mirror),
+            fence: None,
         };
         match self.propose_local(Op::MirrorLoadBegin(begin)).await? {
             LocalReply::Load(_) => Ok(Response::new(v1::MirrorReloadResponse {})),

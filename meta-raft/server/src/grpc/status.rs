@@ -34,6 +34,7 @@ pub fn propose(error: ProposeError) -> Status {
         // Not `unavailable`: that would say that trying again is safe.
         ProposeError::Unknown => Status::cancelled(ProposeError::Unknown.to_string()),
         ProposeError::Fatal(why) => Status::internal(format!("the node has stopped: {why}")),
+        ProposeError::Fenced(why) => Status::unavailable(why),
     }
 }
 

@@ -64,7 +64,9 @@ impl From<ProposeError> for AdminError {
     fn from(error: ProposeError) -> Self {
         match error {
             ProposeError::NotLeader { leader } => Self::NotLeader { leader },
-            ProposeError::Unknown | ProposeError::Fatal(_) => unavailable(error),
+            ProposeError::Unknown | ProposeError::Fatal(_) | ProposeError::Fenced(_) => {
+                unavailable(error)
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use super::snapshot::SnapshotData;
 use super::types::{BatchReply, Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::observer::Observers;
 use crate::store::State;
-use crate::store::group::stands_alone;
+use crate::store::group::{pinned, stands_alone};
 
 /// Entries applied as one group at most: bounds memory when a long log is applied again.
 const GROUP_ENTRIES_MAX: usize = 512;
@@ -96,6 +96,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             while let Some(item) = next.take() {
                 let (entry, responder) = item?;
                 let alone = stands_alone(&entry);
+                let pins = pinned(&entry);
                 if alone && !group.is_empty() {
                     self.apply_group(&group, std::mem::take(&mut responders))?;
                     group.clear();
@@ -103,13 +104,22 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 group_bytes += bytes(&entry);
                 group.push(entry);
                 responders.push(responder);
-                if !alone && group.len() < GROUP_ENTRIES_MAX && group_bytes < GROUP_BYTES_MAX {
+                if !pins.is_empty() {
+                    self.apply_group(&group, std::mem::take(&mut responders))?;
+                    group.clear();
+                    for volume in pins {
+                        self.state.hold_pin(volume)?;
+                    }
+                } else if !alone && group.len() < GROUP_ENTRIES_MAX && group_bytes < GROUP_BYTES_MAX
+                {
                     // What can be had without waiting joins the group.
                     next = entries.next().now_or_never().flatten();
                 }
             }
-            self.apply_group(&group, std::mem::take(&mut responders))?;
-            group.clear();
+            if !group.is_empty() {
+                self.apply_group(&group, std::mem::take(&mut responders))?;
+                group.clear();
+            }
         }
         Ok(())
     }

@@ -71,9 +71,9 @@ impl SessionsService {
                 .map_err(|error| match error {
                     // A session that nobody heard of expires, so another try is safe.
                     ProposeError::Unknown => Status::unavailable(error.to_string()),
-                    ProposeError::NotLeader { .. } | ProposeError::Fatal(_) => {
-                        status::propose(error)
-                    }
+                    ProposeError::NotLeader { .. }
+                    | ProposeError::Fatal(_)
+                    | ProposeError::Fenced(_) => status::propose(error),
                 })?;
         match reply.error() {
             FsError::None => Ok(reply.value),

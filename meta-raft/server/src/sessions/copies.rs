@@ -20,6 +20,9 @@ use crate::store::State;
 /// Segments leased, or reported, in one request: bounds the entry that notes them.
 const SEGMENTS_MAX: usize = 1000;
 
+/// Who checks both buckets has this long to report.
+const CHECK_LEASE: Duration = Duration::from_secs(60);
+
 /// The rate's bucket holds what may be copied in this time: tasks come in batches.
 const BURST: Duration = Duration::from_secs(1);
 
@@ -61,7 +64,7 @@ pub(super) async fn serve(
                 let leader = leader.map_or_else(String::new, |at| at.address);
                 return Err(Failed::Moved(leader));
             }
-            Err(ProposeError::Unknown | ProposeError::Fatal(_)) => {
+            Err(ProposeError::Unknown | ProposeError::Fatal(_) | ProposeError::Fenced(_)) => {
                 return Err(Failed::Moved(String::new()));
             }
         }
@@ -69,6 +72,15 @@ pub(super) async fn serve(
         let done = reported.stored.iter().chain(bad);
         volume.soft().copies.segments.done(done);
     }
+    volume
+        .soft()
+        .copies
+        .segments
+        .renew(session, &ask.working, Instant::now());
+    let check = match ask.check {
+        Some(check) => Some(take_check(ctx, volume, session, check, &reported.bucket).await?),
+        None => None,
+    };
     ctx.gate.linearizable().await.map_err(Failed::Read)?;
     let max = (ask.segments_max as usize).min(SEGMENTS_MAX);
     let leased = volume.soft().copies.segments.len();
@@ -113,9 +125,94 @@ pub(super) async fn serve(
         .map_or(0, |state| state.pending_segments)
         .saturating_sub(tasks.len() as u64);
     Ok(v1::Response {
-        body: Some(response::Body::Copies(v1::Copies { tasks, waiting })),
+        body: Some(response::Body::Copies(v1::Copies {
+            tasks,
+            waiting,
+            check,
+        })),
         ..Default::default()
     })
+}
+
+/// Notes what the holder of the lease on the check has done, and leases it if it is due or under way.
+async fn take_check(
+    ctx: &Context,
+    volume: &VolumeSessions,
+    session: u64,
+    ask: v1::TakeCheck,
+    bucket: &str,
+) -> Result<v1::CheckLease, Failed> {
+    let id = volume.id;
+    let now = Instant::now();
+    let known = |ctx: &Context| ctx.state.copy_state(id).unwrap_or_default();
+    let status = ctx.mirrors.status(id).filter(|_| ctx.state.is_mirror(id));
+    let following = status.is_some_and(|status| status.doing == "following");
+    let refused = |state: v1::CopyState| v1::CheckLease {
+        leased: false,
+        state: state.check,
+        following,
+    };
+    if ask.lost.len() > SEGMENTS_MAX {
+        return Ok(refused(known(ctx)));
+    }
+    if let Some(report) = ask.report {
+        if !volume.soft().copies.holds_check(session, now) {
+            return Ok(refused(known(ctx)));
+        }
+        note_check(ctx, id, bucket, report, ask.lost).await?;
+    }
+    let state = known(ctx);
+    let check = state.check.clone().unwrap_or_default();
+    let due = i64::try_from(ask.interval_ms)
+        .unwrap_or(i64::MAX)
+        .saturating_mul(1_000_000);
+    let is_due = check.ended != 0 && check.ended.saturating_add(due) <= crate::proposer::now();
+    if state.first_walk || !(check.under_way || is_due) {
+        volume.soft().copies.end_check(session);
+        return Ok(refused(state));
+    }
+    if !volume.soft().copies.take_check(session, now) {
+        return Ok(refused(state));
+    }
+    if !check.under_way {
+        let begin = v1::CheckReport {
+            number: check.number + 1,
+            ..v1::CheckReport::default()
+        };
+        note_check(ctx, id, bucket, begin, Vec::new()).await?;
+    }
+    Ok(v1::CheckLease {
+        leased: true,
+        state: known(ctx).check,
+        following,
+    })
+}
+
+async fn note_check(
+    ctx: &Context,
+    id: VolumeId,
+    bucket: &str,
+    check: v1::CheckReport,
+    lost: Vec<v1::LostCopy>,
+) -> Result<(), Failed> {
+    let op = Some(local_command::Op::CopyReport(v1::CopyReport {
+        volume: id.0,
+        bucket: bucket.to_owned(),
+        check: Some(check),
+        lost,
+        ..v1::CopyReport::default()
+    }));
+    let item = Item::Local(v1::LocalCommand { op });
+    match ctx.proposer.propose(item).await {
+        Ok(_) => Ok(()),
+        Err(ProposeError::NotLeader { leader }) => {
+            let leader = leader.map_or_else(String::new, |at| at.address);
+            Err(Failed::Moved(leader))
+        }
+        Err(ProposeError::Unknown | ProposeError::Fatal(_) | ProposeError::Fenced(_)) => {
+            Err(Failed::Moved(String::new()))
+        }
+    }
 }
 
 /// `None`: the segment was removed meanwhile.
@@ -179,9 +276,40 @@ pub struct CopyLeases {
     pub segments: SegmentLeases,
     /// When what was handed out is paid for.
     paid_at: Option<Instant>,
+    /// Who checks both buckets, and until when nobody else does.
+    check: Option<(u64, Instant)>,
 }
 
 impl CopyLeases {
+    /// Takes or renews the lease on the check; `false`: another session has it.
+    pub fn take_check(&mut self, session: u64, now: Instant) -> bool {
+        if self
+            .check
+            .is_some_and(|(holder, until)| holder != session && until > now)
+        {
+            return false;
+        }
+        self.check = Some((session, now + CHECK_LEASE));
+        true
+    }
+
+    /// Whether the session has the lease on the check.
+    pub fn holds_check(&self, session: u64, now: Instant) -> bool {
+        self.check
+            .is_some_and(|(holder, until)| holder == session && until > now)
+    }
+
+    /// The lease on the check is free again if it was this session's.
+    pub fn end_check(&mut self, session: u64) {
+        self.check = self.check.filter(|(holder, _)| *holder != session);
+    }
+
+    /// All that the session has leased is free again.
+    pub fn end_session(&mut self, session: u64) {
+        self.segments.end_session(session);
+        self.end_check(session);
+    }
+
     /// Leases up to `max` of the candidates (id and bytes) that are free, no faster than `rate` bytes per second unless
     /// that is 0.
     pub fn take(
@@ -217,6 +345,20 @@ impl CopyLeases {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_session_checks_until_it_ends_or_is_late() {
+        let now = Instant::now();
+        let mut leases = CopyLeases::default();
+        assert!(leases.take_check(1, now));
+        assert!(!leases.take_check(2, now));
+        assert!(leases.take_check(1, now + CHECK_LEASE / 2));
+        assert!(!leases.take_check(2, now + CHECK_LEASE), "renewed");
+        assert!(leases.take_check(2, now + CHECK_LEASE * 2));
+        assert!(!leases.holds_check(1, now + CHECK_LEASE * 2));
+        leases.end_session(2);
+        assert!(leases.take_check(1, now));
+    }
 
     #[test]
     fn tasks_are_handed_out_no_faster_than_the_rate() {

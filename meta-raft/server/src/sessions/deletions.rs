@@ -6,9 +6,9 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
-use heliofs_proto::ids::UnixNanos;
+use heliofs_proto::ids::{SegmentId, UnixNanos};
 use heliofs_proto::v1::{self, FsError, local_command, log_item::Item};
-use meta_core::{Corruption, query};
+use meta_core::{Corruption, View, keys, query};
 
 use super::Context;
 use super::hub::VolumeSessions;
@@ -56,7 +56,7 @@ pub(super) async fn serve(
                     leader.map_or_else(String::new, |at| at.address),
                 ));
             }
-            Err(ProposeError::Unknown | ProposeError::Fatal(_)) => {
+            Err(ProposeError::Unknown | ProposeError::Fatal(_) | ProposeError::Fenced(_)) => {
                 return Err(Failed::Moved(String::new()));
             }
         }
@@ -72,8 +72,10 @@ pub(super) async fn serve(
     let leased = volume.soft().deletions.len();
     // Somebody is shown an older position.
     let shown = volume.soft().pin().map(|pin| pin.position);
-    if shown.is_none() && ctx.state.is_dual(volume.id) && ctx.state.is_mirror(volume.id) {
-        // After a change of leader somebody may still be shown what is not known yet.
+    let behind = shown.is_none() && ctx.state.is_dual(volume.id) && ctx.state.is_mirror(volume.id);
+    // After a change of leader somebody may still be shown what is not known yet; and the bucket of a volume that may be
+    // another cluster's by now is not ours to clean.
+    if behind || ctx.proposer.fences().shut(volume.id).is_some() {
         return Ok(v1::Response {
             body: Some(v1::response::Body::Deletions(v1::Deletions {
                 segments: Vec::new(),
@@ -91,7 +93,7 @@ pub(super) async fn serve(
             max + leased,
         )
         .map_err(|error| Failed::Corrupt(Corruption::Store(error.to_string())))?;
-    let candidates = candidates.into_iter().map(|segment| segment.0);
+    let candidates = dead(ctx, volume, candidates)?;
     let segments = volume
         .soft()
         .deletions
@@ -107,6 +109,30 @@ pub(super) async fn serve(
         })),
         ..Default::default()
     })
+}
+
+/// Those of which the records know nothing: whatever went wrong before, an object that a file needs is not handed out.
+fn dead(
+    ctx: &Context,
+    volume: &VolumeSessions,
+    candidates: Vec<SegmentId>,
+) -> Result<Vec<u64>, Failed> {
+    ctx.state
+        .snapshot_view(|view| {
+            let mut dead = Vec::with_capacity(candidates.len());
+            for segment in candidates {
+                match view.get(&keys::segment(volume.id, segment))? {
+                    None => dead.push(segment.0),
+                    Some(_) => tracing::error!(
+                        volume = %volume.id,
+                        segment = segment.0,
+                        "a live segment waits for deletion; its object stays"
+                    ),
+                }
+            }
+            Ok(dead)
+        })
+        .map_err(Failed::Corrupt)
 }
 
 /// What was freed before this moment may go. By this node's clock, which stamped most of the queue: a volume's own time
@@ -158,6 +184,17 @@ impl SegmentLeases {
         self.leases.is_empty()
     }
 
+    /// The session is still at work on these: they are its for as long again. What is not its own stays as it is.
+    pub fn renew(&mut self, session: u64, segments: &[u64], now: Instant) {
+        for segment in segments {
+            if let Some((holder, until)) = self.leases.get_mut(segment)
+                && *holder == session
+            {
+                *until = now + LEASE;
+            }
+        }
+    }
+
     /// These are deleted.
     pub fn done<'a>(&mut self, segments: impl IntoIterator<Item = &'a u64>) {
         for segment in segments {
@@ -190,6 +227,10 @@ mod tests {
         leases.done(&[10]);
         assert_eq!(leases.len(), 2);
         leases.end_session(2);
+        leases.renew(1, &[11], now + LEASE / 2);
+        leases.renew(2, &[11], now + LEASE);
+        assert_eq!(leases.take(3, [11], 1, now + LEASE), [0u64; 0], "renewed");
+        leases.renew(1, &[11], now);
         assert_eq!(leases.take(3, [11, 12], 2, now), [12]);
         assert_eq!(leases.take(3, [11, 12], 2, now + LEASE), [11, 12]);
     }

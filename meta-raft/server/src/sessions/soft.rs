@@ -417,7 +417,7 @@ impl Soft {
         let granted = self.locks.end_session(session);
         self.granted(granted);
         self.deletions.end_session(session);
-        self.copies.segments.end_session(session);
+        self.copies.end_session(session);
         self.compaction.end_session(session);
         self.leases.end_session(session);
         let freed = self.opens.end_session(session);

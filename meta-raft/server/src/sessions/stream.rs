@@ -24,7 +24,7 @@ use super::outbox::{Outbox, Outgoing};
 use super::reads::{self, Answer, refusal};
 use super::soft::Wake;
 use super::write_leases::Returned;
-use super::{copies, deletions, maintain, summary};
+use super::{copies, deletions, fenced, maintain, summary};
 use crate::proposer::{ProposeError, Proposed};
 use crate::read_gate::ReadError;
 
@@ -304,7 +304,7 @@ impl SessionStream {
         command.session = self.session;
         let creates_file =
             matches!(&command.op, Some(Op::Create(op)) if op.kind() == v1::FileKind::File);
-        let proposer = self.ctx.proposer.clone();
+        let ctx = self.ctx.clone();
         let volume = Arc::clone(&self.volume);
         let session = self.session;
         Some(async move {
@@ -317,7 +317,10 @@ impl SessionStream {
                     returned.await.ok();
                 }
             }
-            let outcome = proposer.propose(Item::Command(command)).await;
+            let outcome = match ctx.proposer.fences().is_fenced(volume.id) {
+                false => ctx.proposer.propose(Item::Command(command)).await,
+                true => fenced::propose(&ctx, volume.id, command).await,
+            };
             Done::Mutation {
                 id,
                 creates_file,
@@ -348,7 +351,9 @@ impl SessionStream {
                             leader.map_or_else(String::new, |at| at.address),
                         ));
                     }
-                    Err(ProposeError::Unknown | ProposeError::Fatal(_)) => {
+                    Err(
+                        ProposeError::Unknown | ProposeError::Fatal(_) | ProposeError::Fenced(_),
+                    ) => {
                         return Err(Leave::Moved(String::new()));
                     }
                 };

@@ -127,6 +127,21 @@ pub fn stands_alone(entry: &Entry) -> bool {
     })
 }
 
+/// The volumes of which the records are to be held as they are after this entry, which must end its group.
+pub fn pinned(entry: &Entry) -> Vec<VolumeId> {
+    let EntryPayload::Normal(data) = &entry.payload else {
+        return Vec::new();
+    };
+    let Ok(batch) = data.batch() else {
+        return Vec::new();
+    };
+    let volumes = batch.items.iter().filter_map(|item| match &item.item {
+        Some(Item::Replay(replay)) if replay.pin => Some(VolumeId(replay.volume)),
+        _ => None,
+    });
+    volumes.collect()
+}
+
 struct Group<'g, 'e> {
     generation: &'g Generation,
     memory: &'g mut Memory,
@@ -181,6 +196,9 @@ impl State {
         let (items, volumes_changed) = group.write(entries)?;
         if copies_changed {
             self.set_lacking(memory.lacks_any());
+        }
+        if volumes_changed {
+            self.set_fenced(&memory);
         }
         Ok(AppliedGroup {
             items,
@@ -382,6 +400,7 @@ impl<'e> Group<'_, 'e> {
             Some(Op::ClusterInit(init)) => self.cluster_init(init),
             Some(Op::VolumeCreate(create)) => self.volume_create(index, time, create)?,
             Some(Op::VolumeUpdate(update)) => self.volume_update(update),
+            Some(Op::VolumeFence(fence)) => self.volume_fence(fence),
             Some(Op::VolumeDestroy(destroy)) => self.volume_destroy(VolumeId(destroy.volume)),
             Some(Op::DeletionsDone(done)) => self.deletions_done(done)?,
             Some(Op::MirrorLoadBegin(begin)) => self.load_begin(begin),
@@ -394,7 +413,7 @@ impl<'e> Group<'_, 'e> {
             Some(Op::SlotReport(report)) => self.slot_report(time, report),
             Some(Op::SlotChange(change)) => self.slot_change(change),
             Some(Op::SecondBucket(ask)) => self.second_bucket(ask),
-            Some(Op::CopiesNeeded(needed)) => self.copies_needed(needed)?,
+            Some(Op::CopiesNeeded(needed)) => self.copies_needed(time, needed)?,
             Some(Op::CopyReport(report)) => self.copy_report(time, report)?,
             None => LocalReply::Invalid("this build does not know the command".to_owned()),
         })
@@ -484,6 +503,16 @@ impl<'e> Group<'_, 'e> {
             return LocalReply::NoSuchVolume;
         };
         known.record.storage.clone_from(&update.storage);
+        let record = known.record.clone();
+        self.put_volume(&record);
+        LocalReply::Done
+    }
+
+    fn volume_fence(&mut self, fence: &v1::VolumeFence) -> LocalReply {
+        let Some(known) = self.memory.volumes.get_mut(&VolumeId(fence.volume)) else {
+            return LocalReply::NoSuchVolume;
+        };
+        known.record.fence.clone_from(&fence.fence);
         let record = known.record.clone();
         self.put_volume(&record);
         LocalReply::Done

@@ -29,7 +29,7 @@ pub mod view;
 mod writer;
 
 pub use log::LogStore;
-pub use pins::{Completeness, Pin};
+pub use pins::Pin;
 pub use scrub::Scrubbed;
 pub use state::State;
 

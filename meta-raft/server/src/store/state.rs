@@ -1,6 +1,6 @@
 //! The state: what the log has led to. Without a WAL: after a crash the log is applied again from the last flush.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,6 +24,7 @@ use super::directory::{StateDirectory, sync_tree};
 use super::emptied::Emptied;
 use super::identity::sync_directory;
 use super::local::{self, Place};
+use super::pins::Pins;
 use super::view::{LiveView, SnapshotView};
 use super::{OpenError, io_error};
 use crate::config::CacheSizes;
@@ -101,6 +102,16 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// The volumes that are written here and have a fence store.
+    fn fenced(&self) -> BTreeSet<VolumeId> {
+        let fenced = self.volumes.iter();
+        let fenced = fenced
+            .filter(|(_, known)| known.record.fence.is_some() && known.record.mirror.is_none());
+        fenced.map(|(volume, _)| *volume).collect()
+    }
+}
+
 impl Known {
     /// Whether the region's own bucket lacks anything.
     pub(super) fn lacks_any(&self) -> bool {
@@ -137,6 +148,10 @@ struct Inner {
     checkpoints: AtomicU64,
     /// Some region's own bucket lacks something: readers of most nodes need not take the lock to learn that none does.
     lacking: AtomicBool,
+    /// Volumes that are written here and have a fence store.
+    fenced: Arc<ArcSwap<BTreeSet<VolumeId>>>,
+    /// Positions that are held; locked before `memory`, if both are.
+    pins: Mutex<Pins>,
 }
 
 /// The state of one node; cheap to clone.
@@ -213,6 +228,7 @@ impl State {
         let memory = load(&generation)?;
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
         let lacking = memory.lacks_any();
+        let fenced = memory.fenced();
         Ok(Self {
             inner: Arc::new(Inner {
                 directory,
@@ -223,6 +239,8 @@ impl State {
                 flushed: AtomicU64::new(flushed),
                 checkpoints: AtomicU64::new(0),
                 lacking: AtomicBool::new(lacking),
+                fenced: Arc::new(ArcSwap::from_pointee(fenced)),
+                pins: Mutex::default(),
             }),
         })
     }
@@ -242,12 +260,26 @@ impl State {
         self.inner.memory.lock()
     }
 
+    pub(super) fn pins(&self) -> parking_lot::MutexGuard<'_, Pins> {
+        self.inner.pins.lock()
+    }
+
     pub(super) fn is_lacking(&self) -> bool {
         self.inner.lacking.load(Ordering::Acquire)
     }
 
     pub(super) fn set_lacking(&self, lacking: bool) {
         self.inner.lacking.store(lacking, Ordering::Release);
+    }
+
+    /// The volumes that are written here and have a fence store, kept up to date.
+    pub(crate) fn fenced(&self) -> Arc<ArcSwap<BTreeSet<VolumeId>>> {
+        Arc::clone(&self.inner.fenced)
+    }
+
+    /// Volumes have changed: whoever asks which have a fence store must not wait for a group to be applied.
+    pub(super) fn set_fenced(&self, memory: &Memory) {
+        self.inner.fenced.store(Arc::new(memory.fenced()));
     }
 
     /// The records as they are at each read: for single reads.
@@ -531,10 +563,12 @@ impl State {
         let old = {
             let mut live = self.memory();
             self.set_lacking(memory.lacks_any());
+            self.set_fenced(&memory);
             *live = memory;
             self.inner.flushed.store(flushed, Ordering::Release);
             self.inner.live.swap(Arc::new(generation))
         };
+        self.drop_all_pins();
         let old_path = self.inner.directory.path(old.number);
         drop(old);
         if let Err(error) = std::fs::remove_dir_all(&old_path) {

@@ -115,6 +115,7 @@ impl Cluster {
             seq: after,
         });
         let request = v1::FollowRequest {
+            packing: String::new(),
             volume: VOLUME.into(),
             after,
             follow,

@@ -248,6 +248,7 @@ impl Group<'_, '_> {
 
     pub(super) fn copies_needed(
         &mut self,
+        time: UnixNanos,
         needed: &v1::CopiesNeeded,
     ) -> Result<LocalReply, ApplyError> {
         let volume = VolumeId(needed.volume);
@@ -266,6 +267,9 @@ impl Group<'_, '_> {
         if needed.last {
             state.walk = 0;
             state.first_walk = false;
+            // Everything is looked at now: the next check is due an interval later.
+            let check = state.check.get_or_insert_default();
+            check.ended = check.ended.max(time.0);
         }
         self.copies_changed.insert(volume);
         for segment in needed.segments.iter().copied().map(SegmentId) {
@@ -315,6 +319,9 @@ impl Group<'_, '_> {
             ));
         }
         known.copies.pulled_bytes += report.pulled_bytes;
+        if let Some(check) = &report.check {
+            note_check(known.copies.check.get_or_insert_default(), check, time);
+        }
         let loading = known
             .record
             .mirror
@@ -377,9 +384,47 @@ impl Group<'_, '_> {
             self.set_missing(volume, segment, None, Some(missing));
             if let Some(known) = self.memory.volumes.get_mut(&volume) {
                 known.copies.lost_segments += 1;
+                if report.check.is_some()
+                    && let Some(check) = &mut known.copies.check
+                {
+                    let counts = match check.under_way {
+                        true => &mut check.now,
+                        // Its last report brought these.
+                        false => &mut check.last,
+                    };
+                    counts.get_or_insert_default().own_lost += 1;
+                }
             }
         }
         Ok(LocalReply::Done)
+    }
+}
+
+/// A check begins, goes on or ends. What belongs to another one is passed over.
+fn note_check(state: &mut v1::CheckState, report: &v1::CheckReport, time: UnixNanos) {
+    if !state.under_way && report.number == state.number + 1 {
+        state.number = report.number;
+        state.under_way = true;
+        state.groups = 0;
+        state.now = Some(v1::CheckCounts::default());
+        return;
+    }
+    if !state.under_way || report.number != state.number || report.groups < state.groups {
+        return;
+    }
+    let before = state.now.take().unwrap_or_default();
+    let counts = v1::CheckCounts {
+        own_lost: before.own_lost,
+        ..report.counts.clone().unwrap_or_default()
+    };
+    state.groups = report.groups;
+    if report.done {
+        state.under_way = false;
+        state.ended = time.0;
+        state.checks += 1;
+        state.last = Some(counts);
+    } else {
+        state.now = Some(counts);
     }
 }
 
@@ -396,6 +441,29 @@ mod tests {
     use heliofs_proto::ids::Epoch;
 
     use super::*;
+
+    #[test]
+    fn a_check_is_counted_once_whoever_reports_it() {
+        let mut state = v1::CheckState::default();
+        let report = |number, groups, source_lost, done| v1::CheckReport {
+            number,
+            groups,
+            counts: Some(v1::CheckCounts {
+                source_lost,
+                ..v1::CheckCounts::default()
+            }),
+            done,
+        };
+        let mut note = |report, time| note_check(&mut state, &report, UnixNanos(time));
+        note(report(1, 0, 0, false), 10);
+        note(report(1, 64, 2, false), 20);
+        // Of one that lost its lease meanwhile.
+        note(report(1, 32, 9, false), 21);
+        note(report(1, 256, 3, true), 30);
+        note(report(1, 256, 7, true), 31);
+        assert_eq!((state.checks, state.ended, state.under_way), (1, 30, false));
+        assert_eq!(state.last.unwrap().source_lost, 3);
+    }
 
     #[test]
     fn gaps_stay_ordered_and_apart() {

@@ -165,6 +165,7 @@ impl<'e> Group<'_, 'e> {
         if mirror.prefix != known.record.name {
             known.record.prefix = mirror.prefix;
         }
+        known.record.fence.clone_from(&promote.fence);
         let record = known.record.clone();
         self.put_volume(&record);
         let begin = v1::Command {
@@ -227,6 +228,11 @@ impl<'e> Group<'_, 'e> {
                 ..mirror.clone()
             }),
             second,
+            // What is loaded anew on demand, without a word of the source, keeps what is known.
+            fence: match (&begin.storage, before) {
+                (None, Some(known)) => known.record.fence.clone(),
+                _ => begin.fence.clone(),
+            },
             ..v1::Volume::default()
         };
         let known = Known {

@@ -1,0 +1,135 @@
+//! The fence store of a volume: how it is named on the command line, and how a volume gets one.
+
+use std::time::Duration;
+
+use blockstore::StoreOptions;
+use clap::Args;
+use heliofs_proto::v1::{FenceStore, StorageConfig, UpdateVolumeRequest, Volume};
+use meta_client::Cluster;
+use mirror_sync::fence::{self, marker::Me};
+
+use crate::buckets::find_keys;
+use crate::commands::format::Keys;
+use crate::failure::{Failure, Outcome};
+use crate::units;
+
+/// What is said instead of a bucket to do without.
+pub(crate) const NONE: &str = "none";
+
+/// Shorter ones would lapse at every hiccup of a store.
+const LEASE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
+
+/// A bucket that both regions reach.
+#[derive(Args, Clone, Default)]
+pub(crate) struct FenceAccess {
+    /// A bucket that both regions reach and none of them depends on, named as --bucket is. A marker in it says which region may
+    /// write the volume, so that no two ever do. The server must know conditional puts.
+    #[arg(long, value_name = "BUCKET")]
+    fence_store: Option<String>,
+    /// Its access key, or HELIOFS_ACCESS_KEY_FENCE; else as for --access-key.
+    #[arg(long, value_name = "KEY", requires = "fence_store")]
+    fence_access_key: Option<String>,
+    /// Its secret key; better HELIOFS_SECRET_KEY_FENCE.
+    #[arg(long, value_name = "KEY", requires = "fence_store")]
+    fence_secret_key: Option<String>,
+    /// Its region, when the URL does not say.
+    #[arg(
+        long,
+        value_name = "REGION",
+        default_value = "",
+        requires = "fence_store"
+    )]
+    fence_region: String,
+    /// A region that can't renew the marker stops writing after this time; a promotion by force waits for it.
+    #[arg(long, value_parser = units::parse_duration, default_value = "10s", value_name = "TIME")]
+    fence_lease: Duration,
+}
+
+impl FenceAccess {
+    /// Whether the volume is to do without.
+    pub(crate) fn is_none(&self) -> bool {
+        self.fence_store.as_deref() == Some(NONE)
+    }
+
+    /// The store that is named; `None`: none is.
+    pub(crate) fn resolve(&self) -> Outcome<Option<FenceStore>> {
+        let Some(bucket) = self.fence_store.as_ref().filter(|_| !self.is_none()) else {
+            return Ok(None);
+        };
+        if !LEASE.contains(&self.fence_lease) {
+            return Err(
+                Failure::usage("--fence-lease is out of bounds").hint("choose from 1s to 10m")
+            );
+        }
+        let keys = find_keys(&self.fence_access_key, &self.fence_secret_key, "_FENCE")?;
+        let (access_key, secret_key) = match keys {
+            Some(keys) => keys,
+            None => Keys::default().find()?,
+        };
+        Ok(Some(FenceStore {
+            store: Some(StorageConfig {
+                storage: "s3".to_owned(),
+                bucket: bucket.clone(),
+                access_key,
+                secret_key,
+                region: self.fence_region.clone(),
+                ..StorageConfig::default()
+            }),
+            lease_ms: u32::try_from(self.fence_lease.as_millis()).unwrap_or(u32::MAX),
+        }))
+    }
+}
+
+/// Makes the volume's marker name this cluster, then tells the cluster to keep it.
+pub(crate) async fn fence(
+    cluster: &Cluster,
+    volume: &Volume,
+    store: FenceStore,
+) -> Outcome<Volume> {
+    if let Some(mirror) = &volume.mirror {
+        return Err(Failure::new(format!(
+            "{} is a mirror: what fences it is said at the source",
+            volume.name
+        ))
+        .hint(format!("do it at {}/{}", mirror.source, mirror.volume)));
+    }
+    let bucket = store.store.clone().unwrap_or_default();
+    let options = StoreOptions {
+        deadline: Duration::from_secs(10),
+        attempt_timeout: Duration::from_secs(5),
+        memory_cache_bytes: 0,
+        ..StoreOptions::default()
+    };
+    blockstore::object::create_bucket(&bucket, &options).await?;
+    let status = cluster.status().await?;
+    let me = Me {
+        volume: volume.id,
+        cluster: status.cluster_id,
+        epoch: volume.position.unwrap_or_default().epoch,
+    };
+    let url = url_of(&status);
+    let register = fence::open(&store, fence::prefix(volume))?;
+    fence::claim(&register, me, &url, fence::lease(&store))
+        .await
+        .map_err(|error| {
+            Failure::new(error).hint(
+                "if that region is gone for good, delete the marker object in the fence store first",
+            )
+        })?;
+    let update = UpdateVolumeRequest {
+        name: volume.name.clone(),
+        fence: Some(store),
+        ..UpdateVolumeRequest::default()
+    };
+    Ok(cluster.update_volume(update).await?)
+}
+
+/// META-URL of a cluster, as its nodes are known to each other.
+pub(crate) fn url_of(status: &heliofs_proto::v1::StatusResponse) -> String {
+    let addresses: Vec<&str> = status
+        .nodes
+        .iter()
+        .map(|node| node.address.as_str())
+        .collect();
+    format!("helio://{}", addresses.join(","))
+}

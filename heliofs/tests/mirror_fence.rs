@@ -1,0 +1,402 @@
+//! Who may write a volume when both regions live and can't hear each other: with a fence store one of them, at any moment;
+//! without one nothing of the old history is ever seen in the new.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use support::mirror::{catch_up, mirror_of, mirror_status, wait_for_status};
+use support::{Cluster, Load, Relay, S3, wait_for};
+
+const EROFS: i32 = 30;
+
+/// A writer that notes when each file was acknowledged.
+struct Clocked {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Noted>,
+}
+
+#[derive(Default)]
+struct Noted {
+    acknowledged: Vec<(String, Instant)>,
+    refused: Vec<Instant>,
+    others: Vec<String>,
+}
+
+impl Clocked {
+    fn start(root: &Path, name: &'static str) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let root = root.to_owned();
+        let thread = std::thread::spawn(move || {
+            let mut noted = Noted::default();
+            for turn in 0.. {
+                if stopped.load(Ordering::Relaxed) {
+                    break;
+                }
+                let file = format!("{name}-{turn}");
+                let write = || -> std::io::Result<()> {
+                    let mut out = File::create_new(root.join(&file))?;
+                    out.write_all(file.as_bytes())?;
+                    out.sync_all()
+                };
+                match write() {
+                    Ok(()) => noted.acknowledged.push((file, Instant::now())),
+                    Err(error) if error.raw_os_error() == Some(EROFS) => {
+                        noted.refused.push(Instant::now());
+                        // Others need the processors, too.
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    Err(error) => noted.others.push(format!("{file}: {error}")),
+                }
+            }
+            noted
+        });
+        Self { stop, thread }
+    }
+
+    fn stop(self) -> Noted {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// Whether a file can be created now.
+fn refused(root: &Path) -> bool {
+    match File::create(root.join("probe")) {
+        Ok(_) => false,
+        Err(error) => error.raw_os_error() == Some(EROFS),
+    }
+}
+
+/// Ids of the sessions that a cluster knows.
+fn sessions(cluster: &Cluster) -> Vec<String> {
+    let status = cluster.status();
+    let mounts = status["mounts"].as_array().unwrap().iter();
+    mounts
+        .map(|mount| mount["session"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+fn s3_relay(s3: &S3) -> Relay {
+    Relay::start(s3.url.trim_start_matches("http://"), Duration::ZERO)
+}
+
+fn format_fenced(cluster: &Cluster, name: &str, s3: &S3, fence: &str, lease: &str) {
+    let bucket = cluster.directory.join("bucket");
+    let url = cluster.url();
+    let all = [
+        "format",
+        &url,
+        name,
+        "--storage",
+        "file",
+        "--bucket",
+        bucket.to_str().unwrap(),
+        "--fence-store",
+        fence,
+        "--fence-lease",
+        lease,
+    ];
+    cluster.run_with(&all, |command| s3.keys(command)).success();
+}
+
+#[test]
+fn of_two_regions_that_are_cut_apart_only_one_acknowledges() {
+    let s3 = S3::start();
+    let (to_fence, direct) = (s3_relay(&s3), format!("{}/fence", s3.url));
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    let fence = format!("http://{}/fence", to_fence.address());
+    format_fenced(&source, "fenced", &s3, &fence, "2s");
+    let link = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let through = format!("helio://{}", link.address());
+    let mirror = mirror_of(&source, &through, 1, &[]);
+    catch_up(&source, &mirror, "fenced");
+    let far = mirror.volume_url("fenced");
+    let here = source.mount("fenced");
+    let there = mirror.mount("fenced");
+    let before = Clocked::start(&here.path, "source");
+    // The mirror has some of it, and then the link is gone.
+    wait_for_status(&mirror, "fenced", "entries of the writer", |status| {
+        let applied = status["applied"].as_str().unwrap();
+        applied
+            .split(':')
+            .next_back()
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            > 60
+    });
+    link.cut();
+    let promote = [
+        "mirror",
+        "promote",
+        &far,
+        "--force",
+        "--fence-store",
+        &direct,
+        "--fence-lease",
+        "2s",
+        "--json",
+    ];
+    // The source lives, and is not in the fence store's way: it stays the source.
+    let alive = mirror.run_with(&promote, |command| s3.keys(command));
+    assert_ne!(alive.code, 0, "{alive:?}");
+    assert!(alive.err.contains("it is alive"), "{alive:?}");
+    // Now the source can reach nobody but its mounts.
+    to_fence.cut();
+    let after = Clocked::start(&there.path, "mirror");
+    let of_source = sessions(&source);
+    assert!(!of_source.is_empty());
+    let promoted = mirror.run_with(&promote, |command| s3.keys(command));
+    let promoted = promoted.success().json();
+    assert_eq!(promoted["fenced"], true, "{promoted}");
+    assert!(promoted["lease_waited_ms"].as_u64().unwrap() >= 2000);
+    assert!(promoted["seconds"].as_f64().unwrap() < 30.0, "{promoted}");
+    // A mount of the mirror was made to read only: the new source is mounted to be written.
+    let refused_there = after.stop();
+    assert_eq!(refused_there.acknowledged.len(), 0);
+    let written = mirror.mount("fenced");
+    let after = Clocked::start(&written.path, "mirror");
+    // Sessions of the source are over at once: the time-out of 30 s has not passed.
+    let left = sessions(&mirror);
+    for session in &of_source {
+        assert!(!left.contains(session), "{session} is left: {left:?}");
+    }
+    std::thread::sleep(Duration::from_secs(3));
+    to_fence.heal();
+    // It hears who has taken over, and that is in its log.
+    let told = wait_for_status(&source, "fenced", "the source's demotion", |status| {
+        status["state"] == "stopped"
+    });
+    assert!(
+        told["detail"].as_str().unwrap().contains(&mirror.url()),
+        "{told}"
+    );
+    assert!(refused(&here.path), "a superseded source took a change");
+    std::thread::sleep(Duration::from_secs(1));
+    let (before, after) = (before.stop(), after.stop());
+    assert!(after.others.is_empty(), "{:?}", after.others);
+    assert!(!before.refused.is_empty() && !after.acknowledged.is_empty());
+    let last_here = before.acknowledged.last().unwrap().1;
+    let first_there = after.acknowledged.first().unwrap().1;
+    assert!(
+        last_here < first_there,
+        "both regions acknowledged within {:?}",
+        last_here - first_there
+    );
+    // What only the old source has is named, each, and nowhere to be seen.
+    link.heal();
+    let lost: Vec<&String> = before
+        .acknowledged
+        .iter()
+        .map(|(file, _)| file)
+        .filter(|file| !written.join(file.as_str()).exists())
+        .collect();
+    assert!(!lost.is_empty(), "it wrote while the link was cut");
+    drop(here);
+    let exported = rejoin(&source, &mirror, "fenced");
+    for file in lost {
+        assert!(
+            exported.contains(&format!("\"{file}\"")),
+            "{file} was acknowledged, is lost and is not exported"
+        );
+    }
+    for (file, _) in &after.acknowledged {
+        assert_eq!(fs::read(written.join(file)).unwrap(), file.as_bytes());
+    }
+    assert_eq!(mirror_status(&mirror, "fenced"), None, "it is the source");
+}
+
+/// The old source becomes a mirror of the new one; what it exported.
+fn rejoin(source: &Cluster, mirror: &Cluster, volume: &str) -> String {
+    let file = source.directory.join("tail.json");
+    source
+        .run(&[
+            "mirror",
+            "rejoin",
+            &source.volume_url(volume),
+            "--of",
+            &mirror.volume_url(volume),
+            "--export",
+            file.to_str().unwrap(),
+        ])
+        .success();
+    fs::read_to_string(file).unwrap()
+}
+
+#[test]
+fn a_fence_store_that_is_away_makes_a_volume_read_only_until_it_is_back() {
+    let s3 = S3::start();
+    let to_fence = s3_relay(&s3);
+    let mut source = Cluster::start();
+    let fence = format!("http://{}/fence", to_fence.address());
+    format_fenced(&source, "fenced", &s3, &fence, "5s");
+    let mount = source.mount("fenced");
+    let load = Load::start(&mount.path, 2);
+    load.wait_for_more(20, Duration::from_secs(60));
+    // The next leader renews the marker before it acknowledges anything, and nobody is refused.
+    let leader = source.leader();
+    source.kill_node(leader);
+    load.wait_for_more(20, Duration::from_secs(60));
+    let through_failover = load.stop();
+    through_failover.assert_no_errors();
+    source.start_node(leader);
+
+    let cut = Instant::now();
+    to_fence.cut();
+    wait_for("the first refusal", Duration::from_secs(30), || {
+        refused(&mount.path).then_some(())
+    });
+    // A lease, and what a request may take.
+    assert!(
+        cut.elapsed() < Duration::from_secs(12),
+        "{:?}",
+        cut.elapsed()
+    );
+    let told = wait_for("the reason", Duration::from_secs(10), || {
+        let told = source.volume("fenced")["read_only_because"].clone();
+        told.as_str().map(str::to_owned)
+    });
+    assert!(told.contains("fence store"), "{told}");
+    through_failover.verify(&mount.path);
+    // A leader that never held it does not write either.
+    let leader = source.leader();
+    source.kill_node(leader);
+    wait_for(
+        "refusals by the next leader",
+        Duration::from_secs(60),
+        || refused(&mount.path).then_some(()),
+    );
+    to_fence.heal();
+    wait_for("writing again", Duration::from_secs(30), || {
+        fs::write(mount.join("again"), "x").ok()
+    });
+    let load = Load::start(&mount.path.join("writer-0"), 1);
+    load.wait_for_more(10, Duration::from_secs(60));
+    load.stop().assert_no_errors();
+    // Without one it is as any other volume.
+    source
+        .run(&[
+            "config",
+            &source.volume_url("fenced"),
+            "--fence-store",
+            "none",
+        ])
+        .success();
+    to_fence.cut();
+    std::thread::sleep(Duration::from_secs(6));
+    fs::write(mount.join("unfenced"), "x").unwrap();
+}
+
+#[test]
+fn a_planned_promotion_hands_the_marker_over_at_once() {
+    let s3 = S3::start();
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    let fence = format!("{}/fence", s3.url);
+    format_fenced(&source, "fenced", &s3, &fence, "10s");
+    // The marker of another volume of this name is not taken.
+    let other = Cluster::with_dirs(1, |_, _| None, &[]);
+    let bucket = other.directory.join("bucket");
+    let url = other.url();
+    let all = [
+        "format",
+        &url,
+        "fenced",
+        "--bucket",
+        bucket.to_str().unwrap(),
+        "--fence-store",
+        &fence,
+    ];
+    let taken = other.run_with(&all, |command| s3.keys(command));
+    assert!(taken.err.contains("has taken over already"), "{taken:?}");
+    let mirror = mirror_of(&source, &source.url(), 1, &[]);
+    catch_up(&source, &mirror, "fenced");
+    let here = source.mount("fenced");
+    let load = Load::start(&here.path, 2);
+    load.wait_for_more(20, Duration::from_secs(60));
+    let far = mirror.volume_url("fenced");
+    let promoted = mirror.run(&["mirror", "promote", &far, "--json"]);
+    let promoted = promoted.success().json();
+    assert_eq!(promoted["fenced"], true, "{promoted}");
+    assert!(promoted["seconds"].as_f64().unwrap() < 5.0, "{promoted}");
+    wait_for("a refusal", Duration::from_secs(30), || {
+        refused(&here.path).then_some(())
+    });
+    let acknowledged = load.stop();
+    let there = mirror.mount("fenced");
+    acknowledged.verify(&there.path);
+    fs::write(there.join("new"), "x").unwrap();
+    assert_eq!(mirror.volume("fenced")["fence_store"], fence.as_str());
+    drop(here);
+    // And back again.
+    let flags = ["--mirror-of", &mirror.url()];
+    source.flags = flags.map(str::to_owned).to_vec();
+    source.stop_node(0);
+    source.start_node(0);
+    let back = source.volume_url("fenced");
+    source.run(&["mirror", "reload", &back]).success();
+    catch_up(&mirror, &source, "fenced");
+    let returned = source.run(&["mirror", "promote", &back, "--json"]);
+    assert_eq!(returned.success().json()["fenced"], true);
+    let here = source.mount("fenced");
+    wait_for(
+        "writing at the first source",
+        Duration::from_secs(30),
+        || fs::write(here.join("third"), "x").ok(),
+    );
+    assert!(refused(&there.path));
+}
+
+#[test]
+fn without_a_fence_store_each_divergent_change_is_exported_and_none_is_merged() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("parts", &[]);
+    let link = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let through = format!("helio://{}", link.address());
+    let mirror = mirror_of(&source, &through, 1, &[]);
+    catch_up(&source, &mirror, "parts");
+    let here = source.mount("parts");
+    fs::write(here.join("shared"), "before").unwrap();
+    File::open(here.join("shared")).unwrap().sync_all().unwrap();
+    catch_up(&source, &mirror, "parts");
+    link.cut();
+    let far = mirror.volume_url("parts");
+    mirror
+        .run(&[
+            "mirror",
+            "promote",
+            &far,
+            "--force",
+            "--i-know-the-source-is-dead",
+        ])
+        .success();
+    let there = mirror.mount("parts");
+    let (one, two) = (
+        Clocked::start(&here.path, "old"),
+        Clocked::start(&there.path, "new"),
+    );
+    std::thread::sleep(Duration::from_secs(2));
+    let (one, two) = (one.stop(), two.stop());
+    assert!(one.acknowledged.len() > 5 && two.acknowledged.len() > 5);
+    link.heal();
+    drop(here);
+    let exported = rejoin(&source, &mirror, "parts");
+    for (file, _) in &one.acknowledged {
+        assert!(exported.contains(&format!("\"{file}\"")), "{file}");
+        assert!(!there.join(file).exists(), "{file} was merged");
+    }
+    for (file, _) in &two.acknowledged {
+        assert!(!exported.contains(&format!("\"{file}\"")), "{file}");
+        assert_eq!(fs::read(there.join(file)).unwrap(), file.as_bytes());
+    }
+    assert_eq!(fs::read(there.join("shared")).unwrap(), b"before");
+}
