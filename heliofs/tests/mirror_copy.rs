@@ -900,7 +900,11 @@ fn a_change_of_leader_while_copies_wait_shows_no_less() {
     });
     let shown = tree(&seen.path);
     // Nobody copies what comes now; without it nothing later can be shown.
-    let mut rewritten = File::create(written.join("50-1")).unwrap();
+    // (Not cut before: that would be a change that needs no object, and may be shown.)
+    let mut rewritten = File::options()
+        .write(true)
+        .open(written.join("50-1"))
+        .unwrap();
     rewritten.write_all(&[7; 200_000]).unwrap();
     rewritten.sync_all().unwrap();
     drop(rewritten);
