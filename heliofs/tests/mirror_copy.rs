@@ -117,6 +117,10 @@ impl Regions {
             }
             for object in fs::read_dir(directory).unwrap() {
                 let path = object.unwrap().path();
+                // What a killed process had not finished writing.
+                if path.to_string_lossy().contains('#') {
+                    continue;
+                }
                 let bytes = fs::read(&path).unwrap();
                 found.insert(path.strip_prefix(&root).unwrap().to_owned(), bytes);
             }
