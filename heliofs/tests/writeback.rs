@@ -548,6 +548,41 @@ fn what_was_taken_over_beside_another_mount_does_not_lie_over_its_newer_data() {
     assert!(set.staged("").is_empty());
 }
 
+#[test]
+fn what_is_synced_later_does_not_carry_older_staged_data_over_that_of_others() {
+    let set = Writeback::new("carried", &[]);
+    let mut mount = set.mount(HELD);
+    write_synced(&mount.join("written"), &content(1, 100_000));
+    mount.process.kill();
+    drop(mount);
+    let other = set.other();
+    let theirs = File::options()
+        .write(true)
+        .open(other.join("written"))
+        .unwrap();
+    let down = set.uploads_refused();
+    // Takes over what is staged, without the lease.
+    let mount = set.mount(&["--writeback", "--io-timeout", "1s"]);
+    theirs.write_all_at(b"newer", 0).unwrap();
+    theirs.sync_all().unwrap();
+    drop(theirs);
+    // Alone with the file now, as far as the leases go.
+    let ours = File::options()
+        .write(true)
+        .open(mount.join("written"))
+        .unwrap();
+    ours.write_all_at(b"late", 50_000).unwrap();
+    assert!(ours.sync_all().is_err(), "it can't be stored anywhere");
+    drop(down);
+    wait_for("the older data to be put aside", SOON, || {
+        (set.staged("conflicts").len() == 1).then_some(())
+    });
+    let now = fs::read(other.join("written")).unwrap();
+    assert!(now.starts_with(b"newer"), "overwritten by older data");
+    drop(ours);
+    assert!(fs::read(mount.join("written")).unwrap() == now);
+}
+
 /// The record of `written`, of 100,000 bytes.
 fn look_at_what_was_kept_aside(set: &Writeback) {
     let cache = set.cache.path().to_str().unwrap();

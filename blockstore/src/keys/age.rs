@@ -46,10 +46,17 @@ fn lines(text: &str) -> impl Iterator<Item = &str> {
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
-/// What a line of Bech32 says.
-fn decode(line: &str) -> Result<Zeroizing<[u8; KEY_BYTES]>, StoreError> {
+/// What a line of Bech32 of this kind says.
+fn decode(line: &str, kind: &str) -> Result<Zeroizing<[u8; KEY_BYTES]>, StoreError> {
     let checked = CheckedHrpstring::new::<Bech32>(line)
         .map_err(|error| invalid(format_args!("it is mistyped or cut off: {error}")))?;
+    // Keys of other kinds begin alike, and go on before the separator.
+    let begins = checked.hrp();
+    if !format!("{begins}1").eq_ignore_ascii_case(kind) {
+        return Err(invalid(format_args!(
+            "a key of the kind `{begins}` can't be used, only X25519's"
+        )));
+    }
     let mut bytes = Zeroizing::new([0; KEY_BYTES]);
     let mut length = 0;
     for (place, byte) in bytes.iter_mut().zip(checked.byte_iter()) {
@@ -89,7 +96,7 @@ impl AgeKey {
         }
         match Self::is_in(text) {
             Some(true) => {
-                let identity = PrivateKey::from_private_key(&X25519, &decode(line)?[..])
+                let identity = PrivateKey::from_private_key(&X25519, &decode(line, IDENTITY)?[..])
                     .map_err(|error| invalid(error.to_string()))?;
                 Ok(Self {
                     recipient: public_half(&identity)?,
@@ -97,7 +104,7 @@ impl AgeKey {
                 })
             }
             Some(false) => Ok(Self {
-                recipient: *decode(line)?,
+                recipient: *decode(line, RECIPIENT)?,
                 identity: None,
             }),
             None => Err(invalid(format_args!(

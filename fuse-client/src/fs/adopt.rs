@@ -37,7 +37,7 @@ impl Fs {
             };
             let (mut content, mut gone) = (base, false);
             for _ in 0..opens {
-                match self.open_again(session, inode.ino, dirty).await? {
+                match self.open_again(session, inode.ino).await? {
                     Some(data_seq) => content = Some(data_seq),
                     None => gone = true,
                 }
@@ -88,16 +88,13 @@ impl Fs {
         Ok(())
     }
 
-    /// Opens a file once more, for as long as it takes; with `dirty`, under its write lease if nobody else has it open. What
-    /// identifies its content; `None`: it is gone.
-    async fn open_again(
-        &self,
-        session: &Session,
-        ino: u64,
-        dirty: bool,
-    ) -> Result<Option<u64>, ClientError> {
+    /// Opens a file once more, for as long as it takes. What identifies its content; `None`: it is gone.
+    ///
+    /// Without its write lease: a recall would be answered in the old session, and two mounts that adopt at the same time could
+    /// wait for each other. What is dirty is stored at once, staged data only over what it was staged over.
+    async fn open_again(&self, session: &Session, ino: u64) -> Result<Option<u64>, ClientError> {
         loop {
-            match session.open(Ino(ino), 0, dirty).await {
+            match session.open(Ino(ino), 0, false).await {
                 Ok((opened, _)) => {
                     return Ok(Some(opened.attr.map_or(0, |attr| attr.data_seq)));
                 }
@@ -119,7 +116,10 @@ impl Fs {
         sent: &[u64],
     ) -> Result<bool, ClientError> {
         loop {
-            match self.changed_by_us_last(session, ino, data_seq, sent).await {
+            match self
+                .changed_by_us_last(session, ino, data_seq, |id| sent.contains(&id))
+                .await
+            {
                 Ok(ours) => return Ok(ours),
                 Err(error) => {
                     if self.is_final(ino, error).await? {

@@ -30,7 +30,7 @@ impl Fs {
         let ours = async {
             let (attr, _) = session.get_attr(Ino(inode.ino)).await?;
             let ours = self
-                .changed_by_us_last(&session, inode.ino, attr.data_seq, &sent)
+                .changed_by_us_last(&session, inode.ino, attr.data_seq, |id| sent.contains(&id))
                 .await?;
             Ok::<_, ClientError>(ours.then_some(attr.data_seq))
         };
@@ -94,27 +94,21 @@ impl Fs {
         state.lost = Some(Errno::STALE);
     }
 
-    /// Whether the last change of a file's content was a commit of data that was staged here, or that brought one of `sent`.
+    /// Whether the last change of a file's content was a commit that brought one of `sent`.
     pub(crate) async fn changed_by_us_last(
         &self,
         session: &Session,
         ino: u64,
         data_seq: u64,
-        sent: &[u64],
+        sent: impl Fn(u64) -> bool,
     ) -> Result<bool, ClientError> {
         let mut from = 0;
         loop {
             let (page, _) = session
                 .get_extents(Ino(ino), from, u64::MAX - from, EXTENTS)
                 .await?;
-            let is_ours = |segment: u64| {
-                // Inline bytes of anybody look alike.
-                segment != 0
-                    && (sent.contains(&segment)
-                        || self
-                            .staging()
-                            .is_some_and(|staging| staging.has_noted(ino, segment)))
-            };
+            // Inline bytes of anybody look alike.
+            let is_ours = |segment: u64| segment != 0 && sent(segment);
             let ours = |extent: &v1::Extent| extent.seq == data_seq && is_ours(extent.segment);
             if page.extents.iter().any(ours) {
                 return Ok(true);

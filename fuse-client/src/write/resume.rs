@@ -132,7 +132,9 @@ impl Fs {
             let fits = header.epoch == u64::from(at.epoch.0)
                 && (!accepted.is_empty() || header.base_seq == attr.data_seq || {
                     if ours.is_none() {
-                        let asked = self.changed_by_us_last(&session, ino, attr.data_seq, &[]);
+                        let asked = self.changed_by_us_last(&session, ino, attr.data_seq, |id| {
+                            staging.has_noted(ino, id)
+                        });
                         ours = Some(asked.await.inspect_err(|_| session.release(Ino(ino)))?);
                     }
                     ours == Some(true)

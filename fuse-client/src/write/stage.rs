@@ -128,7 +128,7 @@ impl Fs {
                             return Ok(false);
                         }
                         state.records.push_back(record);
-                        state.staged_base = Some(base_seq);
+                        state.staged_base.get_or_insert(base_seq);
                     }
                 }
             }
@@ -176,6 +176,12 @@ impl Fs {
         let Some(base_seq) = known.or(state.base_seq) else {
             return Ok(Next::Learn);
         };
+        if state.staged_base.is_some_and(|base| base != base_seq) {
+            // Others have changed the file since earlier records were staged: those are not for what it is now. The commit, which
+            // depends on their base, finds out whose data stays.
+            state.pieces.hide(std::mem::take(&mut pass.hidden));
+            return Ok(Next::Refused);
+        }
         if !pass.begun {
             // What is written from here on is not waited for.
             state.pieces.freeze_open();

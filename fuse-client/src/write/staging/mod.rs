@@ -20,7 +20,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use blockstore::segment::layout::frame_extent_bytes;
 use blockstore::{EncodedSegment, SegmentStore, StoreError};
@@ -38,6 +38,9 @@ pub const FRAME_BYTES: usize = 256 << 10;
 
 /// Data in one record, bytes, but for its last piece: what resuming holds in memory.
 pub const RECORD_BYTES_MAX: u64 = 32 << 20;
+
+/// A look at who uses a folder is over by then.
+const LOOK_LASTS: Duration = Duration::from_secs(1);
 
 /// Left free on the disk in any case.
 const FREE_BYTES_MIN: u64 = 64 << 20;
@@ -108,6 +111,19 @@ pub struct Staging {
 /// A folder that was taken, and the records that were in it.
 pub type Opened = (Arc<Staging>, Vec<PathBuf>);
 
+/// Takes the lock of a folder. `heliofs staging` holds it for a moment to see whether anybody does.
+fn locked(lock: &File) -> Result<(), TryLockError> {
+    let until = Instant::now() + LOOK_LASTS;
+    loop {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                std::thread::sleep(LOOK_LASTS / 20);
+            }
+            taken => return taken,
+        }
+    }
+}
+
 impl Staging {
     /// Takes the folder, and lists the records that are in it, in the order in which they were staged. `None` when it is not to
     /// be used actively and is missing, empty or in use.
@@ -132,7 +148,7 @@ impl Staging {
                 .map_err(failed)?;
         }
         let lock = File::create(directory.join("lock")).map_err(failed)?;
-        match lock.try_lock() {
+        match locked(&lock) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) if !options.active => return Ok(None),
             Err(TryLockError::WouldBlock) => return Err(StagingError::Taken(directory)),

@@ -257,7 +257,7 @@ impl Admin for AdminService {
         check_core_level(settings.as_ref())?;
         self.current().await?;
         let record = self.named(&name)?;
-        if let Some(storage) = storage {
+        if let Some(mut storage) = storage {
             let before = record.storage.clone().unwrap_or_default();
             if storage.uuid != before.uuid {
                 return Err(Status::invalid_argument(format!(
@@ -273,6 +273,12 @@ impl Admin for AdminService {
                 let encryption = storage.encryption.as_ref();
                 encryption.map_or_else(Default::default, |it| it.commitment.clone())
             };
+            // Who does not know of commitments leaves it out.
+            if commitment(&storage).is_empty()
+                && let Some(encryption) = &mut storage.encryption
+            {
+                encryption.commitment = commitment(&before);
+            }
             let recommitted =
                 !commitment(&before).is_empty() && commitment(&storage) != commitment(&before);
             if key(&storage) != key(&before) || recommitted {
