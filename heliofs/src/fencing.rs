@@ -124,6 +124,40 @@ pub(crate) async fn fence(
     Ok(cluster.update_volume(update).await?)
 }
 
+/// Removes the marker of the fence store that the volume has now, before it gets `next`, another one or none: a mirror that does
+/// not know of the change must not believe a marker that nobody renews. Until the change is made the volume is read-only.
+pub(crate) async fn give_up(
+    cluster: &Cluster,
+    volume: &Volume,
+    next: Option<&FenceStore>,
+) -> Outcome<()> {
+    let bucket = |fence: &FenceStore| fence.store.clone().unwrap_or_default().bucket;
+    let Some(now) = &volume.fence else {
+        return Ok(());
+    };
+    if volume.mirror.is_some() || next.is_some_and(|next| bucket(next) == bucket(now)) {
+        return Ok(());
+    }
+    let unreachable = |error: &dyn std::fmt::Display| {
+        Failure::new(format!(
+            "the marker in the fence store {} can't be removed: {error}",
+            bucket(now)
+        ))
+        .hint("a mirror could be promoted by it; if that store is gone for good: --abandon-fence")
+    };
+    let register = fence::open(now, fence::prefix(volume)).map_err(|error| unreachable(&error))?;
+    let found = register.read().await.map_err(|error| unreachable(&error))?;
+    let Some((bytes, _)) = found else {
+        return Ok(());
+    };
+    let marker = fence::marker::Marker::decode(&bytes).map_err(|error| unreachable(&error))?;
+    if marker.cluster != cluster.status().await?.cluster_id {
+        // Another region's: it has taken over.
+        return Ok(());
+    }
+    register.remove().await.map_err(|error| unreachable(&error))
+}
+
 /// META-URL of a cluster, as its nodes are known to each other.
 pub(crate) fn url_of(status: &heliofs_proto::v1::StatusResponse) -> String {
     let addresses: Vec<&str> = status

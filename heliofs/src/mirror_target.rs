@@ -68,7 +68,9 @@ impl Target for NodeTarget {
     fn stand(&self, volume: VolumeId, standing: Option<Standing>) {
         let fences = &self.0.fences;
         match standing {
-            Some(Standing::Held(until)) => fences.set(volume, fence::Standing::Held { until }),
+            Some(Standing::Held { until, until_wall }) => {
+                fences.set(volume, fence::Standing::Held { until, until_wall });
+            }
             Some(Standing::Lapsed(why)) => fences.set(volume, fence::Standing::Lapsed(why)),
             Some(Standing::Lost(why)) => fences.set(volume, fence::Standing::Lost(why)),
             None => fences.forget(volume),

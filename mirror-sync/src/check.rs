@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockstore::{Bucket, Kind, StoreError};
 use bytes::Bytes;
@@ -35,6 +35,9 @@ const HEALED_PER_REPORT: usize = 16;
 /// Segments per question, and per report.
 const PAGE: u32 = 4096;
 const LOST_MAX: usize = 500;
+
+/// The lease lasts three times as long.
+const RENEW_EVERY: Duration = Duration::from_secs(20);
 
 /// Why a check does not go on; another turn goes on where it was, here or elsewhere.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +79,8 @@ struct Check<'a> {
     lost: Vec<v1::LostCopy>,
     /// What is in the source's bucket can be told, and put back.
     source: bool,
+    /// When the lease was renewed last by a question of its own.
+    renewed: Instant,
 }
 
 impl Checker {
@@ -137,9 +142,10 @@ impl Checker {
             counts: state.now.unwrap_or_default(),
             lost: Vec::new(),
             source: true,
+            renewed: Instant::now(),
         };
         check.look_at_source(lease.following).await;
-        let live = self.live().await?;
+        let live = check.live().await?;
         for group in state.groups..GROUPS {
             let segments = live.get(&(group as u8)).map_or(&[][..], Vec::as_slice);
             if !segments.is_empty() {
@@ -152,29 +158,6 @@ impl Checker {
         }
         tracing::info!(number = check.number, counts = ?check.counts, "both buckets are checked");
         Ok(())
-    }
-
-    /// All segments that extents refer to, by group.
-    async fn live(&self) -> Result<HashMap<u8, Vec<v1::Segment>>, Stopped> {
-        let session = self.host.session();
-        let mut live: HashMap<u8, Vec<v1::Segment>> = HashMap::new();
-        let mut after = 0;
-        loop {
-            let ask = Ask::ListSegments(v1::ListSegments {
-                after,
-                segments_max: PAGE,
-            });
-            let Answer::Segments(page) = session.maintain(ask).await? else {
-                return Err(Stopped::Answer);
-            };
-            after = page.segments.last().map_or(after, |segment| segment.id);
-            for segment in page.segments {
-                live.entry(segment.id as u8).or_default().push(segment);
-            }
-            if page.end {
-                return Ok(live);
-            }
-        }
     }
 
     async fn is_live(&self, segment: u64) -> Result<bool, Stopped> {
@@ -216,6 +199,43 @@ async fn wrong(
 }
 
 impl Check<'_> {
+    /// All segments that extents refer to, by group.
+    async fn live(&mut self) -> Result<HashMap<u8, Vec<v1::Segment>>, Stopped> {
+        let session = self.checker.host.session();
+        let mut live: HashMap<u8, Vec<v1::Segment>> = HashMap::new();
+        let mut after = 0;
+        loop {
+            self.renew().await?;
+            let ask = Ask::ListSegments(v1::ListSegments {
+                after,
+                segments_max: PAGE,
+            });
+            let Answer::Segments(page) = session.maintain(ask).await? else {
+                return Err(Stopped::Answer);
+            };
+            after = page.segments.last().map_or(after, |segment| segment.id);
+            for segment in page.segments {
+                live.entry(segment.id as u8).or_default().push(segment);
+            }
+            if page.end {
+                return Ok(live);
+            }
+        }
+    }
+
+    /// Renews the lease, when it is time to.
+    async fn renew(&mut self) -> Result<(), Stopped> {
+        if self.renewed.elapsed() < RENEW_EVERY {
+            return Ok(());
+        }
+        let lease = self.checker.ask(None, Vec::new()).await?;
+        self.renewed = Instant::now();
+        match lease.leased {
+            true => Ok(()),
+            false => Err(Stopped::Lease),
+        }
+    }
+
     /// Whether the source's bucket is to be looked at.
     async fn look_at_source(&mut self, following: bool) {
         let buckets = &self.checker.buckets;
@@ -247,6 +267,7 @@ impl Check<'_> {
         self.counts.segments += segments.len() as u64;
         let own = listed(&buckets.own, group).await?;
         for segment in segments {
+            self.renew().await?;
             if let Some(replace) = wrong(&buckets.own, &own, segment).await? {
                 // The leader knows whether it is missed already, or was freed.
                 self.lost.push(v1::LostCopy {
@@ -267,6 +288,7 @@ impl Check<'_> {
         };
         let mut healed = 0;
         for segment in segments {
+            self.renew().await?;
             let replace = match wrong(&buckets.second, &second, segment).await {
                 Ok(None) => continue,
                 Ok(Some(replace)) => replace,
@@ -329,8 +351,13 @@ impl Check<'_> {
             }
             Err(error) => return Ok(Healed::No(format!("the source's bucket: {error}"))),
         }
-        let following = checker.ask(None, Vec::new()).await?.following;
-        if following && checker.is_live(segment.id).await? {
+        // Only a mirror that follows knows what lives there. What is not known to be dead stays: at worst gc finds it.
+        if !checker.ask(None, Vec::new()).await?.following {
+            return Ok(Healed::No(format!(
+                "{name} was put back while the mirror did not follow its source"
+            )));
+        }
+        if checker.is_live(segment.id).await? {
             tracing::warn!(
                 segment = segment.id,
                 "an object was put back into the source's bucket"

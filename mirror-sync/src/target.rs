@@ -36,8 +36,13 @@ pub enum Answered {
 /// How the marker of a volume stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// It names this cluster, and nobody else can have taken it before this moment.
-    Held(std::time::Instant),
+    /// It names this cluster, and nobody else can have taken it before this moment, by both clocks.
+    Held {
+        /// By the monotonic clock.
+        until: std::time::Instant,
+        /// By the wall clock, which goes on while the machine is suspended.
+        until_wall: std::time::SystemTime,
+    },
     /// It can't be renewed; why.
     Lapsed(String),
     /// It names another cluster, under a higher epoch.

@@ -124,6 +124,19 @@ impl Register {
         }
     }
 
+    /// Removes it; it may be gone already.
+    ///
+    /// Errors: as [`Register::read`].
+    pub async fn remove(&self) -> Result<(), StoreError> {
+        match self.store.delete(&self.path).await {
+            Ok(()) => Ok(()),
+            Err(error) => match as_error("delete", self.key(), error) {
+                StoreError::NotFound { .. } => Ok(()),
+                error => Err(error),
+            },
+        }
+    }
+
     /// Whether the store keeps its word: a put over a version that never was must change nothing.
     ///
     /// Errors: `Invalid` when it does not; else as [`Register::read`].
@@ -176,6 +189,11 @@ mod tests {
             unreachable!()
         };
         assert_eq!(version, second);
+        register.remove().await.unwrap();
+        register.remove().await.unwrap();
+        assert!(register.read().await.unwrap().is_none());
+        let over = register.write("late".into(), Some(&second)).await.unwrap();
+        assert!(matches!(over, Written::Conflict), "it came back: {over:?}");
     }
 
     #[test]

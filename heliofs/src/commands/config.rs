@@ -53,6 +53,9 @@ pub(crate) struct Options {
     /// must know it; there is no way back.
     #[arg(long, value_name = "N")]
     core_level: Option<u32>,
+    /// Changes the fence store although the one before can't be reached. Its marker stays there: never promote a mirror by it.
+    #[arg(long, requires = "fence_store")]
+    abandon_fence: bool,
     #[command(flatten)]
     fence: FenceAccess,
     #[command(flatten)]
@@ -127,7 +130,11 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     } else {
         volume
     };
-    let volume = match options.fence.resolve()? {
+    let fence = options.fence.resolve()?;
+    if (fence.is_some() || options.fence.is_none()) && !options.abandon_fence {
+        fencing::give_up(&target.cluster, &volume, fence.as_ref()).await?;
+    }
+    let volume = match fence {
         Some(store) => fencing::fence(&target.cluster, &volume, store).await?,
         None if options.fence.is_none() => {
             let update = UpdateVolumeRequest {

@@ -1,11 +1,12 @@
 //! What this node may acknowledge of volumes that have a fence store.
 //!
 //! Whoever keeps the marker in the fence store ([`Fences::set`]) says until when it is this cluster's; a command is proposed,
-//! and answered, only before that moment. Times are of this process's monotonic clock alone.
+//! and answered, only before that moment. The monotonic clock says so; it stands still while a machine is suspended, so the wall
+//! clock must agree.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use heliofs_proto::ids::VolumeId;
@@ -25,6 +26,8 @@ pub enum Standing {
     Held {
         /// By the monotonic clock.
         until: Instant,
+        /// By the wall clock.
+        until_wall: SystemTime,
     },
     /// It can't be renewed; it may be again.
     Lapsed(String),
@@ -37,6 +40,18 @@ struct Told {
     standings: BTreeMap<VolumeId, Standing>,
     /// Counts how often this node stopped to keep markers: who waits for an answer of an earlier time waits in vain.
     ended: u64,
+}
+
+impl Standing {
+    /// Whether something may be acknowledged now.
+    fn holds(&self) -> bool {
+        match self {
+            Self::Held { until, until_wall } => {
+                Instant::now() < *until && SystemTime::now() < *until_wall
+            }
+            Self::Lapsed(_) | Self::Lost(_) => false,
+        }
+    }
 }
 
 /// The markers of all volumes, as this node knows them; cheap to clone.
@@ -94,7 +109,7 @@ impl Fences {
             return None;
         }
         match self.told.borrow().standings.get(&volume) {
-            Some(Standing::Held { until }) if Instant::now() < *until => None,
+            Some(standing) if standing.holds() => None,
             Some(Standing::Held { .. }) => Some(LATE.to_owned()),
             Some(Standing::Lapsed(why) | Standing::Lost(why)) => Some(why.clone()),
             None => Some(NEVER.to_owned()),
@@ -112,7 +127,7 @@ impl Fences {
             {
                 let told = told.borrow_and_update();
                 match told.standings.get(&volume) {
-                    Some(Standing::Held { until }) if Instant::now() < *until => return Ok(true),
+                    Some(standing) if standing.holds() => return Ok(true),
                     Some(Standing::Held { .. }) => return Err(Shut(LATE.to_owned())),
                     Some(Standing::Lapsed(why) | Standing::Lost(why)) => {
                         return Err(Shut(why.clone()));
@@ -139,7 +154,7 @@ impl Fences {
                     return false;
                 }
                 match told.standings.get(&volume) {
-                    Some(Standing::Held { until }) if Instant::now() < *until => return true,
+                    Some(standing) if standing.holds() => return true,
                     Some(Standing::Lost(_)) => return false,
                     Some(Standing::Held { .. } | Standing::Lapsed(_)) | None => {}
                 }
@@ -166,9 +181,23 @@ mod tests {
     }
 
     fn held(millis: u64) -> Standing {
+        let lasts = Duration::from_millis(millis);
         Standing::Held {
-            until: Instant::now() + Duration::from_millis(millis),
+            until: Instant::now() + lasts,
+            until_wall: SystemTime::now() + lasts,
         }
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_ended_while_the_machine_was_suspended_is_over() {
+        let fences = fences();
+        let resumed = Standing::Held {
+            until: Instant::now() + Duration::from_secs(60),
+            until_wall: SystemTime::now(),
+        };
+        fences.set(VOLUME, resumed);
+        assert_eq!(fences.admit(VOLUME).await, Err(Shut(LATE.to_owned())));
+        assert_eq!(fences.shut(VOLUME), Some(LATE.to_owned()));
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use blockstore::object::register::Version;
 use blockstore::object::{Register, Written};
@@ -124,15 +124,20 @@ async fn keep(target: Arc<dyn Target>, volume: v1::Volume, cluster: u32) {
     // What was held before this failed holds on: `until` says how long.
     let mut until: Option<Instant> = None;
     loop {
-        let begun = Instant::now();
+        let (begun, begun_wall) = (Instant::now(), SystemTime::now());
         let rest = match one.turn(cluster).await {
             Ok(()) => {
                 if until.is_none_or(|until| until < begun) {
                     tracing::info!(volume = %id, marker = one.register.key(), "the volume may be changed: its marker is ours");
                 }
                 until = Some(begun + one.lease);
-                one.target
-                    .stand(id, Some(Standing::Held(begun + one.lease)));
+                one.target.stand(
+                    id,
+                    Some(Standing::Held {
+                        until: begun + one.lease,
+                        until_wall: begun_wall + one.lease,
+                    }),
+                );
                 one.lease / TURNS_PER_LEASE
             }
             Err(Missed::Superseded { by, epoch }) => {
@@ -144,7 +149,7 @@ async fn keep(target: Arc<dyn Target>, volume: v1::Volume, cluster: u32) {
                 one.lapsed(why);
                 RETRY.max(one.lease / TURNS_PER_LEASE)
             }
-            Err(Missed::Raced) => Duration::ZERO,
+            Err(Missed::Raced) => RETRY / 4,
             Err(Missed::Unknown(why)) => {
                 one.version = None;
                 if until.is_none_or(|until| until <= Instant::now()) {

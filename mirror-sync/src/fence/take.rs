@@ -157,7 +157,7 @@ pub async fn take_over(
 
 /// Makes the marker of a volume that gets a fence store, or one that is this cluster's already, name `me`.
 ///
-/// Errors: `TakenBy` when another cluster has one under this name; the store's, also when it does not keep conditions.
+/// Errors: `TakenBy` when another cluster has one under this name, `Alive` when it renews one of an earlier epoch; the store's, also when it does not keep conditions.
 pub async fn claim(
     register: &Register,
     me: Me,
@@ -172,9 +172,11 @@ pub async fn claim(
             Some((found, _)) if found.cluster != me.cluster && found.epoch >= me.epoch => {
                 return Err(TakeError::TakenBy(found));
             }
-            Some((found, version)) if found.cluster != me.cluster => {
-                tracing::warn!(?found, "the marker of an earlier epoch is taken over");
-                Some(version)
+            // It may be in use: only one that nobody renews is taken over.
+            Some((found, _)) if found.cluster != me.cluster => {
+                tracing::warn!(?found, "the marker of an earlier epoch is waited for");
+                take_over(register, me, url, lease, How::LeaseOut).await?;
+                continue;
             }
             // Its keeper renews it.
             Some((found, _)) => {
@@ -278,6 +280,11 @@ mod tests {
         });
         let taken = take_over(&register, me(2, 1), "", LEASE, How::LeaseOut).await;
         assert!(matches!(taken, Err(TakeError::Alive(_))), "{taken:?}");
+        let claimed = claim(&register, me(2, 1), "", LEASE).await;
+        assert!(
+            matches!(claimed, Err(TakeError::Alive(_))),
+            "another volume of this id: {claimed:?}"
+        );
         stop.store(true, Ordering::Relaxed);
         renewing.await.unwrap();
         take_over(&register, me(2, 1), "", LEASE, How::LeaseOut)

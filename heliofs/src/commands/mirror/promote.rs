@@ -121,10 +121,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             ))
             .hint("try again: nothing is lost; or promote the source itself, with its own META-URL, to go back"));
         }
-        if fence.is_none() && !options.fence.is_none() {
-            // It may have got one after the mirror was loaded.
-            fence = cluster.get_volume(&mirror.volume).await?.fence;
-        }
+        // The source may have got another one, or none, after the mirror was loaded.
+        fence = match options.fence.resolve()? {
+            None if !options.fence.is_none() => cluster.get_volume(&mirror.volume).await?.fence,
+            given => given,
+        };
         (Some(at), 0)
     };
     let mut waited = Duration::ZERO;

@@ -156,7 +156,7 @@ async fn take_check(
         return Ok(refused(known(ctx)));
     }
     if let Some(report) = ask.report {
-        if !volume.soft().copies.holds_check(session, now) {
+        if !volume.soft().copies.holds_check(session) {
             return Ok(refused(known(ctx)));
         }
         note_check(ctx, id, bucket, report, ask.lost).await?;
@@ -166,7 +166,8 @@ async fn take_check(
     let due = i64::try_from(ask.interval_ms)
         .unwrap_or(i64::MAX)
         .saturating_mul(1_000_000);
-    let is_due = check.ended != 0 && check.ended.saturating_add(due) <= crate::proposer::now();
+    // Never: the bucket was filled by a release that did not check.
+    let is_due = check.ended == 0 || check.ended.saturating_add(due) <= crate::proposer::now();
     if state.first_walk || !(check.under_way || is_due) {
         volume.soft().copies.end_check(session);
         return Ok(refused(state));
@@ -293,10 +294,9 @@ impl CopyLeases {
         true
     }
 
-    /// Whether the session has the lease on the check.
-    pub fn holds_check(&self, session: u64, now: Instant) -> bool {
-        self.check
-            .is_some_and(|(holder, until)| holder == session && until > now)
+    /// Whether the session has the lease on the check: also when it is over, as long as nobody else has taken it.
+    pub fn holds_check(&self, session: u64) -> bool {
+        self.check.is_some_and(|(holder, _)| holder == session)
     }
 
     /// The lease on the check is free again if it was this session's.
@@ -355,7 +355,7 @@ mod tests {
         assert!(leases.take_check(1, now + CHECK_LEASE / 2));
         assert!(!leases.take_check(2, now + CHECK_LEASE), "renewed");
         assert!(leases.take_check(2, now + CHECK_LEASE * 2));
-        assert!(!leases.holds_check(1, now + CHECK_LEASE * 2));
+        assert!(!leases.holds_check(1) && leases.holds_check(2));
         leases.end_session(2);
         assert!(leases.take_check(1, now));
     }
