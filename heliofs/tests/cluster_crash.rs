@@ -55,6 +55,11 @@ fn power_loss_of(victims: &[usize]) {
     let victims: Vec<_> = victims.iter().map(|offset| (leader + offset) % 3).collect();
     let load = Load::start(&mount.path, 4);
     load.wait_for_more(150, Duration::from_secs(60));
+    // A machine without power does not go on running. A process that does may be told by its dying disk that something is synced
+    // which is not: our explanation of one acknowledged write that was lost in some 170 runs.
+    for victim in &victims {
+        cluster.nodes[*victim].process.as_ref().unwrap().freeze();
+    }
     for victim in &victims {
         disks[*victim].lose_power();
     }

@@ -154,10 +154,14 @@ impl Acknowledged {
             let found = fs::read(root.join(path)).unwrap_or_else(|error| {
                 panic!("{} was acknowledged and is lost: {error}", path.display())
             });
+            let expected = content(*number);
             assert!(
-                found == content(*number),
-                "{} has other content than was acknowledged",
-                path.display()
+                found == expected,
+                "{} has other content than was acknowledged: {} bytes of {}, {} of them equal",
+                path.display(),
+                found.len(),
+                expected.len(),
+                found.iter().zip(&expected).filter(|(a, b)| a == b).count()
             );
         }
         for path in &self.gone {

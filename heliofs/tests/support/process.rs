@@ -63,6 +63,28 @@ impl Process {
         self.pid
     }
 
+    /// Stops it where it is. On return no thread of it runs; one in a system call may still be in there.
+    pub fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+        wait_for(
+            "the process to stand still",
+            Duration::from_secs(10),
+            || {
+                let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).ok()?;
+                let runs = |stat: String| {
+                    let state = stat
+                        .rsplit(") ")
+                        .next()
+                        .and_then(|rest| rest.chars().next());
+                    matches!(state, Some('R' | 'S'))
+                };
+                let stats = tasks
+                    .filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+                (!stats.into_iter().any(runs)).then_some(())
+            },
+        );
+    }
+
     pub fn signal(&self, signal: Signal) {
         if self.ended.is_none() {
             match kill(self.pid, signal) {
