@@ -152,8 +152,12 @@ pub(crate) async fn give_up(
     };
     let marker = fence::marker::Marker::decode(&bytes).map_err(|error| unreachable(&error))?;
     if marker.cluster != cluster.status().await?.cluster_id {
-        // Another region's: it has taken over.
-        return Ok(());
+        // Without its fence store this cluster would write beside that one.
+        return Err(Failure::new(format!(
+            "{} has been taken over by the cluster at {}, with epoch {}",
+            volume.name, marker.url, marker.epoch
+        ))
+        .hint("`heliofs mirror rejoin` makes this one its mirror"));
     }
     register.remove().await.map_err(|error| unreachable(&error))
 }
