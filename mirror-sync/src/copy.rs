@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockstore::{Bucket, CopyNews, Kind, StoreError};
 use bytes::Bytes;
-use heliofs_proto::ids::SegmentId;
+use heliofs_proto::ids::{SegmentId, VolumeId};
 use heliofs_proto::v1;
 use meta_client::{ClientError, Session};
 use object_store::PutPayload;
@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use crate::repack::repack;
 
 /// Before the leader is asked again when it had nothing, and when it could not be asked.
 const IDLE: Duration = Duration::from_millis(250);
@@ -40,6 +42,8 @@ const DELETION_PAUSE: Duration = Duration::from_secs(5);
 /// Two buckets of one volume.
 #[derive(Debug)]
 pub struct Buckets {
+    /// Whose objects are in them.
+    pub volume: VolumeId,
     /// This region's.
     pub own: Bucket,
     /// The source region's.
@@ -61,6 +65,8 @@ pub struct CopyProgress {
     pub pulled_bytes: u64,
     /// Segments that were found in this region's bucket already.
     pub found_segments: u64,
+    /// Segments of those copied that were built from what they were made of, which was in this region's bucket.
+    pub repacked_segments: u64,
     /// Segments that could not be had.
     pub bad_segments: u64,
     /// Missing segments that were leased to others, or waited, when the leader was last asked.
@@ -97,11 +103,20 @@ pub struct Copier {
     pause: Duration,
 }
 
+/// Where a stored object came from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whence {
+    /// It was there.
+    Found,
+    /// It was pulled, here or by a read.
+    Pulled,
+    /// It was built from others that were there.
+    Repacked,
+}
+
 /// How a task ended.
 enum Ended {
-    Stored {
-        found: bool,
-    },
+    Stored(Whence),
     Bad(String),
     /// Left for later, or for others: its lease runs out.
     Later(StoreError),
@@ -305,10 +320,11 @@ impl Copier {
         } = done;
         self.count_pulled(pulled);
         match ended {
-            Ended::Stored { found } => {
+            Ended::Stored(whence) => {
                 self.progress.copied_segments += 1;
                 self.progress.copied_bytes += task.length;
-                self.progress.found_segments += u64::from(found);
+                self.progress.found_segments += u64::from(whence == Whence::Found);
+                self.progress.repacked_segments += u64::from(whence == Whence::Repacked);
                 self.report.stored.push(task.segment);
             }
             Ended::Bad(reason) => {
@@ -340,7 +356,7 @@ async fn hear(news: &mut Option<mpsc::Receiver<CopyNews>>) -> CopyNews {
     std::future::pending().await
 }
 
-fn is_whole(task: &v1::CopyTask, object: &Bytes) -> bool {
+pub(crate) fn is_whole(task: &v1::CopyTask, object: &Bytes) -> bool {
     object.len() as u64 == task.length && crc32fast::hash(object) == task.checksum
 }
 
@@ -367,22 +383,29 @@ async fn copied(
     let mut replace = task.replace;
     if task.look {
         match buckets.own.get_about(&name, task.length).await {
-            Ok(there) if is_whole(task, &there) => return Ok(Ended::Stored { found: true }),
+            Ok(there) if is_whole(task, &there) => return Ok(Ended::Stored(Whence::Found)),
             Ok(_) => replace = true,
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
+    let mut whence = Whence::Pulled;
     let object = match object.filter(|object| is_whole(task, object)) {
         Some(object) => object,
-        None => match pull(buckets, task, &name, pulled).await? {
-            Ok(object) => object,
-            Err(reason) => return Ok(Ended::Bad(reason)),
+        None => match repack(buckets, task, pulled).await? {
+            Some(object) => {
+                whence = Whence::Repacked;
+                object
+            }
+            None => match pull(buckets, task, &name, pulled).await? {
+                Ok(object) => object,
+                Err(reason) => return Ok(Ended::Bad(reason)),
+            },
         },
     };
     if replace {
         buckets.own.put(&name, object).await?;
-        return Ok(Ended::Stored { found: false });
+        return Ok(Ended::Stored(whence));
     }
     let payload = PutPayload::from_bytes(object.clone());
     match buckets.own.put_new(&name, payload, task.checksum).await {
@@ -393,7 +416,7 @@ async fn copied(
         }
         Err(error) => return Err(error),
     }
-    Ok(Ended::Stored { found: false })
+    Ok(Ended::Stored(whence))
 }
 
 /// The whole object, verified; or why the second bucket does not have it.

@@ -262,7 +262,10 @@ impl Follower {
         paused: bool,
         cluster_id: u32,
     ) -> Result<std::convert::Infallible, Failed> {
-        let (news, heard) = watch::channel(SlotNews::Kept { paused });
+        let (news, heard) = watch::channel(SlotNews::Kept {
+            paused,
+            heard: None,
+        });
         let (source, target) = (self.source.clone(), self.target.clone());
         let slot = self.names.slot.clone();
         let reports = report::run(source, target.as_ref(), volume, slot, cluster_id, news);
@@ -306,7 +309,12 @@ impl Follower {
         loop {
             let slot = news.borrow_and_update().clone();
             let paused = match slot {
-                SlotNews::Kept { paused } => paused,
+                SlotNews::Kept { paused, heard } => {
+                    if let Some(heard) = heard {
+                        self.lag.told(heard.head, heard.clock, heard.at, paused);
+                    }
+                    paused
+                }
                 SlotNews::Lost(why) => return Err(Failed::Load(why)),
             };
             if paused && reader.is_some() {
@@ -458,7 +466,7 @@ impl Follower {
         self.says.source_head = self.lag.source_head().map(Into::into);
         self.says.lag_entries = self.lag.entries(applied);
         self.says.lag_ms = self.lag.age(now).map_or(0, millis);
-        self.says.contact_ms = self.lag.silence(now).map_or(0, millis);
+        self.says.contact_ms = self.lag.contact(now).map_or(0, millis);
         self.target.publish(self.says.clone());
     }
 }

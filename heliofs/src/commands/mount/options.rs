@@ -476,8 +476,8 @@ impl Serving {
         let id = session.volume_id();
         let copies = match &second {
             Some(second) if !self.no_bgjob => Some((
-                copying::open(&storage, second, prefix, &store_options)?,
-                copying::open(&storage, second, prefix, &store_options)?,
+                copying::open(id, &storage, second, prefix, &store_options)?,
+                copying::open(id, &storage, second, prefix, &store_options)?,
             )),
             _ => None,
         };

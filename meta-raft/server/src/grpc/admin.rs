@@ -303,6 +303,7 @@ impl Admin for AdminService {
             let op = local_command::Op::VolumeFence(v1::VolumeFence {
                 volume: record.id,
                 fence,
+                of_source: false,
             });
             match self.propose_local(op).await? {
                 LocalReply::Done => {}

@@ -132,7 +132,14 @@ impl AdminService {
     pub(super) async fn slot_reported(&self, report: v1::SlotReport) -> Answer<v1::MirrorSlot> {
         let (volume, mirror) = (report.volume, report.name.clone());
         match self.propose_local(Op::SlotReport(report)).await? {
-            LocalReply::Slot(slot, _) => Ok(Response::new(*slot)),
+            LocalReply::Slot(slot, _) => {
+                let head = self.ctx.state.head(VolumeId(slot.volume));
+                Ok(Response::new(v1::MirrorSlot {
+                    head: head.map(|(head, _)| head.into()),
+                    now: now(),
+                    ..*slot
+                }))
+            }
             LocalReply::NoSuchVolume => Err(no_volume(volume)),
             LocalReply::NoSuchSlot => Err(no_slot(&volume.to_string(), &mirror)),
             other => Err(unexpected(&other)),

@@ -307,6 +307,9 @@ impl<'e> Group<'_, 'e> {
         self.overlay.absorb(&applied.changes);
         if copied {
             self.note_segments(volume, &applied.changes, applied.position)?;
+            if let Some(v1::command::Op::Relocate(relocate)) = &command.op {
+                self.note_relocated(volume, relocate)?;
+            }
         }
         for segment in applied.freed {
             self.free(volume, segment, applied.time, applied.position)?;
