@@ -1,18 +1,22 @@
 //! What comes before a mirror is promoted: a source that lives hands over, and takes the volume back if the mirror does not get
 //! there; of one that does not, it is made sure that nobody answers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use meta_client::{Cluster, ClusterError, MetaUrl};
 
-use super::promote::{Epoch, take_marker};
+use super::promote::{Epoch, status_of, take_marker};
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
 
 /// A mirror that is further behind than this would keep both regions from writing for too long while it catches up.
 const LAG_MAX: Duration = Duration::from_secs(10);
+
+/// How long one that is not close yet is waited for, and how often it is looked at.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Where the other side of `mirror` is: a source, or the successor of one that handed over.
 pub(super) fn other_side(mirror: &v1::MirrorOf, given: Option<&str>) -> Outcome<(MetaUrl, String)> {
@@ -42,7 +46,6 @@ pub(super) async fn expect_dead(source: &Cluster, volume: &str) -> Outcome {
 pub(super) async fn hand_over(
     source: &Target,
     mirror: &Target,
-    status: &v1::MirrorStatus,
     timeout: Duration,
 ) -> Outcome<Position> {
     let dead = |error: ClusterError| match error {
@@ -59,7 +62,7 @@ pub(super) async fn hand_over(
         .as_ref()
         .is_some_and(|it| it.handed_over && it.source == successor);
     if !again {
-        expect_close(status)?;
+        expect_close(mirror).await?;
     }
     let demoted = source
         .cluster
@@ -127,21 +130,32 @@ pub(super) async fn expect_not_promoted(successor: &Target, at: Position) -> Out
     Ok(())
 }
 
-/// Fails unless the mirror would soon reach whatever position the source stops at.
-fn expect_close(status: &v1::MirrorStatus) -> Outcome {
-    if status.doing != "following" {
-        return Err(Failure::new(format!(
-            "the mirror does not follow its source: it is {} ({}); nothing was changed",
-            status.doing, status.detail
-        ))
-        .hint("a planned promotion needs a mirror that follows: see `heliofs mirror status`"));
+/// Fails unless the mirror would soon reach whatever position the source stops at. One that just began to follow, or lost its
+/// connection a moment ago, is given [`CLOSE_WITHIN`].
+async fn expect_close(mirror: &Target) -> Outcome {
+    let until = Instant::now() + CLOSE_WITHIN;
+    loop {
+        let status = status_of(mirror).await?;
+        let lag = Duration::from_millis(status.lag_ms);
+        let following = status.doing == "following";
+        let soon = following || matches!(status.doing.as_str(), "starting" | "retrying");
+        if following && lag <= LAG_MAX {
+            return Ok(());
+        }
+        if soon && Instant::now() < until {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            continue;
+        }
+        return Err(match following {
+            false => Failure::new(format!(
+                "the mirror does not follow its source: it is {} ({}); nothing was changed",
+                status.doing, status.detail
+            ))
+            .hint("a planned promotion needs a mirror that follows: see `heliofs mirror status`"),
+            true => Failure::new(format!(
+                "the mirror is {lag:?} behind its source: nobody could write until it has caught up; nothing was changed"
+            ))
+            .hint("wait until `heliofs mirror status` shows a lag of less than 10 s"),
+        });
     }
-    let lag = Duration::from_millis(status.lag_ms);
-    if lag > LAG_MAX {
-        return Err(Failure::new(format!(
-            "the mirror is {lag:?} behind its source: nobody could write until it has caught up; nothing was changed"
-        ))
-        .hint("wait until `heliofs mirror status` shows a lag of less than 10 s"));
-    }
-    Ok(())
 }

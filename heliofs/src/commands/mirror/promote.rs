@@ -118,7 +118,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         (Some(known), false)
     } else {
         let source = source(PATIENT)?;
-        let at = hand_over(&source, &target, &status, options.timeout).await?;
+        let at = hand_over(&source, &target, options.timeout).await?;
         // The source may have got another one, or none, after the mirror was loaded.
         fence = match options.fence.resolve()? {
             None if !options.fence.is_none() => source.cluster.get_volume(&volume).await?.fence,
@@ -203,14 +203,14 @@ impl Epoch {
     /// Its number.
     pub(super) fn behind(self, last: Position) -> u32 {
         match self {
-            Self::Next => u32::from(last.epoch.0) + 1,
-            Self::AfterSuccessors => u32::from(last.epoch.0) + 2,
+            Self::Next => last.epoch.0 + 1,
+            Self::AfterSuccessors => last.epoch.0 + 2,
         }
     }
 }
 
 /// How the mirror is.
-async fn status_of(target: &Target) -> Outcome<v1::MirrorStatus> {
+pub(super) async fn status_of(target: &Target) -> Outcome<v1::MirrorStatus> {
     let all = target.cluster.mirror_status(Some(&target.volume)).await?;
     all.into_iter()
         .find(|status| status.mirror.is_some())
