@@ -271,6 +271,69 @@ fn a_mirror_that_does_not_get_there_is_not_promoted_and_the_source_is_written_ag
 }
 
 #[test]
+fn a_source_that_lives_on_deletes_nothing_that_the_later_epoch_refers_to() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("shared", &["--deletion-grace", "0s", "--trash-days", "0"]);
+    let mount = source.mount("shared");
+    let content = vec![7; 300_000];
+    for name in ["kept", "probe"] {
+        let mut file = File::create(mount.join(name)).unwrap();
+        file.write_all(&content).unwrap();
+        file.sync_all().unwrap();
+    }
+    let relay = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let far_source = format!("helio://{}", relay.address());
+    let mirror = mirror_of(&source, &far_source, 1, &["--mirror-name", "far"]);
+    catch_up(&source, &mirror, "shared");
+    // Nothing of the source is heard of, though it is alive, and somebody swears that it is dead.
+    relay.cut();
+    let far = mirror.volume_url("shared");
+    let force = [
+        "mirror",
+        "promote",
+        &far,
+        "--force",
+        "--i-know-the-source-is-dead",
+    ];
+    mirror.run(&force).success();
+    // The source gives up on its mirror, and would delete what its own files do not refer to any more.
+    let near = source.volume_url("shared");
+    source.run(&["mirror", "delete", &near, "far"]).success();
+    fs::remove_file(mount.join("kept")).unwrap();
+    wait_for(
+        "the mount to meet the epoch",
+        Duration::from_secs(60),
+        || {
+            let log = mount.process.log();
+            log.contains("is written in epoch 1 in another region")
+                .then_some(())
+        },
+    );
+    let moved = mirror.mount("shared");
+    assert!(fs::read(moved.join("kept")).unwrap() == content);
+    // Where it is written, what dies is deleted.
+    let bucket = source.directory.join("bucket/shared");
+    let objects = || {
+        let below = fs::read_dir(&bucket)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let groups = below.filter(|path| path.is_dir());
+        groups
+            .map(|path| fs::read_dir(path).unwrap().count())
+            .sum::<usize>()
+    };
+    let before = objects();
+    assert!(before >= 2, "{before}");
+    fs::remove_file(moved.join("kept")).unwrap();
+    fs::remove_file(moved.join("probe")).unwrap();
+    wait_for("deletions", Duration::from_secs(60), || {
+        (objects() < before).then_some(())
+    });
+    moved.unmount();
+    mount.unmount();
+}
+
+#[test]
 fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     let source = Cluster::with_dirs(1, |_, _| None, &[]);
     source.format_file("follows", &[]);

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
+use blockstore::{Bucket, StoreOptions};
 use clap::Args;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
@@ -16,6 +17,7 @@ use serde_json::json;
 
 use super::handover::{expect_dead, expect_not_promoted, hand_over, other_side};
 use crate::cli::Access;
+use crate::commands::config;
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
 use crate::fencing::{self, FenceAccess};
@@ -135,6 +137,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         };
         waited = take_marker(&target, &here, store, epoch, how).await?;
     }
+    tell_buckets(&here, epoch).await;
     let fenced = fence.is_some();
     // What is known of the source is the leader's, and goes with the promotion.
     let status = match forced {
@@ -188,6 +191,29 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// Tells the buckets that hold the volume's objects of the new epoch, so that nobody of the old one deletes what lives in the new
+/// one. Without it, only a source that is alive in spite of everything could; so a bucket that can't be told is no reason to stop.
+pub(super) async fn tell_buckets(volume: &v1::Volume, epoch: u32) {
+    let options = StoreOptions {
+        deadline: Duration::from_secs(5),
+        memory_cache_bytes: 0,
+        ..StoreOptions::default()
+    };
+    for storage in volume.storage.iter().chain(&volume.second) {
+        let told = async {
+            let bucket = Bucket::open(storage, config::prefix(volume), &options)?;
+            bucket.check_marker(&storage.uuid).await?;
+            bucket.raise_epoch(epoch).await
+        };
+        if let Err(error) = told.await {
+            tracing::warn!(
+                bucket = storage.bucket, %error,
+                "the bucket could not be told of the new epoch: a source that is alive after all may delete from it"
+            );
+        }
+    }
 }
 
 /// Which epoch follows the one of the last position.

@@ -1,6 +1,6 @@
 //! [`Filters`]: which keys `--include` and `--exclude` leave, in the manner of rsync. Pure.
 
-use blockstore::object::marker::MARKER_NAME;
+use blockstore::object::marker::is_about_the_bucket;
 use glob::{MatchOptions, Pattern};
 
 use crate::failure::{Failure, Outcome};
@@ -53,7 +53,7 @@ impl Filters {
     pub(crate) fn keeps(&self, key: &str) -> bool {
         let inner = key.trim_end_matches('/');
         // It says which bucket this is, and is another one in every region's: only who asks for it gets it.
-        if inner.rsplit('/').next() == Some(MARKER_NAME)
+        if inner.rsplit('/').next().is_some_and(is_about_the_bucket)
             && !self
                 .rules
                 .iter()
