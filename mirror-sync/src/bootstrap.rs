@@ -3,7 +3,7 @@
 
 use heliofs_proto::ids::VolumeId;
 use heliofs_proto::v1::{self, local_command::Op, log_item::Item};
-use meta_core::limits::CORE_LEVEL_MAX;
+use meta_core::limits::core_level_known;
 use prost::Message;
 
 use crate::follow::{Failed, Follower};
@@ -26,9 +26,10 @@ impl Follower {
         };
         let record = begin.volume.unwrap_or_default();
         let level = record.settings.map_or(0, |settings| settings.core_level);
-        if level > CORE_LEVEL_MAX {
+        if level > core_level_known() {
             return Err(Failed::Upgrade(format!(
-                "upgrade me: the source works with core level {level}, this build knows {CORE_LEVEL_MAX}"
+                "upgrade me: the source works with core level {level}, this build knows {}",
+                core_level_known()
             )));
         }
         let volume = VolumeId(record.id);

@@ -265,6 +265,7 @@ impl Follower {
         let (news, heard) = watch::channel(SlotNews::Kept {
             paused,
             heard: None,
+            fence: None,
         });
         let (source, target) = (self.source.clone(), self.target.clone());
         let slot = self.names.slot.clone();
@@ -309,7 +310,14 @@ impl Follower {
         loop {
             let slot = news.borrow_and_update().clone();
             let paused = match slot {
-                SlotNews::Kept { paused, heard } => {
+                SlotNews::Kept {
+                    paused,
+                    heard,
+                    fence,
+                } => {
+                    if let Some(fence) = fence {
+                        self.refresh_fence(volume, fence).await?;
+                    }
                     if let Some(heard) = heard {
                         self.lag.told(heard.head, heard.clock, heard.at, paused);
                     }
@@ -375,6 +383,31 @@ impl Follower {
                     return Err(Failed::retry("reports ended"));
                 },
             }
+        }
+    }
+
+    /// The source may have got another fence store, or none, after the volume was loaded: a promotion must ask the right one.
+    async fn refresh_fence(&self, volume: VolumeId, fence: v1::SourceFence) -> Result<(), Failed> {
+        let Some(known) = self.found() else {
+            return Ok(());
+        };
+        if known.fence == fence.store {
+            return Ok(());
+        }
+        tracing::info!(
+            volume = self.names.local,
+            "the source has another fence store"
+        );
+        let changed = Op::VolumeFence(v1::VolumeFence {
+            volume: volume.0,
+            fence: fence.store,
+            of_source: true,
+        });
+        let item = Item::Local(v1::LocalCommand { op: Some(changed) });
+        match self.target.propose(item).await? {
+            Answered::Done => Ok(()),
+            Answered::Refused(why) => Err(Failed::retry(why)),
+            other => Err(unexpected(&other)),
         }
     }
 

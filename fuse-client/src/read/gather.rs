@@ -104,8 +104,13 @@ impl Fs {
     ) -> FsResult<Bytes> {
         let mut refreshed = false;
         loop {
-            let (range, size, parts, buffered) =
-                self.plan_read(&file.inode, offset, length).await?;
+            let session = self.session();
+            let planned = self.plan_read(&file.inode, offset, length).await;
+            let (range, size, parts, buffered) = match planned {
+                Ok(planned) => planned,
+                Err(_) if self.renewed(&session).await => continue,
+                Err(error) => return Err(error),
+            };
             self.read_ahead(file, &range, size);
             match self.gather(&range, &parts, &buffered).await {
                 Err(error) if error.kind() == Kind::NotFound && !refreshed => {

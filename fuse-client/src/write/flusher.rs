@@ -32,8 +32,8 @@ const RECALLS_MAX: usize = 256;
 /// Longest that somebody waits for a lease to be returned; well below the time that operations wait for an answer.
 const RECALL_WAIT: Duration = Duration::from_secs(10);
 
-/// Longest that somebody waits for a lease under which staged data is held while the bucket takes nothing of it. Who waits gets an
-/// error before, and may try again.
+/// Longest that somebody waits for a lease under which staged data is held while the bucket takes nothing of it, or any data while
+/// the volume can't be changed. Who waits gets an error before, and may try again.
 const DRAIN_WAIT: Duration = Duration::from_secs(60);
 
 /// First and longest pause between two attempts to store a file's data.
@@ -44,6 +44,17 @@ impl InodeState {
     /// Sync has confirmed data that is staged only, and nothing says that the bucket will not take it.
     fn waits_for_the_bucket(&self) -> bool {
         !self.records.is_empty() && !self.pieces.is_empty() && self.failure.is_none()
+    }
+
+    /// The cluster took no change when its data was to be committed: a volume whose marker in a fence store can't be renewed is
+    /// read-only until it can.
+    fn waits_to_be_writable(&self) -> bool {
+        !self.pieces.is_empty() && self.failure == Some(Errno::ROFS)
+    }
+
+    /// What others should see can't be stored now, and may be soon.
+    fn is_worth_waiting(&self) -> bool {
+        self.waits_for_the_bucket() || self.waits_to_be_writable()
     }
 }
 
@@ -233,7 +244,8 @@ impl Fs {
             let held = self.coherence().inodes.get(recall.ino).and_then(|inode| {
                 let state = inode.lock();
                 // What can't be stored now is known as such here; who waits sees what was stored before.
-                let holds = !state.pieces.is_empty() && state.failure.is_none();
+                let holds = !state.pieces.is_empty()
+                    && (state.failure.is_none() || state.waits_to_be_writable());
                 let bytes = state.pieces.bytes();
                 let holds = holds || state.resuming;
                 drop(state);
@@ -283,7 +295,7 @@ impl Fs {
                 continue;
             };
             let mut state = inode.lock();
-            if state.waits_for_the_bucket() {
+            if state.is_worth_waiting() {
                 drop(state);
                 let (fs, session) = (self.clone(), session.clone());
                 self.runtime().spawn(async move {
@@ -307,8 +319,8 @@ impl Fs {
     }
 
     /// Stores a file of which sync has confirmed more than the bucket has, for as long as the bucket takes anything of this
-    /// mount: meanwhile the lease is kept, and whoever wants to see the file waits. What is left then stays staged, and is stored
-    /// if nobody has changed the file by then.
+    /// mount, or one whose volume can't be changed now: meanwhile the lease is kept, and whoever wants to see the file waits. What
+    /// is left then stays here, and is stored if nobody has changed the file by then.
     async fn drain(self: &Arc<Self>, inode: &Arc<Inode>) {
         let (stop, mut uploaded, mut since) =
             (self.stop_token(), self.stored_bytes(), Instant::now());
@@ -322,7 +334,7 @@ impl Fs {
                     _ = &mut flush, if !failed => failed = true,
                     () = tokio::time::sleep(RETRY_MIN) => {}
                 }
-                if !inode.lock().waits_for_the_bucket() {
+                if !inode.lock().is_worth_waiting() {
                     return;
                 }
                 let now = self.stored_bytes();
@@ -333,7 +345,7 @@ impl Fs {
                     tracing::warn!(
                         ino = inode.ino,
                         bytes = inode.lock().pieces.bytes(),
-                        "a write lease is returned although the bucket has not taken what is staged: others see what was stored before"
+                        "a write lease is returned although its data could not be stored: others see what was stored before"
                     );
                     return;
                 }

@@ -3,7 +3,7 @@
 use heliofs_proto::ids::{NodeId, Position, VolumeId};
 use heliofs_proto::v1::admin_server::Admin;
 use heliofs_proto::v1::{self, FsError, command::Op, local_command, log_item::Item};
-use meta_core::{limits::CORE_LEVEL_MAX, query};
+use meta_core::{limits::core_level_known, query};
 use tonic::{Request, Response, Status};
 
 use super::status;
@@ -59,10 +59,11 @@ pub(super) fn check_name(name: &str) -> Result<(), Status> {
 /// refuse: a newer build would accept, and the replicas would go separate ways. So it is refused before it is in the log.
 fn check_core_level(settings: Option<&v1::VolumeSettings>) -> Result<(), Status> {
     match settings {
-        Some(settings) if settings.core_level > CORE_LEVEL_MAX => {
+        Some(settings) if settings.core_level > core_level_known() => {
             Err(Status::invalid_argument(format!(
-                "core level {} is above what this build supports ({CORE_LEVEL_MAX}): upgrade all metadata nodes first",
-                settings.core_level
+                "core level {} is above what this build supports ({}): upgrade all metadata nodes first",
+                settings.core_level,
+                core_level_known()
             )))
         }
         Some(_) | None => Ok(()),

@@ -12,6 +12,7 @@ use super::status;
 use crate::changelog::{not_of_this_history, other_epoch};
 use crate::drivers::slots::bytes_from;
 use crate::proposer::{LocalReply, now};
+use crate::sessions::Context;
 
 /// Bytes of log that are kept for a mirror unless its slot says otherwise.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
@@ -134,7 +135,11 @@ impl AdminService {
         match self.propose_local(Op::SlotReport(report)).await? {
             LocalReply::Slot(slot, _) => {
                 let head = self.ctx.state.head(VolumeId(slot.volume));
+                let volume = self.ctx.state.volume(VolumeId(slot.volume));
                 Ok(Response::new(v1::MirrorSlot {
+                    fence: volume.map(|volume| v1::SourceFence {
+                        store: volume.fence,
+                    }),
                     head: head.map(|(head, _)| head.into()),
                     now: now(),
                     ..*slot
@@ -313,7 +318,9 @@ impl AdminService {
             LocalReply::Replayed(position) => {
                 tracing::warn!(volume = ask.volume, %position, "the mirror was promoted");
                 if ask.forced {
-                    self.end_sessions_of_the_source(VolumeId(volume.id)).await;
+                    // Not here: each of them is an entry of the log, and whoever asked waits only so long.
+                    let (ctx, id) = (self.ctx.clone(), VolumeId(volume.id));
+                    tokio::spawn(async move { end_sessions_of_the_source(&ctx, id).await });
                 }
                 Ok(Response::new(v1::PromoteMirrorResponse {
                     position: Some(position.into()),
@@ -321,43 +328,6 @@ impl AdminService {
             }
             LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
             other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Nobody of the source comes back for what it was not told: its clients get EIO for it, and ESTALE for what they hold.
-    /// Whatever is left here when the lead is lost ends with the session time-out.
-    async fn end_sessions_of_the_source(&self, id: VolumeId) {
-        let own = self.ctx.state.cluster_id();
-        let mut after = SessionId::SYSTEM;
-        loop {
-            let page = self
-                .ctx
-                .state
-                .snapshot_view(|view| meta_core::query::sessions(view, id, after, SESSIONS_PAGE));
-            let page = match page {
-                Ok(page) => page,
-                Err(found) => {
-                    self.ctx.damage.report("sessions of the source", &found);
-                    return;
-                }
-            };
-            let Some((last, _)) = page.last() else { return };
-            after = *last;
-            for (session, _) in page {
-                if Some(session.cluster()) == own {
-                    continue;
-                }
-                match self.ctx.hub.volume(id) {
-                    Ok(Some(volume)) => {
-                        crate::sessions::end_session(&self.ctx, &volume, session.0).await;
-                    }
-                    Ok(None) => return,
-                    Err(found) => {
-                        self.ctx.damage.report("sessions of the source", &found);
-                        return;
-                    }
-                }
-            }
         }
     }
 
@@ -438,6 +408,42 @@ impl AdminService {
         match self.propose_local(Op::MirrorStop(stop)).await? {
             LocalReply::Done => Ok(Response::new(v1::MirrorReloadResponse {})),
             other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// Nobody of the source comes back for what it was not told: its clients get EIO for it, and ESTALE for what they hold.
+/// Whatever is left here when the lead is lost ends with the session time-out.
+async fn end_sessions_of_the_source(ctx: &Context, id: VolumeId) {
+    let own = ctx.state.cluster_id();
+    let mut after = SessionId::SYSTEM;
+    loop {
+        let page = ctx
+            .state
+            .snapshot_view(|view| meta_core::query::sessions(view, id, after, SESSIONS_PAGE));
+        let page = match page {
+            Ok(page) => page,
+            Err(found) => {
+                ctx.damage.report("sessions of the source", &found);
+                return;
+            }
+        };
+        let Some((last, _)) = page.last() else { return };
+        after = *last;
+        for (session, _) in page {
+            if Some(session.cluster()) == own {
+                continue;
+            }
+            match ctx.hub.volume(id) {
+                Ok(Some(volume)) => {
+                    crate::sessions::end_session(ctx, &volume, session.0).await;
+                }
+                Ok(None) => return,
+                Err(found) => {
+                    ctx.damage.report("sessions of the source", &found);
+                    return;
+                }
+            }
         }
     }
 }

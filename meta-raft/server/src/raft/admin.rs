@@ -6,6 +6,7 @@ use std::time::Duration;
 use heliofs_proto::ids::{ClusterId, NodeId};
 use heliofs_proto::v1::admin_client::AdminClient;
 use heliofs_proto::v1::{self, local_command::Op, log_item::Item};
+use meta_core::limits::{CORE_LEVEL_MAX, core_level_known};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
 use openraft::{ChangeMembers, Instant, ServerState};
@@ -370,7 +371,9 @@ impl RaftAdmin {
             node: self.identity.node,
             cluster_id: self.state.cluster_id().map_or(0, |cluster| cluster.0),
             role: role.to_owned(),
-            core_level_max: meta_core::limits::CORE_LEVEL_MAX,
+            core_level_max: core_level_known(),
+            // Whoever pretends to be of an earlier release is of one without them.
+            fences: core_level_known() == CORE_LEVEL_MAX,
             leader: leader.unwrap_or(0),
             leader_address,
             term: metrics.current_term,

@@ -515,6 +515,10 @@ impl<'e> Group<'_, 'e> {
         let Some(known) = self.memory.volumes.get_mut(&VolumeId(fence.volume)) else {
             return LocalReply::NoSuchVolume;
         };
+        if fence.of_source && known.record.mirror.is_none() {
+            // It was promoted meanwhile: what fences it was said then.
+            return LocalReply::Done;
+        }
         known.record.fence.clone_from(&fence.fence);
         let record = known.record.clone();
         self.put_volume(&record);
