@@ -68,6 +68,11 @@ impl Failure {
         self
     }
 
+    /// What went wrong, without what to do next.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// As JSON, for `--json` and for the parent of a background mount.
     pub(crate) fn to_json(&self) -> serde_json::Value {
         serde_json::json!({ "error": self.message, "hint": self.hint, "code": self.code })
