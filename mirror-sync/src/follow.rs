@@ -316,7 +316,7 @@ impl Follower {
                     fence,
                 } => {
                     if let Some(fence) = fence {
-                        self.refresh_fence(volume, fence).await?;
+                        self.refresh_fence(volume, *fence).await?;
                     }
                     if let Some(heard) = heard {
                         self.lag.told(heard.head, heard.clock, heard.at, paused);
