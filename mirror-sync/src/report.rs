@@ -22,7 +22,7 @@ pub(crate) enum SlotNews {
         /// How far the source was.
         heard: Option<Heard>,
         /// What fences the source; `None`: it did not say.
-        fence: Option<v1::SourceFence>,
+        fence: Option<Box<v1::SourceFence>>,
     },
     /// It is not kept any more, or gone: the volume must be loaded anew.
     Lost(String),
@@ -70,7 +70,7 @@ pub(crate) async fn run(
                     clock: UnixNanos(kept.now),
                     at: Instant::now(),
                 }),
-                fence: kept.fence,
+                fence: kept.fence.map(Box::new),
             },
             Ok(lost) => SlotNews::Lost(lost.invalid),
             Err(ClusterError::NotFound(why)) => SlotNews::Lost(why),
