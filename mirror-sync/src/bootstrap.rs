@@ -41,6 +41,7 @@ impl Follower {
         let record = begin.volume.unwrap_or_default();
         known(record.settings.as_ref())?;
         let volume = VolumeId(record.id);
+        let source_cluster = self.source.status().await?.cluster_id;
         tracing::info!(
             volume = self.names.local, peer = copy.peer(), position = ?begin.position,
             "loading a copy of the volume"
@@ -61,6 +62,8 @@ impl Follower {
                 volume: self.names.source.clone(),
                 slot: self.names.slot.clone(),
                 prefix,
+                source_cluster,
+                source_epoch: begin.position.map_or(0, |position| position.epoch),
                 ..Default::default()
             }),
         });

@@ -462,8 +462,19 @@ pub async fn delete_dead(own: Bucket, host: Arc<dyn Host>, stop: CancellationTok
     loop {
         let taken = host.session().take_deletions(DELETIONS, &done).await;
         let pause = match taken {
-            Ok((taken, _)) => {
+            Ok((taken, _)) if taken.is_empty() => {
                 done.clear();
+                DELETION_PAUSE
+            }
+            Ok((taken, epoch)) => {
+                done.clear();
+                if let Err(error) = own.check_epoch(epoch).await {
+                    tracing::warn!(%error, "dead segments are left alone");
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(DELETION_PAUSE) => continue,
+                    }
+                }
                 for segment in &taken {
                     match own.delete(&segment.object_name()).await {
                         Ok(()) => done.push(*segment),
@@ -473,10 +484,7 @@ pub async fn delete_dead(own: Bucket, host: Arc<dyn Host>, stop: CancellationTok
                         }
                     }
                 }
-                match taken.is_empty() {
-                    true => DELETION_PAUSE,
-                    false => Duration::ZERO,
-                }
+                Duration::ZERO
             }
             Err(error) => {
                 tracing::debug!(%error, "no dead segments to be had");

@@ -68,6 +68,10 @@ impl From<ClusterError> for Failed {
     fn from(error: ClusterError) -> Self {
         match error {
             ClusterError::Trimmed(why) => Self::Load(why),
+            // Not loaded by itself: perhaps it is the source that lost something, and what is here is the last copy of it.
+            ClusterError::OtherHistory(why) => Self::Refused(format!(
+                "source: {why}; if its history is the right one, `heliofs mirror reload` takes it"
+            )),
             error @ (ClusterError::NotFound(_) | ClusterError::TokenRefused { .. }) => {
                 Self::Refused(format!("source: {error}"))
             }
@@ -195,16 +199,19 @@ impl Follower {
                     self.names.local, mirror.volume, mirror.source
                 )));
             }
-            if mirror.state() == MirrorState::Stopped {
+            if mirror.state() == MirrorState::Stopped && !mirror.reload {
                 self.says.doing = "stopped".to_owned();
                 self.says.detail.clone_from(&mirror.reason);
                 return Err(Failed::Diverges(mirror.reason.clone()));
             }
         }
-        let loaded = mirror.is_some_and(|mirror| mirror.state() == MirrorState::Following);
+        let following = mirror.filter(|mirror| mirror.state() == MirrorState::Following);
+        if let (Some(mirror), Some(local)) = (following, &local) {
+            self.is_of_this_history(local, mirror).await?;
+        }
         let slot = self.slot(cluster_id, false).await?;
         let lost = !slot.invalid.is_empty();
-        let volume = if must_load || !loaded || lost {
+        let volume = if must_load || following.is_none() || lost {
             if lost || must_load {
                 self.slot(cluster_id, true).await?;
             }
@@ -217,6 +224,38 @@ impl Follower {
         };
         self.says.volume = volume.0;
         self.follow(volume, slot.paused, cluster_id).await
+    }
+
+    /// Whether the source is still what was loaded, or came after it: what else answers under its name must not replace what
+    /// may be the last copy.
+    async fn is_of_this_history(
+        &self,
+        local: &v1::Volume,
+        mirror: &v1::MirrorOf,
+    ) -> Result<(), Failed> {
+        let theirs = self.source.get_volume(&self.names.source).await?;
+        let why = if theirs.id != local.id {
+            format!("has id {} and not {}", theirs.id, local.id)
+        } else {
+            let ours = self.head(VolumeId(local.id))?.0.epoch.0;
+            let epoch = theirs.position.map_or(0, |position| position.epoch);
+            if mirror.source_cluster == 0 || epoch != mirror.source_epoch || epoch != ours {
+                // Of an earlier release, or promoted since: the list of epochs tells.
+                return Ok(());
+            }
+            match self.source.status().await?.cluster_id {
+                id if id == mirror.source_cluster => return Ok(()),
+                id => format!(
+                    "is of cluster {id:08x} and not of {:08x}, and was not promoted there",
+                    mirror.source_cluster
+                ),
+            }
+        };
+        Err(Failed::Refused(format!(
+            "source: the volume `{}` of {} {why}: it is not what was mirrored; if it is the right one, `heliofs mirror reload` \
+             takes it",
+            self.names.source, self.names.url
+        )))
     }
 
     async fn slot(&self, cluster_id: u32, reset: bool) -> Result<v1::MirrorSlot, Failed> {
@@ -415,7 +454,7 @@ impl Follower {
     /// Now and then: is all as it should be?
     fn look(&mut self, volume: VolumeId, load: u64, paused: bool) -> Result<(), Failed> {
         let mirror = self.found().and_then(|found| found.mirror);
-        if mirror.is_none_or(|mirror| mirror.load != load) {
+        if mirror.is_none_or(|m| m.load != load || m.state() != MirrorState::Following) {
             return Err(Failed::retry("the volume is loaded anew"));
         }
         if let Some(position) = self.target.diverged(volume) {
@@ -447,6 +486,7 @@ impl Follower {
         let stop = Op::MirrorStop(v1::MirrorStop {
             volume: self.says.volume,
             reason: why.to_owned(),
+            reload: false,
         });
         let item = Item::Local(v1::LocalCommand { op: Some(stop) });
         if let Err(error) = self.target.propose(item).await {

@@ -279,10 +279,17 @@ mod tests {
         let runs = runs(pieces, 16);
         let shown: Vec<Vec<(u64, u64)>> = runs
             .iter()
-            .map(|run| run.iter().map(|piece| (piece.from.start, piece.to)).collect())
+            .map(|run| {
+                run.iter()
+                    .map(|piece| (piece.from.start, piece.to))
+                    .collect()
+            })
             .collect();
-        let expected: Vec<Vec<(u64, u64)>> =
-            vec![vec![(100, 500), (160, 100)], vec![(420, 700)], vec![(900, 0)]];
+        let expected: Vec<Vec<(u64, u64)>> = vec![
+            vec![(100, 500), (160, 100)],
+            vec![(420, 700)],
+            vec![(900, 0)],
+        ];
         assert_eq!(shown, expected);
     }
 }

@@ -137,7 +137,10 @@ impl Fs {
         offset: u64,
         length: u64,
     ) -> FsResult<(Range<u64>, u64, Vec<Part>, Vec<(u64, Held)>)> {
-        for _ in 0..FETCHES_MAX {
+        // A read over many small extents takes many pages; only those that bring nothing new are counted.
+        let mut unknown_from = 0;
+        let mut in_vain = 0;
+        while in_vain < FETCHES_MAX {
             let planned = plan(&inode.lock(), offset, length);
             match planned {
                 Plan::Read {
@@ -146,7 +149,14 @@ impl Fs {
                     parts,
                     buffered,
                 } => return Ok((range, size, parts, buffered)),
-                Plan::Fetch(from) => self.fetch_extents(inode, from).await?,
+                Plan::Fetch(from) => {
+                    match from > unknown_from {
+                        true => in_vain = 0,
+                        false => in_vain += 1,
+                    }
+                    unknown_from = unknown_from.max(from);
+                    self.fetch_extents(inode, from).await?;
+                }
             }
         }
         tracing::error!(ino = inode.ino, offset, "the file's extents keep changing");

@@ -243,6 +243,7 @@ impl One {
         let demote = v1::VolumeDemote {
             volume: self.volume.0,
             successor: by.to_owned(),
+            hand_over: false,
         };
         let item = Item::Local(v1::LocalCommand {
             op: Some(Op::VolumeDemote(demote)),

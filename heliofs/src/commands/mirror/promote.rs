@@ -7,14 +7,17 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
+use blockstore::{Bucket, StoreOptions};
 use clap::Args;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
-use meta_client::{Cluster, ClusterError, ClusterOptions, MetaUrl};
+use meta_client::{Cluster, ClusterOptions, MetaUrl};
 use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
+use super::handover::{expect_dead, expect_not_promoted, hand_over, other_side};
 use crate::cli::Access;
+use crate::commands::config;
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
 use crate::fencing::{self, FenceAccess};
@@ -22,6 +25,9 @@ use crate::{output, units};
 
 /// A source that does not answer within this time counts as dead, if that is what was said.
 const ALIVE_WITHIN: Duration = Duration::from_secs(3);
+
+/// For one that is to hand over.
+const PATIENT: Duration = Duration::from_secs(30);
 
 /// Which mirror, and how.
 #[derive(Args)]
@@ -51,6 +57,9 @@ pub(crate) struct Options {
     /// written to. Where there is one, it is not asked.
     #[arg(long, requires = "force")]
     i_know_the_source_is_dead: bool,
+    /// With --force, also a mirror that stopped because its records are not the source's.
+    #[arg(long, requires = "force")]
+    even_if_stopped: bool,
 }
 
 pub(super) async fn run(options: Options, json: bool) -> Outcome {
@@ -66,13 +75,20 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             .clone()
             .or(options.access.token_file.clone()),
     };
-    let url: MetaUrl = options.source.as_ref().unwrap_or(&mirror.source).parse()?;
+    let (url, volume) = other_side(&mirror, options.source.as_deref())?;
     let source = |within| {
         let patience = ClusterOptions {
             deadline: within,
             ..ClusterOptions::default()
         };
-        Ok::<_, Failure>(Cluster::new(url.peers.clone(), access.token()?, patience))
+        Ok::<_, Failure>(Target {
+            cluster: Cluster::new(url.peers.clone(), access.token()?, patience),
+            url: MetaUrl {
+                volume: Some(volume.clone()),
+                ..url.clone()
+            },
+            volume: volume.clone(),
+        })
     };
     let known = status.applied.map(Position::from).unwrap_or_default();
     let here = target.cluster.get_volume(&target.volume).await?;
@@ -80,66 +96,61 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     // An operator's word stands for the store's.
     let mut fence =
         fence.filter(|_| !options.i_know_the_source_is_dead && !options.fence.is_none());
+    let epoch = match mirror.handed_over {
+        true => Epoch::AfterSuccessors,
+        false => Epoch::Next,
+    };
     let (at, forced) = if options.force {
         if !options.i_know_the_source_is_dead && fence.is_none() {
             return Err(Failure::usage("--force needs --fence-store, or --i-know-the-source-is-dead")
                 .hint("without a fence store a source that is only cut off from here would be written to as well: two histories"));
         }
-        if source(ALIVE_WITHIN)?
-            .get_volume(&mirror.volume)
-            .await
-            .is_ok()
+        if mirror.state() == v1::MirrorState::Stopped
+            && !mirror.handed_over
+            && !options.even_if_stopped
         {
-            return Err(Failure::new("the source answers: it is not dead")
-                .hint("leave --force out: then nothing is lost"));
+            return Err(Failure::new(format!("the mirror stopped: {}", mirror.reason)).hint(
+                "what it shows may be wrong; another mirror of this source is the better one, or --even-if-stopped",
+            ));
         }
+        expect_dead(&source(ALIVE_WITHIN)?.cluster, &volume).await?;
         (None, true)
+    } else if mirror.handed_over {
+        expect_not_promoted(&source(PATIENT)?, known).await?;
+        (Some(known), false)
     } else {
-        let cluster = source(Duration::from_secs(30))?;
-        let successor = target.url.to_string();
-        let demoted = cluster.demote_volume(&mirror.volume, &successor);
-        let at = demoted.await.map_err(|error| match error {
-            error @ (ClusterError::NoNode { .. } | ClusterError::NoLeader { .. }) => {
-                Failure::from(error)
-                    .hint("if the source is dead: --force --i-know-the-source-is-dead")
-            }
-            error => error.into(),
-        })?;
-        let waited = target
-            .cluster
-            .mirror_wait(&target.volume, at, false, options.timeout);
-        let (reached, applied) = waited.await?;
-        if !reached {
-            return Err(Failure::new(format!(
-                "the mirror is at {applied} and has not reached {at} within {:?}; the source is read-only since",
-                options.timeout
-            ))
-            .hint("try again: nothing is lost; or promote the source itself, with its own META-URL, to go back"));
-        }
+        let source = source(PATIENT)?;
+        let at = hand_over(&source, &target, options.timeout).await?;
         // The source may have got another one, or none, after the mirror was loaded.
         fence = match options.fence.resolve()? {
-            None if !options.fence.is_none() => cluster.get_volume(&mirror.volume).await?.fence,
+            None if !options.fence.is_none() => source.cluster.get_volume(&volume).await?.fence,
             given => given,
         };
         (Some(at), false)
     };
+    let epoch = epoch.behind(at.unwrap_or(known));
     let mut waited = Duration::ZERO;
     if let Some(store) = &fence {
-        let how = match options.force {
+        let how = match options.force || mirror.handed_over {
             true => How::LeaseOut,
             false => How::Demoted,
         };
-        waited = take_marker(&target, &here, store, at.unwrap_or(known), how).await?;
+        waited = take_marker(&target, &here, store, epoch, how).await?;
     }
+    tell_buckets(&here, epoch).await;
     let fenced = fence.is_some();
     // What is known of the source is the leader's, and goes with the promotion.
     let status = match forced {
         true => status_of(&target).await?,
         false => status,
     };
-    let promoted = target
-        .cluster
-        .promote_mirror(&target.volume, at, fence, forced);
+    let promoted = target.cluster.promote_mirror(v1::PromoteMirrorRequest {
+        volume: target.volume.clone(),
+        at: at.map(Into::into),
+        fence,
+        forced,
+        epoch,
+    });
     let first = promoted.await?;
     let last = Position {
         epoch: at.unwrap_or(known).epoch,
@@ -182,8 +193,50 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     Ok(())
 }
 
+/// Tells the buckets that hold the volume's objects of the new epoch, so that nobody of the old one deletes what lives in the new
+/// one. Without it, only a source that is alive in spite of everything could; so a bucket that can't be told is no reason to stop.
+pub(super) async fn tell_buckets(volume: &v1::Volume, epoch: u32) {
+    let options = StoreOptions {
+        deadline: Duration::from_secs(5),
+        memory_cache_bytes: 0,
+        ..StoreOptions::default()
+    };
+    for storage in volume.storage.iter().chain(&volume.second) {
+        let told = async {
+            let bucket = Bucket::open(storage, config::prefix(volume), &options)?;
+            bucket.check_marker(&storage.uuid).await?;
+            bucket.raise_epoch(epoch).await
+        };
+        if let Err(error) = told.await {
+            tracing::warn!(
+                bucket = storage.bucket, %error,
+                "the bucket could not be told of the new epoch: a source that is alive after all may delete from it"
+            );
+        }
+    }
+}
+
+/// Which epoch follows the one of the last position.
+#[derive(Clone, Copy)]
+pub(super) enum Epoch {
+    /// The next.
+    Next,
+    /// The one after the next, which is that of a successor that was perhaps promoted.
+    AfterSuccessors,
+}
+
+impl Epoch {
+    /// Its number.
+    pub(super) fn behind(self, last: Position) -> u32 {
+        match self {
+            Self::Next => last.epoch.0 + 1,
+            Self::AfterSuccessors => last.epoch.0 + 2,
+        }
+    }
+}
+
 /// How the mirror is.
-async fn status_of(target: &Target) -> Outcome<v1::MirrorStatus> {
+pub(super) async fn status_of(target: &Target) -> Outcome<v1::MirrorStatus> {
     let all = target.cluster.mirror_status(Some(&target.volume)).await?;
     all.into_iter()
         .find(|status| status.mirror.is_some())
@@ -268,19 +321,19 @@ impl std::fmt::Display for Loss {
     }
 }
 
-/// Makes the marker name this cluster, at the epoch behind `last`; how long the source's lease was waited for.
-async fn take_marker(
+/// Makes the marker name this cluster at `epoch`; how long the source's lease was waited for.
+pub(super) async fn take_marker(
     target: &Target,
     volume: &v1::Volume,
     store: &v1::FenceStore,
-    last: Position,
+    epoch: u32,
     how: How,
 ) -> Outcome<Duration> {
     let status = target.cluster.status().await?;
     let me = Me {
         volume: volume.id,
         cluster: status.cluster_id,
-        epoch: last.epoch.0 + 1,
+        epoch,
     };
     let register = fence::open(store, fence::prefix(volume))?;
     let lease = fence::lease(store);

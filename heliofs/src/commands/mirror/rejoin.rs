@@ -81,7 +81,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     // From here on nothing is added to the tail.
     let last = target
         .cluster
-        .demote_volume(&target.volume, &successor.url.to_string())
+        .demote_volume(&target.volume, &successor.url.to_string(), false)
         .await?;
     let file = options.export.clone().unwrap_or_else(|| {
         PathBuf::from(format!("{}-divergent-{}.json", target.volume, last.epoch.0))

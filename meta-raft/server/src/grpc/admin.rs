@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 use super::status;
 use crate::changelog::Applies;
 use crate::proposer::{LocalReply, Proposed};
-use crate::raft::admin::{AdminError, RaftAdmin};
+use crate::raft::admin::{AdminError, Joining, RaftAdmin};
 use crate::sessions::Context;
 use crate::store::LogStore;
 
@@ -179,11 +179,12 @@ impl Admin for AdminService {
         if node == 0 {
             return Err(Status::invalid_argument("a node's id is not 0"));
         }
-        self.raft
-            .add_node(NodeId(node), &address)
-            .await
-            .map_err(admin_status)?;
-        Ok(Response::new(v1::AddNodeResponse {}))
+        let added = self.raft.add_node(NodeId(node), &address).await;
+        let behind = match added.map_err(admin_status)? {
+            Joining::Votes => 0,
+            Joining::CatchingUp { behind } => behind,
+        };
+        Ok(Response::new(v1::AddNodeResponse { behind }))
     }
 
     async fn remove_node(

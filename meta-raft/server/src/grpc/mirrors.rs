@@ -9,6 +9,7 @@ use tonic::{Response, Status};
 
 use super::admin::{AdminService, Answer, no_volume, unexpected};
 use super::status;
+use crate::changelog::{not_of_this_history, other_epoch};
 use crate::drivers::slots::bytes_from;
 use crate::proposer::{LocalReply, now};
 use crate::sessions::Context;
@@ -222,6 +223,7 @@ impl AdminService {
         let mut rung = self.applies.subscribe();
         loop {
             rung.borrow_and_update();
+            self.of_this_history(id, wanted)?;
             let loading = self
                 .ctx
                 .state
@@ -259,6 +261,20 @@ impl AdminService {
         }
     }
 
+    /// Errors: `ABORTED` for a position behind which another epoch began: what it names was lost, and will not come.
+    fn of_this_history(&self, id: VolumeId, wanted: Position) -> Result<(), Status> {
+        let head = self
+            .ctx
+            .state
+            .snapshot_view(|view| meta_core::query::head(view, id))
+            .map_err(|found| status::corrupt(&self.ctx.damage, "a volume's epochs", &found))?;
+        let epochs = head.map_or_else(Vec::new, |head| head.epochs);
+        match other_epoch(&epochs, wanted) {
+            Some((epoch, first)) => Err(not_of_this_history(wanted, *epoch, *first)),
+            None => Ok(()),
+        }
+    }
+
     pub(super) async fn demoted(
         &self,
         ask: v1::DemoteVolumeRequest,
@@ -267,6 +283,7 @@ impl AdminService {
         let demote = v1::VolumeDemote {
             volume: volume.id,
             successor: ask.successor,
+            hand_over: ask.hand_over,
         };
         match self.propose_local(Op::VolumeDemote(demote)).await? {
             LocalReply::Replayed(position) => {
@@ -291,7 +308,10 @@ impl AdminService {
         let promote = v1::MirrorPromote {
             volume: volume.id,
             at: Some(at.into()),
-            epoch: at.epoch.0 + 1,
+            epoch: match ask.epoch {
+                0 => at.epoch.0 + 1,
+                epoch => epoch,
+            },
             fence: ask.fence,
         };
         match self.propose_local(Op::MirrorPromote(promote)).await? {
@@ -321,6 +341,7 @@ impl AdminService {
             own: ask.own,
             copy_bytes_per_second: ask.copy_bytes_per_second,
             retry: ask.retry,
+            emptied: ask.emptied,
         };
         match self.propose_local(Op::SecondBucket(set)).await? {
             LocalReply::Done => Ok(Response::new(v1::SetBucketResponse {})),
@@ -375,18 +396,17 @@ impl AdminService {
                 ask.volume
             )));
         };
-        // The follower sees a load that is not its own and begins one.
-        let begin = v1::MirrorLoadBegin {
+        if mirror.state() == v1::MirrorState::Loading {
+            return Ok(Response::new(v1::MirrorReloadResponse {}));
+        }
+        // What was applied is served until the source sends a copy.
+        let stop = v1::MirrorStop {
             volume: volume.id,
-            name: volume.name,
-            // The follower's load says where the source's objects are.
-            storage: None,
-            settings: volume.settings,
-            mirror: Some(mirror),
-            fence: None,
+            reason: "to be loaded anew, as an operator asked".to_owned(),
+            reload: true,
         };
-        match self.propose_local(Op::MirrorLoadBegin(begin)).await? {
-            LocalReply::Load(_) => Ok(Response::new(v1::MirrorReloadResponse {})),
+        match self.propose_local(Op::MirrorStop(stop)).await? {
+            LocalReply::Done => Ok(Response::new(v1::MirrorReloadResponse {})),
             other => Err(unexpected(&other)),
         }
     }

@@ -247,7 +247,7 @@ impl Group<'_, '_> {
                 // Another address or other keys; or another bucket, to be filled anew.
                 (Some(_), _) => known.record.storage = Some(own.clone()),
             }
-            if !same {
+            if !same || ask.emptied {
                 begin_walk(&mut known.copies);
             }
         }
