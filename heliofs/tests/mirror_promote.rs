@@ -342,7 +342,8 @@ fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     File::open(here.join("old")).unwrap().sync_all().unwrap();
     let mirror = mirror_of(&source, &source.url(), 1, &[]);
     catch_up(&source, &mirror, "follows");
-    let there = Mount::of(&mirror, "follows", &["--follow-promotion"]);
+    let flags = ["--follow-promotion", "--compact-interval", "500ms"];
+    let there = Mount::of(&mirror, "follows", &flags);
     assert_eq!(fs::read(there.join("old")).unwrap(), vec![3; 50_000]);
     let refused = |outcome: std::io::Result<()>| {
         let error = outcome.unwrap_err();
@@ -378,6 +379,19 @@ fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     content.extend(vec![3; 30_000]);
     assert_eq!(fs::read(fresh.join("renamed")).unwrap(), content);
     drop(reading);
+    // It does what a mount of a source does in the background, too.
+    let sparse = File::create_new(there.join("sparse")).unwrap();
+    for length in [3_000_000, 2_500_000] {
+        let bytes = vec![8; length];
+        std::os::unix::fs::FileExt::write_all_at(&sparse, &bytes, 0).unwrap();
+        sparse.sync_all().unwrap();
+    }
+    drop(sparse);
+    wait_for("a compaction", Duration::from_secs(60), || {
+        let log = there.process.log();
+        log.contains("compacted sparse segments").then_some(())
+    });
+    assert_eq!(fs::read(there.join("sparse")).unwrap(), vec![8; 3_000_000]);
     fresh.unmount();
     there.unmount();
 }

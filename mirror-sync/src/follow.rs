@@ -35,6 +35,9 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Before another look at what only an operator, an upgrade or the source can change.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
+/// The same trouble is logged again after this time.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
 /// Without a word from the source for this long, it counts as cut off; beats come every second.
 const CUT_OFF: Duration = Duration::from_secs(5);
 
@@ -129,6 +132,8 @@ impl Follower {
     /// Runs until dropped, or until another node leads.
     pub(crate) async fn run(mut self) {
         let mut must_load = false;
+        // The last trouble that was logged.
+        let mut told: Option<(&'static str, String, Instant)> = None;
         loop {
             let failed = match self.turn(must_load).await {
                 Err(failed) => failed,
@@ -149,8 +154,13 @@ impl Follower {
                     ("stopped", why, LOOK_AGAIN)
                 }
             };
-            if self.says.doing != doing || self.says.detail != why {
+            // What stays as it is is tried again every second or two.
+            let again = told.as_ref().is_some_and(|(last, reason, at)| {
+                *last == doing && *reason == why && at.elapsed() < TELL_AGAIN
+            });
+            if !again {
                 tracing::warn!(volume = self.names.local, why, "the mirror is {doing}");
+                told = Some((doing, why.clone(), Instant::now()));
             }
             self.say(doing, why);
             let until = Instant::now() + rest;
@@ -205,7 +215,10 @@ impl Follower {
             if lost || must_load {
                 self.slot(cluster_id, true).await?;
             }
-            self.load().await?
+            let volume = self.load().await?;
+            // What was heard before may be of another history.
+            self.lag = Lag::default();
+            volume
         } else {
             VolumeId(slot.volume)
         };

@@ -259,3 +259,37 @@ async fn build(
 }
 
 const _: () = assert!(TAIL_BYTES > TRAILER_BYTES as u64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_fetched_together_wherever_they_go() {
+        let piece = |from: u64, length: u64, to: u64| Piece {
+            from: from..from + length,
+            to,
+        };
+        let pieces = vec![
+            piece(900, 50, 0),
+            piece(100, 50, 500),
+            piece(160, 40, 100),
+            piece(420, 10, 700),
+        ];
+        let runs = runs(pieces, 16);
+        let shown: Vec<Vec<(u64, u64)>> = runs
+            .iter()
+            .map(|run| {
+                run.iter()
+                    .map(|piece| (piece.from.start, piece.to))
+                    .collect()
+            })
+            .collect();
+        let expected: Vec<Vec<(u64, u64)>> = vec![
+            vec![(100, 500), (160, 100)],
+            vec![(420, 700)],
+            vec![(900, 0)],
+        ];
+        assert_eq!(shown, expected);
+    }
+}

@@ -261,6 +261,10 @@ impl Fs {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(wait) => {}
             }
+            if self.session().welcome().mirror {
+                // Its objects are the source's, which compacts them.
+                continue;
+            }
             let turn = self.compact_some(&options, &mut sightings);
             let compacted = tokio::select! {
                 () = self.stop.cancelled() => return,

@@ -184,12 +184,21 @@ pub(crate) fn not_of_this_history(position: Position, epoch: Epoch, first: u64) 
 fn copy(
     state: &State,
     damage: &Damage,
-    record: v1::Volume,
+    mut record: v1::Volume,
     frames: &mpsc::Sender<Result<v1::CopyFrame, Status>>,
     packer: Option<Packer>,
 ) {
     let volume = VolumeId(record.id);
     let counters = state.snapshot_view(|view| query::counters(view, volume));
+    // As they are now, and not as the volume was created: an older build must see a level that it does not know before it begins.
+    match state.snapshot_view(|view| query::settings(view, volume)) {
+        Ok(settings) => record.settings = settings.or(record.settings),
+        Err(found) => {
+            let status = status::corrupt(damage, "a volume that is copied", &found);
+            frames.blocking_send(Err(status)).ok();
+            return;
+        }
+    }
     let inodes = counters.map_or(0, |counters| counters.used_inodes);
     let packer = std::cell::RefCell::new(packer);
     let send = |frame: v1::CopyFrame| {
