@@ -1,5 +1,6 @@
 //! A mount goes on after it has lost its session.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use heliofs_proto::error::FsError;
@@ -10,6 +11,7 @@ use super::Fs;
 use super::background::RENEW_PAUSE;
 use crate::errno::Errno;
 use crate::write::conflict::Overtaken;
+use crate::write::staging::Place;
 
 impl Fs {
     /// Goes on with a new session: what is open or dirty here is opened there. Uncommitted data of files that nobody else changed
@@ -32,7 +34,7 @@ impl Fs {
                     state.handles + state.owed_releases,
                     state.staged_base.or(state.base_seq),
                     !state.pieces.is_empty(),
-                    state.sent_segments(),
+                    state.proposed.clone(),
                 )
             };
             let (mut content, mut gone) = (base, false);
@@ -113,11 +115,11 @@ impl Fs {
         session: &Session,
         ino: u64,
         data_seq: u64,
-        sent: &[u64],
+        sent: &HashSet<Place>,
     ) -> Result<bool, ClientError> {
         loop {
             match self
-                .changed_by_us_last(session, ino, data_seq, |id| sent.contains(&id))
+                .changed_by_us_last(session, ino, data_seq, |place| sent.contains(&place))
                 .await
             {
                 Ok(ours) => return Ok(ours),

@@ -32,10 +32,6 @@ const RECALLS_MAX: usize = 256;
 /// Longest that somebody waits for a lease to be returned; well below the time that operations wait for an answer.
 const RECALL_WAIT: Duration = Duration::from_secs(10);
 
-/// Longest that somebody waits for a lease under which staged data is held while the bucket takes nothing of it. Who waits gets an
-/// error before, and may try again.
-const DRAIN_WAIT: Duration = Duration::from_secs(60);
-
 /// First and longest pause between two attempts to store a file's data.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -310,6 +306,9 @@ impl Fs {
     /// mount: meanwhile the lease is kept, and whoever wants to see the file waits. What is left then stays staged, and is stored
     /// if nobody has changed the file by then.
     async fn drain(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let Some(longest) = self.staging().map(|staging| staging.recall_wait()) else {
+            return;
+        };
         let (stop, mut uploaded, mut since) =
             (self.stop_token(), self.stored_bytes(), Instant::now());
         loop {
@@ -329,7 +328,7 @@ impl Fs {
                 if now != uploaded {
                     (uploaded, since) = (now, Instant::now());
                 }
-                if since.elapsed() >= DRAIN_WAIT {
+                if since.elapsed() >= longest {
                     tracing::warn!(
                         ino = inode.ino,
                         bytes = inode.lock().pieces.bytes(),
