@@ -228,6 +228,8 @@ async fn change(session: &Session, op: Op, shown: &str) -> Outcome<v1::Reply> {
                 "{shown}: too many quotas would lie in each other (at most {QUOTA_DEPTH_MAX})"
             ))
             .hint("`heliofs quota list` shows them; take back one above or below"),
+            FsError::ReadOnly => Failure::new(format!("{shown}: the volume is read-only"))
+                .hint("is it a mirror? its quotas are set at the source"),
             FsError::Invalid => Failure::usage("a quota must limit something")
                 .hint("--capacity SIZE or --inodes N above 0; `heliofs quota rm` takes it back"),
             other => ClientError::Verdict(other).into(),
