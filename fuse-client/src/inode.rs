@@ -1,6 +1,6 @@
 //! An inode that this mount has open or holds uncommitted data of.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::errno::Errno;
 use crate::read::extents::ExtentMap;
 use crate::write::budget::Budget;
 use crate::write::pieces::{Frame, Pieces};
-use crate::write::staging::StagedRecord;
+use crate::write::staging::{Place, StagedRecord};
 use crate::write::stored::Stored;
 
 /// See the module.
@@ -112,6 +112,8 @@ pub struct InodeState {
     /// What identifies the content that the records' bytes belong over, as far as this mount's own changes have taken it: they
     /// are committed over nothing else. `None` without records.
     pub staged_base: Option<u64>,
+    /// Where commits that are not known to be answered were to put bytes.
+    pub proposed: HashSet<Place>,
     /// An earlier mount's records are being taken over.
     pub resuming: bool,
     /// When something was staged last.
@@ -146,6 +148,7 @@ impl Inode {
                 records: VecDeque::new(),
                 committed_beside: false,
                 staged_base: None,
+                proposed: HashSet::new(),
                 resuming: false,
                 staged_at: None,
             }),

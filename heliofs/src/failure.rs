@@ -68,7 +68,7 @@ impl Failure {
         self
     }
 
-    /// What went wrong, without what to do about it.
+    /// What went wrong, without what to do next.
     pub(crate) fn message(&self) -> &str {
         &self.message
     }

@@ -6,7 +6,7 @@ mod support;
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{FileExt, chown};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -252,4 +252,87 @@ fn users_and_groups_are_charged_for_what_they_own() {
         .failure(2, "heliofs config");
     let url = cluster.volume_url("owned");
     cluster.run(&["fsck", &url, "--level", "meta"]).success();
+}
+
+#[test]
+fn a_tree_comes_back_from_the_trash_across_quotas() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    cluster.format_file("back", &["--trash-days", "1"]);
+    let mount = cluster.mount("back");
+    let tree = mount.join("team/tree");
+    fs::create_dir_all(tree.join("sub")).unwrap();
+    let large = vec![3u8; 5_000_000];
+    fs::write(tree.join("sub/large"), &large).unwrap();
+    fs::hard_link(tree.join("sub/large"), tree.join("again")).unwrap();
+    fs::write(mount.join("team/file"), "0123456789").unwrap();
+    chown(tree.join("sub"), Some(4000), Some(5000)).unwrap();
+    let remove = |path: &Path| {
+        cluster.run(&["rmr", path.to_str().unwrap()]).success();
+    };
+    remove(&tree);
+    remove(&mount.join("team/file"));
+    // What is removed then lies outside of the quota, and where it goes back to is inside.
+    let team = mount.join("team");
+    let place = team.to_str().unwrap();
+    quota(&cluster, &["set", place, "--capacity", "1M"]);
+    let ready = |quota: &Value| quota["state"] == "ready";
+    wait_for_quota(&cluster, &[place], ready);
+    let url = cluster.volume_url("back");
+    // The quota holds for what comes back; a file moves alone.
+    let ran = cluster.run(&["restore", &url, "--put-back"]);
+    ran.failure(1, "1 things could not be restored");
+    assert_eq!(fs::read(team.join("file")).unwrap(), b"0123456789");
+    assert_eq!(fs::read_dir(&team).unwrap().count(), 1, "no half of a copy");
+    quota(&cluster, &["set", place, "--capacity", "8M"]);
+    cluster.run(&["restore", &url, "--put-back"]).success();
+    assert!(fs::read(tree.join("again")).unwrap() == large);
+    let (one, other) = (tree.join("again"), tree.join("sub/large"));
+    let number = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
+    assert_eq!(number(&one), number(&other), "still one file");
+    let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(tree.join("sub")).unwrap());
+    assert_eq!(owner, 4000);
+    wait_for_quota(&cluster, &[place], |quota| used(quota) == (5_000_010, 5));
+    let left = cluster.run(&["restore", &url, "--json"]).success().json();
+    assert_eq!(left.as_array().unwrap().len(), 0, "{left}");
+    cluster.run(&["fsck", &url, "--level", "data"]).success();
+    mount.unmount();
+}
+
+#[test]
+fn a_fragmented_file_is_overwritten_under_a_full_quota() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    cluster.format_file("full", &[]);
+    let mount = cluster.mount("full");
+    let team = mount.join("team");
+    fs::create_dir(&team).unwrap();
+    let path = team.join("fragmented");
+    // As random writers leave it: every other page in a commit of its own.
+    let file = fs::File::create(&path).unwrap();
+    let (page, pages) = (4096u64, 1500u64);
+    for round in 0..2 {
+        for at in (round..pages).step_by(2) {
+            file.write_all_at(&vec![round as u8; page as usize], at * page)
+                .unwrap();
+        }
+        file.sync_all().unwrap();
+    }
+    let place = team.to_str().unwrap();
+    let bytes = (page * pages).to_string();
+    quota(&cluster, &["set", place, "--capacity", &bytes]);
+    let ready = |quota: &Value| quota["state"] == "ready" && used(quota) == (page * pages, 2);
+    wait_for_quota(&cluster, &[place], ready);
+    let whole = vec![7u8; (page * pages) as usize];
+    for _ in 0..3 {
+        file.write_all_at(&whole, 0).unwrap();
+        file.sync_all().unwrap();
+    }
+    assert!(fs::read(&path).unwrap() == whole);
+    let error = fs::write(team.join("more"), vec![1u8; 8192])
+        .and_then(|()| fs::File::open(team.join("more"))?.sync_all())
+        .unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EDQUOT));
+    fs::remove_file(team.join("more")).unwrap();
+    wait_for_quota(&cluster, &[place], ready);
+    drop(file);
+    mount.unmount();
 }

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use support::{Cluster, Mount, Ran, wait_for};
+use nix::sys::signal::Signal;
+use support::cluster::HELIOFS;
+use support::{Cluster, Mount, Process, Ran, scratch, wait_for};
 
 fn content(length: usize, seed: u32) -> Vec<u8> {
     (0..length as u32)
@@ -431,4 +433,41 @@ fn what_was_uploaded_and_overwritten_before_a_commit_leaves_nothing() {
     );
     mount.unmount();
     fsck(&cluster, "hasty", &["--level", "data"]).success();
+}
+
+#[test]
+fn an_interrupted_check_says_how_to_go_on() {
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    cluster.format_file("long", &[]);
+    let mount = cluster.mount("long");
+    for number in 0..3 {
+        fs::write(mount.join(format!("f{number}")), content(5 << 20, number)).unwrap();
+    }
+    mount.unmount();
+    let log = scratch();
+    let url = cluster.volume_url("long");
+    // A segment a minute, so that nearly all of the time it waits for the next one's turn.
+    let mut check = Process::start("fsck", &log.path().join("log"), Path::new(HELIOFS), |it| {
+        it.args(["fsck", &url, "--level", "data", "--limit", "64K"])
+            .arg("--token-file")
+            .arg(&cluster.token_file);
+    });
+    wait_for("SIGINT to be caught", Duration::from_secs(30), || {
+        let status = fs::read_to_string(format!("/proc/{}/status", check.pid())).ok()?;
+        let caught = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))?;
+        let caught = u64::from_str_radix(caught.trim(), 16).ok()?;
+        (caught & 1 << (Signal::SIGINT as u64 - 1) != 0).then_some(())
+    });
+    check.signal(Signal::SIGINT);
+    let ended = check.wait(Duration::from_secs(10));
+    let said = check.log();
+    assert_eq!(ended.code(), Some(1), "{said}");
+    let (_, from) = said
+        .split_once("interrupted; go on with --from ")
+        .unwrap_or_else(|| panic!("{said}"));
+    let from = from.split_whitespace().next().unwrap();
+    let rest = fsck(&cluster, "long", &["--level", "data", "--from", from]);
+    rest.success();
 }

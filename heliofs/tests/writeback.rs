@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -611,6 +611,23 @@ fn look_at_what_was_kept_aside(set: &Writeback) {
     assert_eq!(listed, serde_json::json!([]));
 }
 
+/// Stops a mount that is about to store what it has staged, once its commit was sent and before it hears of it. Whoever opens its
+/// files waits from now on.
+fn stop_with_an_answer_lost(set: &Writeback, mount: &Mount) {
+    let lost = LostReplies::from_port(set.cluster.nodes[0].port);
+    // Neither the upload nor the note needs an answer of the server's, and the commit is sent right after the note.
+    let notes = || fs::metadata(set.staged("")[0].with_file_name("notes")).unwrap();
+    let before = notes().len();
+    wait_for("the commit", SOON, || {
+        (notes().len() > before).then_some(())
+    });
+    let dropped = lost.dropped();
+    wait_for("an answer to be lost", SOON, || {
+        (lost.dropped() > dropped + 5).then_some(())
+    });
+    mount.process.signal(Signal::SIGSTOP);
+}
+
 #[test]
 fn a_commit_whose_answer_got_lost_with_the_session_is_known_as_one_s_own() {
     let set = Writeback::new("unanswered", &[]);
@@ -621,22 +638,10 @@ fn a_commit_whose_answer_got_lost_with_the_session_is_known_as_one_s_own() {
     write_synced(&mount.join("first"), &whole);
     assert!(fs::read(other.join("first")).unwrap() == whole);
     let file = write_synced(&mount.join("file"), &whole);
-    let before = objects(&set.bucket());
-    let lost = LostReplies::from_port(set.cluster.nodes[0].port);
-    // The upload needs no answer of the server's, and the commit is sent right after it.
-    wait_for("the upload", SOON, || {
-        (objects(&set.bucket()) > before).then_some(())
-    });
-    wait_for("an answer to be lost", SOON, || {
-        (lost.dropped() > 5).then_some(())
-    });
-    mount.process.signal(Signal::SIGSTOP);
-    drop(lost);
-    assert!(
-        fs::read(other.join("file")).unwrap() == whole,
-        "the commit took effect"
-    );
+    stop_with_an_answer_lost(&set, &mount);
+    let stored = fs::read(other.join("file")).unwrap() == whole;
     mount.process.signal(Signal::SIGCONT);
+    assert!(stored, "the commit took effect");
     wait_for("a new session", SOON, || {
         mount
             .process
@@ -649,19 +654,6 @@ fn a_commit_whose_answer_got_lost_with_the_session_is_known_as_one_s_own() {
     let expected = [b"again", &whole[5..]].concat();
     assert!(fs::read(other.join("file")).unwrap() == expected);
     assert!(set.staged("conflicts").is_empty());
-}
-
-/// Files in a bucket that is a directory.
-fn objects(bucket: &Path) -> usize {
-    let entries = fs::read_dir(bucket).unwrap();
-    let counts = entries.map(|entry| {
-        let entry = entry.unwrap();
-        match entry.file_type().unwrap().is_dir() {
-            true => objects(&entry.path()),
-            false => 1,
-        }
-    });
-    counts.sum()
 }
 
 #[test]
@@ -683,4 +675,155 @@ fn a_file_that_several_mounts_have_open_is_stored_by_fsync() {
     file.sync_all().unwrap();
     assert!(set.staged("").is_empty());
     assert!(fs::read(other.join("file")).unwrap() == content(2, 50_000));
+}
+
+/// Lets a file show at 0 what it shows at `from`, by sharing the data: the library copies with copy_file_range.
+fn copy_within(path: &Path, from: u64, length: u64) {
+    let mut source = File::open(path).unwrap();
+    source.seek(SeekFrom::Start(from)).unwrap();
+    let mut target = File::options().write(true).open(path).unwrap();
+    let copied = std::io::copy(&mut source.take(length), &mut target).unwrap();
+    assert_eq!(copied, length);
+    target.sync_all().unwrap();
+}
+
+#[test]
+fn what_others_put_together_from_one_s_own_segments_is_theirs() {
+    let set = Writeback::new("shared", &[]);
+    let whole = content(1, 300_000);
+    let mut mount = set.mount(HELD);
+    // Keeps the folder's notes alive.
+    write_synced(&mount.join("keeper"), &whole);
+    let names = ["copied", "cloned", "kept"];
+    {
+        let other = set.other();
+        for name in names {
+            write_synced(&mount.join(name), &whole);
+            assert!(fs::read(other.join(name)).unwrap() == whole);
+        }
+        other.unmount();
+    }
+    // Staged over what the bucket has by now.
+    for name in names {
+        let file = File::options().write(true).open(mount.join(name)).unwrap();
+        file.write_all_at(b"staged", 0).unwrap();
+        file.sync_all().unwrap();
+    }
+    assert_eq!(set.staged("").len(), 4);
+    mount.process.kill();
+    drop(mount);
+
+    let other = set.other();
+    copy_within(&other.join("copied"), 200_000, 100_000);
+    // From a copy that has everything where it was.
+    let path = |name| other.join(name).to_str().unwrap().to_owned();
+    let cluster = &set.cluster;
+    cluster
+        .run(&["clone", &path("cloned"), &path("backup")])
+        .success();
+    let status = Command::new("cp")
+        .args(["--reflink=auto", "--sparse=never"])
+        .args([path("backup"), path("cloned")])
+        .status();
+    assert!(status.unwrap().success());
+    File::open(other.join("cloned"))
+        .unwrap()
+        .sync_all()
+        .unwrap();
+    let copied = [&whole[200_000..], &whole[100_000..]].concat();
+    let staged = [b"staged", &whole[6..]].concat();
+
+    let mount = set.mount(&["--writeback"]);
+    for (name, expected) in [("copied", &copied), ("cloned", &whole), ("kept", &staged)] {
+        assert!(read_anew(&mount.join(name)) == *expected, "{name}");
+    }
+    wait_for("the rest to be stored", SOON, || {
+        set.staged("").is_empty().then_some(())
+    });
+    assert_eq!(set.staged("conflicts").len(), 2);
+    for (name, expected) in [("copied", &copied), ("cloned", &whole), ("kept", &staged)] {
+        assert!(read_anew(&other.join(name)) == *expected, "{name}");
+    }
+}
+
+#[test]
+fn a_commit_that_others_built_on_while_its_answer_was_lost_is_not_repeated() {
+    let set = Writeback::new("built-on", &[]);
+    let mount = set.mount(&["--writeback", "--upload-delay", "3s"]);
+    let other = set.other();
+    let whole = content(1, 300_000);
+    write_synced(&mount.join("first"), &whole);
+    assert!(fs::read(other.join("first")).unwrap() == whole);
+    let file = write_synced(&mount.join("file"), &whole);
+    stop_with_an_answer_lost(&set, &mount);
+    let stored = fs::read(other.join("file")).unwrap() == whole;
+    if stored {
+        copy_within(&other.join("file"), 200_000, 100_000);
+    }
+    mount.process.signal(Signal::SIGCONT);
+    assert!(stored, "the commit took effect");
+    wait_for("a new session", SOON, || {
+        mount
+            .process
+            .log()
+            .contains("a new session goes on")
+            .then_some(())
+    });
+    let error = file.sync_all().unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ESTALE));
+    drop(file);
+    let expected = [&whole[200_000..], &whole[100_000..]].concat();
+    assert!(read_anew(&other.join("file")) == expected);
+    assert!(read_anew(&mount.join("file")) == expected);
+    assert_eq!(set.staged("conflicts").len(), 1);
+}
+
+#[test]
+fn staged_data_that_the_bucket_does_not_take_is_waited_for_so_long() {
+    let set = Writeback::new("given-up", &[]);
+    let flags = ["--io-timeout", "1s", "--recall-wait", "5s"];
+    let mount = set.mount(&[HELD, &flags].concat());
+    let (before, after) = (content(1, 300_000), content(2, 400_000));
+    let path = mount.join("file");
+    {
+        let other = set.other();
+        write_synced(&path, &before);
+        assert!(fs::read(other.join("file")).unwrap() == before);
+        other.unmount();
+    }
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&after, 0).unwrap();
+    file.sync_all().unwrap();
+    let other = set.other();
+    let staged = set.staged("");
+    assert_eq!(staged.len(), 1);
+    let down = set.bucket_down();
+    let asked = Instant::now();
+    let seen = fs::metadata(other.join("file")).unwrap().len();
+    assert_eq!(seen, before.len() as u64, "what was stored before");
+    assert!(asked.elapsed() >= Duration::from_secs(5), "{asked:?}");
+    let log = mount.process.log();
+    assert!(
+        log.contains("the bucket has not taken what is staged"),
+        "{log}"
+    );
+    // It is still there, and seen here.
+    assert_eq!(set.staged(""), staged);
+    assert!(read_anew(&path) == after);
+    // Without the lease it is the bucket that sync asks, each time.
+    file.write_all_at(b"more", 0).unwrap();
+    for _ in 0..2 {
+        let error = file.sync_all().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    }
+    drop(down);
+    wait_for("the bucket to take it", SOON, || file.sync_all().ok());
+    let expected = [b"more", &after[4..]].concat();
+    wait_for("it to be seen", SOON, || {
+        (read_anew(&other.join("file")) == expected).then_some(())
+    });
+    wait_for("the records to go", SOON, || {
+        set.staged("").is_empty().then_some(())
+    });
+    assert!(set.staged("conflicts").is_empty());
 }

@@ -190,7 +190,7 @@ impl Copier {
                 }
             }
             while under_way.len() < self.parallel
-                && let Some(task) = queue.pop_front()
+                && let Some(task) = self.next_task(&mut queue)
             {
                 let object = self.pulled.remove(&SegmentId(task.segment));
                 under_way.spawn(copy(Arc::clone(&self.buckets), task, object));
@@ -215,6 +215,7 @@ impl Copier {
                 Some(done) = under_way.join_next(), if !under_way.is_empty() => match done {
                     Ok(done) => {
                         self.under_way.remove(&done.task.segment);
+                        self.pulled.remove(&SegmentId(done.task.segment));
                         if self.take(done) {
                             self.pause = IDLE;
                         } else {
@@ -239,6 +240,13 @@ impl Copier {
         }
     }
 
+    /// The next one to begin: whose object a read has brought, else the oldest.
+    fn next_task(&self, queue: &mut VecDeque<v1::CopyTask>) -> Option<v1::CopyTask> {
+        let brought = |task: &v1::CopyTask| self.pulled.contains_key(&SegmentId(task.segment));
+        let at = queue.iter().position(brought).unwrap_or(0);
+        queue.remove(at)
+    }
+
     fn report_is_due(&self, now: Instant) -> bool {
         let news = self.report.stored.len() + self.report.bad.len() + self.report.lost.len();
         news >= REPORT_MAX
@@ -253,7 +261,11 @@ impl Copier {
             ..v1::CopyReport::default()
         };
         let report = std::mem::replace(&mut self.report, empty);
-        let wanted = std::mem::take(&mut self.wanted);
+        // Without room for them they would be refused, and their bytes lost.
+        let wanted = match max {
+            0 => Vec::new(),
+            _ => std::mem::take(&mut self.wanted),
+        };
         let stored: Vec<u64> = report.stored.clone();
         let working = self.under_way.iter().copied().collect();
         let session = self.host.session();
@@ -269,7 +281,9 @@ impl Copier {
                 self.progress.waiting = copies.waiting;
                 // What somebody else copies, or is copied already, needs no object of ours.
                 for segment in wanted {
-                    if !copies.tasks.iter().any(|task| task.segment == segment.0) {
+                    let ours = self.under_way.contains(&segment.0)
+                        || copies.tasks.iter().any(|task| task.segment == segment.0);
+                    if !ours {
                         self.pulled.remove(&segment);
                     }
                 }
@@ -278,7 +292,7 @@ impl Copier {
             Err(error) => {
                 // Reported again: nothing that is reported twice counts twice, but for the bytes.
                 self.report = report;
-                self.wanted = wanted;
+                self.wanted.extend(wanted);
                 Err(error)
             }
         }
@@ -290,7 +304,10 @@ impl Copier {
                 self.count_pulled(object.len() as u64);
                 if self.pulled.len() < self.parallel * 2 {
                     self.pulled.insert(segment, object);
-                    self.wanted.push(segment);
+                    // One that waits here is leased to us already.
+                    if !self.under_way.contains(&segment.0) {
+                        self.wanted.push(segment);
+                    }
                 }
             }
             CopyNews::Lost { segment, replace } => {
@@ -448,10 +465,14 @@ async fn pull(
             Err(error) if error.kind() == Kind::NotFound => {
                 "the source's bucket does not have it".clone_into(&mut reason);
             }
+            // This object alone (archived, forbidden), if the marker can be read.
+            Err(error) if error.kind() == Kind::Denied => {
+                reason = format!("the source's bucket does not give it: {error}");
+            }
             Err(error) => return Err(error),
         }
     }
-    // Of another bucket, or of one that was emptied, nothing can be said.
+    // Of another bucket, or of one that was emptied, or that gives nothing, nothing can be said.
     buckets.second.check_marker(&buckets.second_uuid).await?;
     Ok(Err(reason))
 }

@@ -1,5 +1,6 @@
 //! A mount goes on after it has lost its session.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use super::Fs;
 use super::background::RENEW_PAUSE;
 use crate::errno::Errno;
 use crate::write::conflict::Overtaken;
+use crate::write::staging::Place;
 
 /// A question that the end of a session left without an answer waits this long for the next one: less than programs wait for a
 /// leader.
@@ -70,7 +72,7 @@ impl Fs {
                     state.handles + state.owed_releases,
                     state.staged_base.or(state.base_seq),
                     !state.pieces.is_empty(),
-                    state.sent_segments(),
+                    state.proposed.clone(),
                 )
             };
             let (mut content, mut gone) = (base, false);
@@ -152,11 +154,11 @@ impl Fs {
         session: &Session,
         ino: u64,
         data_seq: u64,
-        sent: &[u64],
+        sent: &HashSet<Place>,
     ) -> Result<bool, ClientError> {
         loop {
             match self
-                .changed_by_us_last(session, ino, data_seq, |id| sent.contains(&id))
+                .changed_by_us_last(session, ino, data_seq, |place| sent.contains(&place))
                 .await
             {
                 Ok(ours) => return Ok(ours),

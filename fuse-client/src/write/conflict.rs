@@ -2,13 +2,13 @@
 
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
-use heliofs_proto::v1;
 use meta_client::{ClientError, Session};
 
 use super::flush::Refused;
+use super::staging::Place;
 use crate::errno::Errno;
 use crate::fs::Fs;
-use crate::inode::{Batch, Inode, InodeState};
+use crate::inode::Inode;
 
 /// Extents asked for per request.
 const EXTENTS: u32 = 512;
@@ -26,11 +26,13 @@ impl Fs {
     /// A commit that depends on the file's content was refused, since that is another one. The caller holds `changing`.
     pub(super) async fn overtaken(&self, inode: &Inode) -> Refused {
         let session = self.session();
-        let sent = inode.lock().sent_segments();
+        let sent = inode.lock().proposed.clone();
         let ours = async {
             let (attr, _) = session.get_attr(Ino(inode.ino)).await?;
             let ours = self
-                .changed_by_us_last(&session, inode.ino, attr.data_seq, |id| sent.contains(&id))
+                .changed_by_us_last(&session, inode.ino, attr.data_seq, |place| {
+                    sent.contains(&place)
+                })
                 .await?;
             Ok::<_, ClientError>(ours.then_some(attr.data_seq))
         };
@@ -91,47 +93,37 @@ impl Fs {
         state.pieces.clear();
         state.batches.clear();
         state.staged_base = None;
+        state.proposed.clear();
         state.lost = Some(Errno::STALE);
     }
 
-    /// Whether the last change of a file's content was a commit that brought one of `sent`.
+    /// Whether the last change of a file's content was a commit that put bytes in places that `placed` knows: then all that came with
+    /// it lie in such places, while others who share the same bytes put them elsewhere.
     pub(crate) async fn changed_by_us_last(
         &self,
         session: &Session,
         ino: u64,
         data_seq: u64,
-        sent: impl Fn(u64) -> bool,
+        placed: impl Fn(Place) -> bool,
     ) -> Result<bool, ClientError> {
         let mut from = 0;
+        let mut ours = false;
         loop {
             let (page, _) = session
                 .get_extents(Ino(ino), from, u64::MAX - from, EXTENTS)
                 .await?;
-            // Inline bytes of anybody look alike.
-            let is_ours = |segment: u64| segment != 0 && sent(segment);
-            let ours = |extent: &v1::Extent| extent.seq == data_seq && is_ours(extent.segment);
-            if page.extents.iter().any(ours) {
-                return Ok(true);
+            let newest = page.extents.iter().filter(|extent| extent.seq == data_seq);
+            for place in newest.filter_map(Place::of) {
+                if !placed(place) {
+                    return Ok(false);
+                }
+                ours = true;
             }
             let size = page.attr.map_or(0, |attr| attr.size);
             if page.complete_to <= from || page.complete_to >= size {
-                return Ok(false);
+                return Ok(ours);
             }
             from = page.complete_to;
         }
-    }
-}
-
-impl InodeState {
-    /// Segments that batches which are not known to be committed were stored in.
-    pub(crate) fn sent_segments(&self) -> Vec<u64> {
-        let stored = |batch: &Batch| match batch {
-            Batch::Segment(done) => match done.borrow().as_deref() {
-                Some(Ok((segment, _))) => Some(segment.id()),
-                Some(Err(_)) | None => None,
-            },
-            Batch::Inline(_) => None,
-        };
-        self.batches.values().filter_map(stored).collect()
     }
 }

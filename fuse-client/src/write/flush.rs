@@ -4,6 +4,7 @@
 //! caller gets an error, and so does everybody who asks later, until a flush succeeds. Files that are flushed together share
 //! segments ([`super::pack`]) and commits.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use heliofs_proto::error::FsError;
@@ -14,7 +15,7 @@ use meta_client::ClientError;
 
 use super::conflict::Overtaken;
 use super::pieces::{Frame, SentPiece, concat};
-use super::staging::StagedRecord;
+use super::staging::{Place, StagedRecord};
 use super::stored::Stored;
 use crate::errno::{Errno, FsResult};
 use crate::fs::Fs;
@@ -349,7 +350,11 @@ impl Fs {
             files: commits.collect(),
             segments: group.segments.clone(),
         });
-        self.note_commit(&group.files).await;
+        for part in &group.files {
+            let places = part.extents.iter().filter_map(Place::of);
+            part.inode.lock().proposed.extend(places);
+        }
+        let noted = self.note_commit(&group.files).await;
         let committed = self.commit(op).await;
         if let Ok((reply, _)) = &committed
             && reply.files.is_empty()
@@ -372,6 +377,9 @@ impl Fs {
                 Box::pin(self.publish(&mut alone, files)).await;
             }
             return;
+        }
+        if let Ok((reply, _)) = &committed {
+            self.note_answers(&noted, &reply.files).await;
         }
         for (at, part) in group.files.iter().enumerate() {
             let verdict = match &committed {
@@ -406,38 +414,57 @@ impl Fs {
         }
     }
 
-    /// Before a commit of staged data is proposed: after a crash it must be known as this mount's own.
-    async fn note_commit(&self, files: &[FilePart<'_>]) {
+    /// Before a commit of staged data is proposed: after a crash it must be known as this mount's own. Returns the inodes that this
+    /// was noted for.
+    async fn note_commit(&self, files: &[FilePart<'_>]) -> HashSet<u64> {
         let Some(staging) = self.staging() else {
-            return;
+            return HashSet::new();
         };
-        let mut pairs = Vec::new();
+        let mut inos = HashSet::new();
+        let mut commits = Vec::new();
         for file in files {
             // One may be on its way.
             if !staging.is_active() && file.inode.lock().records.is_empty() {
                 continue;
             }
-            let mut segments: Vec<u64> = file.extents.iter().map(|extent| extent.segment).collect();
-            // Inline bytes of anybody look alike.
-            segments.retain(|segment| *segment != 0);
-            segments.sort_unstable();
-            segments.dedup();
-            pairs.extend(
-                segments
-                    .into_iter()
-                    .map(|segment| (file.inode.ino, segment)),
-            );
+            inos.insert(file.inode.ino);
+            let places: HashSet<Place> = file.extents.iter().filter_map(Place::of).collect();
+            commits.extend(places.into_iter().map(|place| (file.inode.ino, place)));
         }
-        if pairs.is_empty() {
-            return;
+        if commits.is_empty() {
+            return inos;
         }
         let staging = Arc::clone(staging);
-        let noted = self.runtime().spawn_blocking(move || staging.note(&pairs));
+        let noted = self
+            .runtime()
+            .spawn_blocking(move || staging.note(&commits));
         match noted.await {
             Ok(Ok(())) => {}
             // What is staged after this commit would be put aside after a crash: no reason to hold up the commit.
             Ok(Err(error)) => tracing::error!(%error, "the staging folder takes no notes"),
             Err(error) => tracing::error!(%error, "the staging folder takes no notes"),
+        }
+        inos
+    }
+
+    /// What commits that were noted have led to: from now on others' copies of what they brought can't be taken for them.
+    async fn note_answers(&self, noted: &HashSet<u64>, files: &[v1::CommittedFile]) {
+        let attrs = files.iter().filter_map(|file| file.attr);
+        let answers: Vec<(u64, u64)> = attrs
+            .filter(|attr| noted.contains(&attr.ino))
+            .map(|attr| (attr.ino, attr.data_seq))
+            .collect();
+        let Some(staging) = self.staging().filter(|_| !answers.is_empty()).cloned() else {
+            return;
+        };
+        let done = self
+            .runtime()
+            .spawn_blocking(move || staging.note_answers(&answers));
+        match done.await {
+            Ok(Ok(())) => {}
+            // The places decide after a crash.
+            Ok(Err(error)) => tracing::warn!(%error, "the staging folder takes no notes"),
+            Err(error) => tracing::warn!(%error, "the staging folder takes no notes"),
         }
     }
 
@@ -445,6 +472,7 @@ impl Fs {
     fn committed(&self, part: &FilePart<'_>, attr: &v1::Attr, at: heliofs_proto::ids::Position) {
         let inode = part.inode;
         let mut state = inode.lock();
+        state.proposed.clear();
         let before = state.moved(attr, at, |content| {
             for extent in &part.extents {
                 content.extents.overlay(extent);

@@ -32,8 +32,8 @@ const RECALLS_MAX: usize = 256;
 /// Longest that somebody waits for a lease to be returned; well below the time that operations wait for an answer.
 const RECALL_WAIT: Duration = Duration::from_secs(10);
 
-/// Longest that somebody waits for a lease under which staged data is held while the bucket takes nothing of it, or any data while
-/// the volume can't be changed. Who waits gets an error before, and may try again.
+/// Longest that somebody waits for a lease while the volume can't be changed. For data that is staged and that the bucket does not
+/// take, see `--recall-wait`. Who waits gets an error before, and may try again.
 const DRAIN_WAIT: Duration = Duration::from_secs(60);
 
 /// First and longest pause between two attempts to store a file's data.
@@ -322,6 +322,9 @@ impl Fs {
     /// mount, or one whose volume can't be changed now: meanwhile the lease is kept, and whoever wants to see the file waits. What
     /// is left then stays here, and is stored if nobody has changed the file by then.
     async fn drain(self: &Arc<Self>, inode: &Arc<Inode>) {
+        let longest = self
+            .staging()
+            .map_or(DRAIN_WAIT, |staging| staging.recall_wait());
         let (stop, mut uploaded, mut since) =
             (self.stop_token(), self.stored_bytes(), Instant::now());
         loop {
@@ -341,7 +344,7 @@ impl Fs {
                 if now != uploaded {
                     (uploaded, since) = (now, Instant::now());
                 }
-                if since.elapsed() >= DRAIN_WAIT {
+                if since.elapsed() >= longest {
                     tracing::warn!(
                         ino = inode.ino,
                         bytes = inode.lock().pieces.bytes(),

@@ -131,10 +131,14 @@ impl Fs {
         for (header, record) in records {
             let fits = header.epoch == u64::from(at.epoch.0)
                 && (!accepted.is_empty() || header.base_seq == attr.data_seq || {
+                    if staging.has_led_to(ino, attr.data_seq) {
+                        ours = Some(true);
+                    }
                     if ours.is_none() {
-                        let asked = self.changed_by_us_last(&session, ino, attr.data_seq, |id| {
-                            staging.has_noted(ino, id)
-                        });
+                        let asked =
+                            self.changed_by_us_last(&session, ino, attr.data_seq, |place| {
+                                staging.may_have_placed(ino, place)
+                            });
                         ours = Some(asked.await.inspect_err(|_| session.release(Ino(ino)))?);
                     }
                     ours == Some(true)

@@ -180,34 +180,39 @@ impl<'a> Cloner<'a> {
         if info::walk(self.session, to).await?.is_some() {
             return Err(exists());
         }
+        match self.copy_as(&source, parent.ino, name).await? {
+            true => Ok(()),
+            false => Err(exists()),
+        }
+    }
+
+    /// Copies an inode and all below it as `name` of directory `parent`, where it appears when it is whole. False: there is something
+    /// of that name, and nothing was copied.
+    pub(super) async fn copy_as(&self, source: &Attr, parent: u64, name: Bytes) -> Outcome<bool> {
         let hidden = Bytes::from(format!(".heliofs-clone-{}", units::random_hex()));
         let outcome = async {
-            let top = self.one(&source, parent.ino, &hidden).await?;
+            let top = self.one(source, parent, &hidden).await?;
             if let (Some(top), Kind::Snapshot { source }) = (top, &self.kind) {
                 self.change(self.root(), super::snapshot::mark(top, source))
                     .await?;
             }
             let rename = Op::Rename(v1::Rename {
-                parent: parent.ino,
+                parent,
                 name: hidden.clone(),
-                new_parent: parent.ino,
+                new_parent: parent,
                 new_name: name,
                 no_replace: true,
                 exchange: false,
             });
             match self.change(self.root(), rename).await {
-                Err(ClientError::Verdict(FsError::Exists)) => Err(exists()),
-                other => Ok(other.map(drop)?),
+                Err(ClientError::Verdict(FsError::Exists)) => Ok(false),
+                other => Ok(other.map(|_| true)?),
             }
         }
         .await;
-        if outcome.is_err() {
-            let op = Op::RemoveTree(v1::RemoveTree {
-                parent: parent.ino,
-                name: hidden.clone(),
-            });
-            match self.change(self.root(), op).await {
-                Ok(_) | Err(ClientError::Verdict(FsError::NotFound)) => {}
+        if !matches!(outcome, Ok(true)) {
+            match self.remove(parent, &hidden).await {
+                Ok(()) | Err(ClientError::Verdict(FsError::NotFound)) => {}
                 Err(error) => {
                     let hidden = String::from_utf8_lossy(&hidden);
                     tracing::warn!(%error, %hidden, "what was cloned so far is left");
@@ -215,6 +220,25 @@ impl<'a> Cloner<'a> {
             }
         }
         outcome
+    }
+
+    /// Removes a tree that nobody is to find in the trash.
+    async fn remove(&self, parent: u64, name: &Bytes) -> Result<(), ClientError> {
+        let remove = |parent, name| Op::RemoveTree(v1::RemoveTree { parent, name });
+        let reply = self
+            .change(self.root(), remove(parent, name.clone()))
+            .await?;
+        // A tree that was put into the trash has another parent there, and this name.
+        let kept = reply
+            .attr
+            .filter(|attr| attr.nlink > 0 && attr.parent != parent);
+        if let Some(attr) = kept {
+            let mut kept = format!("{parent}-{}-", attr.ino).into_bytes();
+            kept.extend_from_slice(name);
+            self.change(self.root(), remove(attr.parent, kept.into()))
+                .await?;
+        }
+        Ok(())
     }
 
     async fn change(&self, caller: v1::Caller, op: Op) -> Result<v1::Reply, ClientError> {

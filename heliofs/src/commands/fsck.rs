@@ -26,6 +26,7 @@ use crate::cli::Access;
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
 use crate::passphrase::PassphraseSource;
+use crate::signals::Stop;
 use crate::units::{self, show_size};
 use crate::{output, progress};
 
@@ -128,22 +129,38 @@ struct Report {
 }
 
 pub(crate) async fn run(options: Options, json: bool) -> Outcome {
-    let mut clean = true;
+    let mut worst = Verdict::Sound;
     let whole = options.paths.len() == 1 && options.paths[0].starts_with("helio://");
     if whole {
         let target = options.access.target(&options.paths[0], None)?;
-        clean &= check(&options, &target, &[], json).await?;
+        worst = check(&options, &target, &[], json).await?;
     } else {
         for (target, places) in places(&options.access, &options.paths)? {
-            clean &= check(&options, &target, &places, json).await?;
+            worst = worst.max(check(&options, &target, &places, json).await?);
+            if worst == Verdict::Interrupted {
+                break;
+            }
         }
     }
-    match clean {
-        true => Ok(()),
-        false => Err(Failure::damaged("the volume is damaged").hint(
+    match worst {
+        Verdict::Sound => Ok(()),
+        Verdict::Interrupted => Err(Failure::new("the check was interrupted")
+            .hint("nothing is wrong as far as it came; --from goes on")),
+        Verdict::Damaged => Err(Failure::damaged("the volume is damaged").hint(
             "--repair saves what can still be read; other files must be restored or removed",
         )),
     }
+}
+
+/// What a check has found.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Verdict {
+    /// Nothing is wrong, or all of it was repaired.
+    Sound,
+    /// As far as it came.
+    Interrupted,
+    /// Damage is left.
+    Damaged,
 }
 
 /// The other bucket, if one is named.
@@ -189,8 +206,13 @@ async fn claim_emptied(storage: &v1::StorageConfig, prefix: &str) -> Outcome {
     }
 }
 
-/// Checks the volume, or what lies below some places of it; `false`: damage is left.
-async fn check(options: &Options, target: &Target, places: &[Place], json: bool) -> Outcome<bool> {
+/// Checks the volume, or what lies below some places of it.
+async fn check(
+    options: &Options,
+    target: &Target,
+    places: &[Place],
+    json: bool,
+) -> Outcome<Verdict> {
     let volume = config::find(&target.cluster, &target.volume).await?;
     let storage = volume.storage.clone().unwrap_or_default();
     if options.repair {
@@ -218,7 +240,7 @@ async fn check(options: &Options, target: &Target, places: &[Place], json: bool)
 }
 
 impl Check<'_> {
-    async fn run(&self, volume: &str, places: &[Place]) -> Outcome<bool> {
+    async fn run(&self, volume: &str, places: &[Place]) -> Outcome<Verdict> {
         let mut report = Report::default();
         let only = match places {
             [] => None,
@@ -261,7 +283,11 @@ impl Check<'_> {
             .damages
             .iter()
             .any(|damage| report.users.contains_key(&damage.id));
-        Ok(report.problems.is_empty() && !left && report.stopped_at.is_none())
+        Ok(match report.stopped_at {
+            _ if left || !report.problems.is_empty() => Verdict::Damaged,
+            Some(_) => Verdict::Interrupted,
+            None => Verdict::Sound,
+        })
     }
 
     /// Segments of the files at and below some places.
@@ -394,15 +420,16 @@ impl Check<'_> {
             .map(|segment| async move { (segment, self.object(segment).await) })
             .buffered(self.options.threads.max(1));
         let mut last = self.options.from.unwrap_or(0);
+        // From here on, not only while something is waited for: a signal that comes in between is not to be lost.
+        let mut stop = Stop::catch()?;
         loop {
             let next = tokio::select! {
-                next = checks.next() => next,
-                interrupt = tokio::signal::ctrl_c() => {
-                    if interrupt.is_ok() {
-                        report.stopped_at = Some(last);
-                    }
+                biased;
+                _ = stop.wait() => {
+                    report.stopped_at = Some(last);
                     break;
                 }
+                next = checks.next() => next,
             };
             let Some((segment, outcome)) = next else {
                 break;
@@ -413,7 +440,13 @@ impl Check<'_> {
             last = segment.id;
             bar.inc(segment.length);
             if let Some(wait) = (segment.length * 1000).checked_div(self.options.limit) {
-                tokio::time::sleep(Duration::from_millis(wait)).await;
+                tokio::select! {
+                    () = tokio::time::sleep(Duration::from_millis(wait)) => {}
+                    _ = stop.wait() => {
+                        report.stopped_at = Some(last);
+                        break;
+                    }
+                }
             }
         }
         bar.finish_and_clear();

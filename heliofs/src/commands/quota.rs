@@ -9,6 +9,7 @@ use heliofs_proto::v1::{
     maintain::Ask, maintained::Answer,
 };
 use meta_client::{ClientError, Session};
+use meta_core::limits::QUOTA_DEPTH_MAX;
 use serde_json::{Value, json};
 
 use super::info::{self, places};
@@ -223,7 +224,12 @@ async fn change(session: &Session, op: Op, shown: &str) -> Outcome<v1::Reply> {
             ))
             .hint("try again when `heliofs quota list` says so no more"),
             FsError::NotFound => Failure::new(format!("{shown} has no quota")),
-            FsError::TooBig => Failure::new(format!("{shown} lies in too many quotas already")),
+            FsError::TooBig => Failure::new(format!(
+                "{shown}: too many quotas would lie in each other (at most {QUOTA_DEPTH_MAX})"
+            ))
+            .hint("`heliofs quota list` shows them; take back one above or below"),
+            FsError::ReadOnly => Failure::new(format!("{shown}: the volume is read-only"))
+                .hint("is it a mirror? its quotas are set at the source"),
             FsError::Invalid => Failure::usage("a quota must limit something")
                 .hint("--capacity SIZE or --inodes N above 0; `heliofs quota rm` takes it back"),
             other => ClientError::Verdict(other).into(),

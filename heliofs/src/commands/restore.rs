@@ -5,10 +5,11 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use clap::Args;
 use heliofs_proto::ids::Ino;
-use heliofs_proto::v1::{self, FileKind, FsError, Rename, command::Op};
+use heliofs_proto::v1::{self, FileKind, FsError, RemoveTree, Rename, command::Op};
 use meta_client::{ClientError, Session};
 use serde_json::json;
 
+use super::clone::{Cloner, Kind};
 use crate::cli::Access;
 use crate::failure::{Failure, Outcome};
 use crate::{output, progress};
@@ -205,29 +206,57 @@ async fn put_back(session: &Session, it: &Kept) -> Outcome<Option<String>> {
         no_replace: true,
         exchange: false,
     });
-    let caller = v1::Caller {
+    match session.mutate(root(), op).await {
+        Ok(_) => Ok(None),
+        Err(ClientError::Verdict(FsError::CrossDevice)) => put_back_copy(session, it).await,
+        Err(ClientError::Verdict(verdict)) => Ok(Some(why(verdict))),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A quota was set or taken back since, and a tree that is moved would not be charged anew: a copy is, which shares the data. What is
+/// in the trash goes when the copy is whole.
+async fn put_back_copy(session: &Session, it: &Kept) -> Outcome<Option<String>> {
+    let copied = async {
+        let (kept, _) = session.get_attr(Ino(it.ino)).await?;
+        Cloner::new(session, Kind::Clone, true)
+            .copy_as(&kept, it.parent, it.name.clone())
+            .await
+    };
+    match copied.await {
+        Ok(true) => {}
+        Ok(false) => return Ok(Some(why(FsError::Exists))),
+        Err(failure) => return Ok(Some(format!("copying it failed: {}", failure.message()))),
+    }
+    let op = Op::RemoveTree(RemoveTree {
+        parent: it.hour_ino,
+        name: it.kept_name.clone(),
+    });
+    match session.mutate(root(), op).await {
+        Ok(_) | Err(ClientError::Verdict(FsError::NotFound)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn why(verdict: FsError) -> String {
+    match verdict {
+        FsError::Exists => "there is something of that name again".to_owned(),
+        FsError::Stale | FsError::NotFound | FsError::NotDirectory => {
+            "the directory that it was in is gone for good".to_owned()
+        }
+        verdict => Failure::from(ClientError::Verdict(verdict))
+            .message()
+            .to_owned(),
+    }
+}
+
+fn root() -> v1::Caller {
+    v1::Caller {
         uid: 0,
         gid: 0,
         pid: std::process::id(),
         ..v1::Caller::default()
-    };
-    Ok(match session.mutate(caller, op).await {
-        Ok(_) => None,
-        Err(ClientError::Verdict(FsError::Exists)) => {
-            Some("there is something of that name again".to_owned())
-        }
-        Err(ClientError::Verdict(FsError::Stale | FsError::NotFound | FsError::NotDirectory)) => {
-            Some("the directory that it was in is gone for good".to_owned())
-        }
-        Err(ClientError::Verdict(FsError::CrossDevice)) => Some(
-            "a quota was set or taken back since, and moving the tree would not charge it anew: copy it (cp -a)"
-                .to_owned(),
-        ),
-        Err(ClientError::Verdict(verdict)) => {
-            Some(Failure::from(ClientError::Verdict(verdict)).to_json()["error"].to_string())
-        }
-        Err(error) => return Err(error.into()),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The highest behaviour that this build can apply. A volume's `core_level` is raised only by a logged command.
-pub const CORE_LEVEL_MAX: u32 = 3;
+pub const CORE_LEVEL_MAX: u32 = 4;
 
 /// What [`core_level_known`] answers.
 static KNOWN: AtomicU32 = AtomicU32::new(CORE_LEVEL_MAX);
@@ -25,6 +25,10 @@ pub const CORE_LEVEL_QUOTAS: u32 = 2;
 /// From this level on a commit can depend on what the file's content is.
 pub const CORE_LEVEL_CONDITIONS: u32 = 3;
 
+/// From this level on a command that overwrites is measured by what it leaves, also where what it overwrites is removed later;
+/// and chains of quotas are bounded from below, too.
+pub const CORE_LEVEL_GROWTH: u32 = 4;
+
 /// Extents that one command removes in place; more become an erase record that `EraseStep` works off. Each removal touches the
 /// extent and perhaps its segment's record, so that twice this number stays well below 1,000.
 pub const EXTENTS_PER_COMMAND_MAX: usize = 300;
@@ -44,9 +48,13 @@ pub const QUOTA_INODES_PER_STEP: usize = 400;
 /// Quotas of users and groups that one `QuotaStep` forgets.
 pub const QUOTAS_CLEARED_PER_STEP: usize = 900;
 
-/// Quotas of directories above a new one. What a command charges is charged to all of them, so that each file of a commit may
-/// change this many records more (mostly of the same directories).
+/// Quotas of directories that may lie in each other. What a command charges is charged to all of them, so that each file of a
+/// commit may change this many records more (mostly of the same directories).
 pub const QUOTA_DEPTH_MAX: usize = 16;
+
+/// Extents, of those that a command overwrites and leaves to `EraseStep`, that are looked at to learn how much it will give back: 96
+/// full segments in pieces of 4 KiB. What more there is counts as if it stayed.
+pub const EXTENTS_WEIGHED_MAX: usize = 131_072;
 
 /// Extents that one `CopyRange` copies; each may touch an extent, a segment record and a replaced extent.
 pub const EXTENTS_PER_COPY: usize = 200;

@@ -3,7 +3,7 @@
 //! - this file: [`Staging`], the folder: written, read, emptied; one mount at a time
 //! - [`record`]: one file's data, as it is staged
 //! - [`look`]: what is in a folder, for whoever does not mount it
-//! - [`notes`]: which segments commits of this folder's data have named
+//! - [`notes`]: where commits of this folder's data have put what
 //!
 //! A record is on disk (file and directory synced) before anybody is told so, and goes once its bytes are committed, or
 //! overwritten by bytes that are committed or in a later record. Of one inode records go in the order in which they came: were
@@ -30,6 +30,7 @@ use nix::sys::statvfs::statvfs;
 use parking_lot::Mutex;
 
 use notes::Notes;
+pub use notes::Place;
 pub use record::StagedRecord;
 use record::{Frames, Header};
 
@@ -65,6 +66,9 @@ pub struct StagingOptions {
     pub free_ratio: f64,
     /// Staged data is uploaded after this time at the latest, if nobody asks for it earlier.
     pub upload_delay: Duration,
+    /// Longest that another mount waits for a file with staged data while the bucket takes nothing of this mount. Who waits gets an
+    /// error before, and may try again.
+    pub recall_wait: Duration,
 }
 
 /// Why a staging folder can't be used.
@@ -375,8 +379,8 @@ impl Staging {
         }
     }
 
-    /// Segments that are about to be named in commits of these inodes: what their extents tell after a crash is ours. Blocks.
-    pub fn note(&self, commits: &[(u64, u64)]) -> io::Result<()> {
+    /// Where commits of these inodes are about to put what: after a crash they are known by it. Blocks.
+    pub fn note(&self, commits: &[(u64, Place)]) -> io::Result<()> {
         let mut notes = self.notes.lock();
         if notes.len() >= NOTES_MAX {
             drop(notes);
@@ -385,12 +389,27 @@ impl Staging {
             notes = self.notes.lock();
             notes.keep(|ino| staged.contains(&ino))?;
         }
-        notes.add(commits)
+        notes.propose(commits)
     }
 
-    /// Whether a commit of this folder's data has put this segment into this inode.
-    pub fn has_noted(&self, ino: u64, segment: u64) -> bool {
-        self.notes.lock().has(ino, segment)
+    /// Commits of these inodes were answered, and what identifies their content since. Blocks.
+    pub fn note_answers(&self, commits: &[(u64, u64)]) -> io::Result<()> {
+        self.notes.lock().reach(commits)
+    }
+
+    /// Whether a commit of this folder's data, whose answer is not known, was to put bytes of this inode there.
+    pub fn may_have_placed(&self, ino: u64, place: Place) -> bool {
+        self.notes.lock().is_proposed(ino, place)
+    }
+
+    /// Whether the last commit of this folder's data to this inode has led to this `data_seq`.
+    pub fn has_led_to(&self, ino: u64, data_seq: u64) -> bool {
+        self.notes.lock().is_reached(ino, data_seq)
+    }
+
+    /// See [`StagingOptions::recall_wait`].
+    pub fn recall_wait(&self) -> Duration {
+        self.options.recall_wait
     }
 
     /// Bytes on disk, records, and since when the oldest is there.

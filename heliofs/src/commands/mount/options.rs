@@ -82,6 +82,10 @@ pub(crate) struct Serving {
     /// With --writeback: how long staged data may wait before it is uploaded, if no other mount asks for it.
     #[arg(long, value_parser = parse_upload_delay, default_value = "0s", value_name = "TIME")]
     pub(crate) upload_delay: Duration,
+    /// With --writeback: how long other mounts wait for a file with staged data while the bucket takes nothing. After that they see
+    /// what was stored before.
+    #[arg(long, value_parser = parse_recall_wait, default_value = "60s", value_name = "TIME")]
+    pub(crate) recall_wait: Duration,
     /// Written data is stored after this time, if nobody asks for it earlier.
     #[arg(long, value_parser = parse_flush_age, default_value = "1s", value_name = "TIME")]
     pub(crate) flush_age: Duration,
@@ -183,6 +187,7 @@ impl Serving {
                 "upload-delay" => {
                     self.upload_delay = parse_upload_delay(needed()?).map_err(wrong)?;
                 }
+                "recall-wait" => self.recall_wait = parse_recall_wait(needed()?).map_err(wrong)?,
                 "flush-age" => self.flush_age = parse_flush_age(needed()?).map_err(wrong)?,
                 "threads" => {
                     self.threads = Some(
@@ -278,6 +283,8 @@ impl Serving {
         }
         let upload_delay = format!("{}ms", self.upload_delay.as_millis());
         arguments.extend(["--upload-delay".into(), upload_delay.into()]);
+        let recall_wait = format!("{}ms", self.recall_wait.as_millis());
+        arguments.extend(["--recall-wait".into(), recall_wait.into()]);
         let compact_interval = format!("{}ms", self.compact_interval.as_millis());
         arguments.extend(["--compact-interval".into(), compact_interval.into()]);
         if self.no_bgjob {
@@ -349,6 +356,19 @@ fn parse_upload_delay(text: &str) -> Result<Duration, String> {
         return Err("more than 24h: the data would be on this machine's disk alone".to_owned());
     }
     Ok(delay)
+}
+
+/// Longest recall wait: those who wait may be many.
+const RECALL_WAIT_MAX: Duration = Duration::from_secs(3600);
+
+fn parse_recall_wait(text: &str) -> Result<Duration, String> {
+    let wait = units::parse_duration(text)?;
+    if wait > RECALL_WAIT_MAX {
+        return Err(
+            "more than 1h: others would wait for a bucket that may not come back".to_owned(),
+        );
+    }
+    Ok(wait)
 }
 
 /// A part of a whole.
@@ -513,6 +533,7 @@ impl Serving {
                     // The cache gives way earlier.
                     free_ratio: self.free_space_ratio / 2.0,
                     upload_delay: self.upload_delay,
+                    recall_wait: self.recall_wait,
                 }),
                 ..FsOptions::default()
             },
@@ -635,6 +656,7 @@ mod tests {
             close_sync: false,
             writeback: false,
             upload_delay: Duration::ZERO,
+            recall_wait: Duration::from_secs(60),
             flush_age: Duration::from_secs(1),
             atime: Atime::Noatime,
             threads: None,

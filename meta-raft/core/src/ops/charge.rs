@@ -21,6 +21,8 @@ use crate::view::View;
 struct Delta {
     bytes: i64,
     inodes: i64,
+    /// Bytes that the command takes out of sight and that a later one removes.
+    deferred: i64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +48,7 @@ impl Charges {
             Some(last) if (last.tree, last.owner) == (charge.tree, charge.owner) => {
                 last.delta.bytes += charge.delta.bytes;
                 last.delta.inodes += charge.delta.inodes;
+                last.delta.deferred += charge.delta.deferred;
             }
             _ => self.list.push(charge),
         }
@@ -63,12 +66,29 @@ impl Charges {
 
     /// Extents of an inode, which comes or goes with [`Charges::inode`].
     pub(crate) fn bytes(&mut self, ino: Ino, inode: &InodeRecord, bytes: i64) {
-        self.both(ino, inode, Delta { bytes, inodes: 0 });
+        let delta = Delta {
+            bytes,
+            ..Delta::default()
+        };
+        self.both(ino, inode, delta);
     }
 
     /// An inode itself, without its extents: 1 comes, -1 goes.
     pub(crate) fn inode(&mut self, ino: Ino, inode: &InodeRecord, inodes: i64) {
-        self.both(ino, inode, Delta { bytes: 0, inodes });
+        let delta = Delta {
+            inodes,
+            ..Delta::default()
+        };
+        self.both(ino, inode, delta);
+    }
+
+    /// Extents of an inode that this command made invisible (or, negative, removed after all) and that still count.
+    pub(crate) fn deferred(&mut self, ino: Ino, inode: &InodeRecord, deferred: i64) {
+        let delta = Delta {
+            deferred,
+            ..Delta::default()
+        };
+        self.both(ino, inode, delta);
     }
 
     /// As [`Charges::inode`], for a new one of root's that no caller asked for.
@@ -86,6 +106,7 @@ impl Charges {
                 delta: Delta {
                     bytes: sign * inode.allocated as i64,
                     inodes: sign,
+                    deferred: 0,
                 },
             });
         }
@@ -99,6 +120,7 @@ impl Charges {
             delta: Delta {
                 bytes: sign * bytes as i64,
                 inodes: sign * inodes as i64,
+                deferred: 0,
             },
         });
     }
@@ -112,8 +134,8 @@ impl Charges {
 
 /// Writes what a command charges, and says in its reply how much room is left.
 ///
-/// Refused: `QUOTA_EXCEEDED` when a client's command needs more bytes or inodes than it gives back and a limit is passed by
-/// that. What gives room back, and what the system does, is never refused.
+/// Refused: `QUOTA_EXCEEDED` when a client's command needs more bytes or inodes than it gives back, or will have given back when
+/// what it erased is worked off, and a limit is passed by that. What gives room back, and what the system does, is never refused.
 pub(crate) fn settle<V: View>(
     txn: &mut Txn<V>,
     command: &v1::Command,
@@ -152,7 +174,7 @@ pub(crate) fn settle<V: View>(
         }
     }
     for ((kind, id), (mut record, delta)) in totals {
-        if delta == Delta::default() {
+        if (delta.bytes, delta.inodes) == (0, 0) {
             continue;
         }
         let what = || format!("usage of quota {kind:?} {id}");
@@ -160,9 +182,10 @@ pub(crate) fn settle<V: View>(
         record.used_inodes = moved(record.used_inodes, delta.inodes, what)?;
         let exempt = unasked && kind != QuotaKind::Directory && id == 0;
         let passed = |delta: i64, used: u64, max: u64| delta > 0 && max != 0 && used > max;
+        let used_then = record.used_bytes.saturating_add_signed(-delta.deferred);
         if refuses
             && !exempt
-            && (passed(delta.bytes, record.used_bytes, record.bytes_max)
+            && (passed(delta.bytes - delta.deferred, used_then, record.bytes_max)
                 || passed(delta.inodes, record.used_inodes, record.inodes_max))
         {
             return Err(FsError::QuotaExceeded.into());
@@ -215,6 +238,7 @@ fn add<V: View>(
     };
     known.1.bytes += delta.bytes;
     known.1.inodes += delta.inodes;
+    known.1.deferred += delta.deferred;
     Ok(known.0)
 }
 

@@ -7,10 +7,13 @@ use heliofs_proto::v1;
 use super::segments::Balance;
 use crate::change::Corruption;
 use crate::keys::{self, Tag};
-use crate::limits::{ERASED_RANGES_MAX, EXTENTS_PER_STEP};
-use crate::records::{EraseRecord, ErasedRange, ExtentRecord, InodeRecord, Record};
+use crate::limits::{CORE_LEVEL_GROWTH, ERASED_RANGES_MAX, EXTENTS_PER_STEP};
+use crate::records::{EraseRecord, ErasedRange, ExtentRecord, InodeRecord, QuotaCounters, Record};
 use crate::txn::{OpResult, Txn};
 use crate::view::View;
+
+/// Extents read at once while those that a command overwrites are weighed.
+const WEIGHED_AT_ONCE: usize = 4096;
 
 /// The erased ranges of one file.
 ///
@@ -144,11 +147,13 @@ pub(crate) fn erase_inner<V: View>(
     let before = erased.clone();
     if inner.len() <= room {
         for (key, value) in inner {
+            balance.undefer(ino, inode, offset_of(&key)?);
             balance.remove(ino, inode, &ExtentRecord::decode(&key, &value)?)?;
             txn.remove(key)?;
         }
         erased.cut(from, to);
     } else {
+        weigh(txn, ino, inode, &erased, (from, to), balance)?;
         erased.add(from, to, txn.position.seq);
     }
     if erased.ranges.len() > ERASED_RANGES_MAX.max(before.ranges.len()) {
@@ -158,6 +163,41 @@ pub(crate) fn erase_inner<V: View>(
         erased.store(txn, ino, inode)?;
     }
     Ok(())
+}
+
+/// Notes which live extents that begin in [from, to) are about to become dead, for the limits that the command could pass by what
+/// it puts in their place.
+fn weigh<V: View>(
+    txn: &mut Txn<V>,
+    ino: Ino,
+    inode: &InodeRecord,
+    erased: &Erased,
+    (from, to): (u64, u64),
+    balance: &mut Balance,
+) -> OpResult<()> {
+    let settings = txn.settings()?;
+    let limited =
+        settings.capacity_bytes_max != 0 || txn.counters()?.quotas != QuotaCounters::default();
+    if settings.core_level < CORE_LEVEL_GROWTH || !limited {
+        return Ok(());
+    }
+    let end = keys::extent(txn.volume, ino, to);
+    let mut cursor = keys::extent(txn.volume, ino, from);
+    loop {
+        let wanted = balance.weigh(WEIGHED_AT_ONCE);
+        let page = txn.scan(&cursor, &end, wanted)?;
+        for (key, value) in &page {
+            let start = offset_of(key)?;
+            let extent = ExtentRecord::decode(key, value)?;
+            if !erased.kills(start, &extent) {
+                balance.defer(ino, inode, start, &extent);
+            }
+        }
+        match page.last().filter(|_| page.len() == wanted) {
+            Some((last, _)) => cursor = keys::after(last),
+            None => return Ok(()),
+        }
+    }
 }
 
 /// Removes dead extents of a file, a bounded number of them; `done` when none is left, or the file is gone.

@@ -273,6 +273,7 @@ pub(super) fn put<V: View>(
     // First added, then removed: no count falls below what it ends with.
     balance.add(ino, inode, extent)?;
     if let Some(replaced) = txn.get::<ExtentRecord>(&key)? {
+        balance.undefer(ino, inode, offset);
         balance.remove(ino, inode, &replaced)?;
     }
     txn.put(key, extent)

@@ -17,6 +17,7 @@ pub(crate) mod link;
 pub(crate) mod posix_acl;
 pub(crate) mod privileges;
 pub(crate) mod quota;
+mod quota_depth;
 pub(crate) mod reap;
 pub(crate) mod relocate;
 pub(crate) mod remove_tree;

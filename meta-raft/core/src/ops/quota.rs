@@ -10,25 +10,26 @@ use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1::{self, QuotaKind};
 
+use super::quota_depth::refuse_depth;
 use super::{charge, dir};
 use crate::change::Corruption;
 use crate::keys::{self, Tag};
 use crate::limits::{
-    CORE_LEVEL_QUOTAS, QUOTA_DEPTH_MAX, QUOTA_ENTRIES_PER_STEP, QUOTA_INODES_PER_STEP,
+    CORE_LEVEL_GROWTH, CORE_LEVEL_QUOTAS, QUOTA_ENTRIES_PER_STEP, QUOTA_INODES_PER_STEP,
     QUOTAS_CLEARED_PER_STEP, TRASH_DEPTH_MAX,
 };
 use crate::records::{
     Accounting, CookieRecord, InodeRecord, QuotaRecord, QuotaState, QuotaWalkRecord, Record,
     SNAPSHOT,
 };
-use crate::txn::{OpResult, Txn};
+use crate::txn::{OpError, OpResult, Txn};
 use crate::view::View;
 
 /// Sets or changes a quota. `done` is false while what is there is being counted.
 ///
 /// Refused: `NOT_SUPPORTED` below core level 2; `INVALID` for the root, whose limits are the volume's, and for no limit at all;
 /// `STALE`, `NOT_DIRECTORY`, `NOT_FOUND` as the directory is; `READ_ONLY` in a snapshot; `BUSY` while quotas around it are
-/// being counted or taken back; `TOO_BIG` inside [`QUOTA_DEPTH_MAX`] others.
+/// being counted or taken back; `TOO_BIG` if too many quotas would lie in each other.
 pub(crate) fn set<V: View>(txn: &mut Txn<V>, op: &v1::QuotaSet) -> OpResult {
     check_level(txn)?;
     match op.kind() {
@@ -187,7 +188,7 @@ fn set_directory<V: View>(txn: &mut Txn<V>, op: &v1::QuotaSet) -> OpResult {
 
     refuse_walks_above(txn, &inode)?;
     let from = inode.quota;
-    refuse_depth(txn, from)?;
+    refuse_depth(txn, ino, from)?;
     // Only what is on its way out, or in the trash, can be charged to what is left of an earlier quota.
     if is_charged_to(txn, from, ino)? {
         return Err(FsError::Busy.into());
@@ -265,17 +266,6 @@ fn refuse_walks_above<V: View>(txn: &mut Txn<V>, inode: &InodeRecord) -> OpResul
         at = above.parent;
     }
     Err(FsError::Busy.into())
-}
-
-fn refuse_depth<V: View>(txn: &Txn<V>, mut quota: Ino) -> OpResult<()> {
-    for _ in 0..QUOTA_DEPTH_MAX {
-        if quota == Ino(0) {
-            return Ok(());
-        }
-        let record = charge::read(txn.view(), txn.volume, QuotaKind::Directory, quota.0)?;
-        quota = record.parent;
-    }
-    Err(FsError::TooBig.into())
 }
 
 /// Whether what is charged to `quota` is charged to that of directory `ino` as well.
@@ -461,7 +451,12 @@ pub(crate) fn adopt<V: View>(
             if is_walking(txn)? || is_charged_to(txn, into, ino)? {
                 return Err(FsError::CrossDevice.into());
             }
-            refuse_depth(txn, into)?;
+            match refuse_depth(txn, ino, into) {
+                Err(OpError::Refused(_)) if txn.settings()?.core_level >= CORE_LEVEL_GROWTH => {
+                    return Err(FsError::CrossDevice.into());
+                }
+                fits => fits?,
+            }
             enclose(txn, &mut own, into);
             txn.put(key, &own)?;
         }
@@ -516,7 +511,7 @@ fn walk_between<V: View>(txn: &Txn<V>, from: Ino, to: Ino) -> Result<Option<Ino>
     Ok(None)
 }
 
-fn number(key: &[u8], index: usize) -> Result<Ino, Corruption> {
+pub(super) fn number(key: &[u8], index: usize) -> Result<Ino, Corruption> {
     let number = keys::number(key, index).ok_or_else(|| Corruption::Record {
         key: key.to_vec(),
         why: "key is too short",

@@ -10,7 +10,7 @@ use heliofs_proto::v1;
 use super::charge::Charges;
 use crate::change::Corruption;
 use crate::keys;
-use crate::limits::{EXTENTS_PER_COMMAND_MAX, IN_PLACE_RECORDS_MAX};
+use crate::limits::{EXTENTS_PER_COMMAND_MAX, EXTENTS_WEIGHED_MAX, IN_PLACE_RECORDS_MAX};
 use crate::records::{ExtentData, ExtentRecord, InodeRecord, SegmentBlockRecord, SegmentRecord};
 use crate::txn::{OpResult, Txn};
 use crate::view::View;
@@ -57,6 +57,10 @@ pub(crate) struct Balance {
     brought: BTreeMap<SegmentId, SegmentRecord>,
     bytes: i64,
     removed: usize,
+    /// Extents of live files that this command made dead and leaves to later steps: their bytes by inode and place.
+    deferred: BTreeMap<(Ino, u64), u64>,
+    /// Extents that were looked at for that.
+    weighed: usize,
     charges: Charges,
 }
 
@@ -98,6 +102,32 @@ impl Balance {
         Ok(())
     }
 
+    /// Notes an extent that stays and counts until a later step removes it, though nobody sees it any more.
+    pub(crate) fn defer(
+        &mut self,
+        ino: Ino,
+        inode: &InodeRecord,
+        start: u64,
+        extent: &ExtentRecord,
+    ) {
+        self.deferred.insert((ino, start), extent.length);
+        self.charges.deferred(ino, inode, extent.length as i64);
+    }
+
+    /// What was deferred by this command is removed by it after all.
+    pub(crate) fn undefer(&mut self, ino: Ino, inode: &InodeRecord, start: u64) {
+        if let Some(bytes) = self.deferred.remove(&(ino, start)) {
+            self.charges.deferred(ino, inode, -(bytes as i64));
+        }
+    }
+
+    /// Takes up to `wanted` of those extents that may be looked at to learn what is deferred; 0: no more may be.
+    pub(crate) fn weigh(&mut self, wanted: usize) -> usize {
+        let granted = wanted.min(EXTENTS_WEIGHED_MAX - self.weighed);
+        self.weighed += granted;
+        granted
+    }
+
     /// A segment that gets its first references from this command. One that is left without any is freed.
     pub(crate) fn bring(&mut self, id: SegmentId, segment: SegmentRecord) {
         self.segments.entry(id).or_default();
@@ -114,7 +144,7 @@ impl Balance {
     /// Writes segments and counters.
     ///
     /// Refused: `NO_SPACE` when the command needs more bytes than it gives back and the volume is full. Bytes of erased extents
-    /// count as used until the steps of the erasure remove them.
+    /// count as used until the steps of the erasure remove them, but for what this very command erases.
     pub(crate) fn settle<V: View>(mut self, txn: &mut Txn<V>) -> OpResult<()> {
         txn.charges.absorb(self.charges);
         let used = {
@@ -123,9 +153,10 @@ impl Balance {
             counters.used_bytes = used;
             used
         };
-        if self.bytes > 0 {
+        let deferred: u64 = self.deferred.values().sum();
+        if self.bytes > deferred as i64 {
             let capacity = txn.settings()?.capacity_bytes_max;
-            if capacity != 0 && used > capacity {
+            if capacity != 0 && used.saturating_sub(deferred) > capacity {
                 return Err(FsError::NoSpace.into());
             }
         }

@@ -32,6 +32,12 @@ fn listed(segments: &[v1::Segment]) -> BTreeMap<u64, (u64, u32)> {
 }
 
 impl Reference {
+    /// Bytes that files show and that are no holes.
+    pub(crate) fn shown_bytes(&self) -> u64 {
+        let bytes = self.nodes.values().flat_map(|node| node.content.iter());
+        bytes.filter(|byte| **byte != Byte::Hole).count() as u64
+    }
+
     pub(crate) fn relocate(
         &mut self,
         op: &v1::Relocate,

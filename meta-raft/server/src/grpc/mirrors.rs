@@ -196,6 +196,7 @@ impl AdminService {
                 copies_leased: leased as u64,
                 copiers: copiers as u64,
                 digests_agreed: self.ctx.state.beats_agreed(id),
+                diverged: self.ctx.state.diverged(id).map(Into::into),
                 ..told
             })
         });
