@@ -171,7 +171,10 @@ mod tests {
         assert_eq!(lag.source_head(), Some(at(17)));
         lag.told(at(30), seconds(999), now + 11 * SECOND, false);
         assert_eq!(lag.entries(at(12)), 18);
-        lag.applied(at(12), seconds(109));
+        lag.applied(at(12), seconds(99));
+        // That replica's word does not make it newer than what is known to be missing.
+        assert_eq!(lag.age(now + 11 * SECOND), Some(11 * SECOND));
+        lag.applied(at(17), seconds(104));
         assert_eq!(lag.age(now + 11 * SECOND), Some(SECOND));
         assert_eq!(lag.contact(now + 12 * SECOND), Some(SECOND));
     }
