@@ -322,7 +322,7 @@ impl Fs {
     /// mount, or one whose volume can't be changed now: meanwhile the lease is kept, and whoever wants to see the file waits. What
     /// is left then stays here, and is stored if nobody has changed the file by then.
     async fn drain(self: &Arc<Self>, inode: &Arc<Inode>) {
-        let longest = self
+        let staged_longest = self
             .staging()
             .map_or(DRAIN_WAIT, |staging| staging.recall_wait());
         let (stop, mut uploaded, mut since) =
@@ -340,10 +340,16 @@ impl Fs {
                 if !inode.lock().is_worth_waiting() {
                     return;
                 }
+                // What is uploaded gets nobody further while nothing can be committed.
+                let read_only = inode.lock().waits_to_be_writable();
                 let now = self.stored_bytes();
-                if now != uploaded {
+                if now != uploaded && !read_only {
                     (uploaded, since) = (now, Instant::now());
                 }
+                let longest = match read_only {
+                    true => DRAIN_WAIT,
+                    false => staged_longest,
+                };
                 if since.elapsed() >= longest {
                     tracing::warn!(
                         ino = inode.ino,

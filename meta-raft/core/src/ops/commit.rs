@@ -43,7 +43,7 @@ pub(crate) fn commit<V: View>(txn: &mut Txn<V>, op: &v1::Commit) -> OpResult {
         return Err(FsError::Invalid.into());
     }
 
-    let mut balance = Balance::default();
+    let mut balance = Balance::growing();
     let extents = op.files.iter().flat_map(|file| &file.extents);
     let ids = extents.map(|extent| SegmentId(extent.segment));
     let named = Named::read(txn, &op.segments, ids, &mut balance)?;

@@ -47,7 +47,7 @@ pub(crate) fn copy_range<V: View>(txn: &mut Txn<V>, op: &v1::CopyRange) -> OpRes
     let copied = length.min(page.complete_to - op.source_offset);
     if copied > 0 {
         let source_end = op.source_offset + copied;
-        let mut balance = Balance::default();
+        let mut balance = Balance::growing();
         let target = (op.target_offset, op.target_offset + copied);
         extents::erase(txn, ino, &mut inode, target, &mut balance)?;
         for (start, extent) in &page.extents {

@@ -184,8 +184,12 @@ fn weigh<V: View>(
     let end = keys::extent(txn.volume, ino, to);
     let mut cursor = keys::extent(txn.volume, ino, from);
     loop {
-        let wanted = balance.weigh(WEIGHED_AT_ONCE);
+        let wanted = WEIGHED_AT_ONCE.min(balance.to_weigh());
+        if wanted == 0 {
+            return Ok(());
+        }
         let page = txn.scan(&cursor, &end, wanted)?;
+        balance.weighed(page.len());
         for (key, value) in &page {
             let start = offset_of(key)?;
             let extent = ExtentRecord::decode(key, value)?;

@@ -61,6 +61,7 @@ pub(crate) struct Balance {
     deferred: BTreeMap<(Ino, u64), u64>,
     /// Extents that were looked at for that.
     weighed: usize,
+    grows: bool,
     charges: Charges,
 }
 
@@ -121,11 +122,25 @@ impl Balance {
         }
     }
 
-    /// Takes up to `wanted` of those extents that may be looked at to learn what is deferred; 0: no more may be.
-    pub(crate) fn weigh(&mut self, wanted: usize) -> usize {
-        let granted = wanted.min(EXTENTS_WEIGHED_MAX - self.weighed);
-        self.weighed += granted;
-        granted
+    /// Of a command that may need more bytes than it gives back, so that it matters what is deferred.
+    pub(crate) fn growing() -> Self {
+        Self {
+            grows: true,
+            ..Self::default()
+        }
+    }
+
+    /// How many more extents may be looked at to learn what is deferred.
+    pub(crate) fn to_weigh(&self) -> usize {
+        match self.grows {
+            true => EXTENTS_WEIGHED_MAX.saturating_sub(self.weighed),
+            false => 0,
+        }
+    }
+
+    /// So many were looked at.
+    pub(crate) fn weighed(&mut self, extents: usize) {
+        self.weighed += extents;
     }
 
     /// A segment that gets its first references from this command. One that is left without any is freed.

@@ -249,6 +249,22 @@ fn an_overwrite_under_a_full_limit_is_not_refused_however_fragmented_the_file_is
 }
 
 #[test]
+fn a_commit_of_many_pieces_over_a_fragmented_file_is_weighed_as_a_whole() {
+    let mut client = Client::new(4, 0);
+    let dir = ino(&client.run(mkdir(ROOT, "d")).unwrap());
+    let file = client.fragmented(dir, "f", 1);
+    limit(&mut client, QuotaKind::Directory, dir, PIECES);
+    // As many as a commit may bring, each over some of the old ones.
+    let each = PIECES / 96;
+    let pieces: Vec<_> = (0..96).map(|piece| (piece * each, each as usize)).collect();
+    client.write(file, &pieces).unwrap();
+    client.volume.check();
+    client.work_off(file);
+    let used = quota(&client.volume, QuotaKind::Directory, dir).used_bytes;
+    assert_eq!(used, PIECES);
+}
+
+#[test]
 fn what_fills_holes_of_a_fragmented_file_is_growth() {
     let mut client = Client::new(4, 0);
     let dir = ino(&client.run(mkdir(ROOT, "d")).unwrap());
