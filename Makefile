@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites faults churn chaos caps fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy token-trials lint install
+.PHONY: help build demo test suites faults churn chaos caps fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy fill token-trials lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -66,6 +66,9 @@ token-trials: ## A thousand times: what was written before a token is in the mir
 
 bench-copy: ## How fast objects are copied into a mirror's own bucket by one worker and by two, over a link
 	@benches/copy
+
+fill: ## A volume of 10 GiB is copied into a mirror's own bucket by two workers, and every byte compared
+	@HELIOFS_BENCH_MIB=10240 HELIOFS_BENCH_RTT=50 HELIOFS_BENCH_THREADS=8 HELIOFS_BENCH_WORKERS=2 benches/copy
 
 bench-mirror: ## How far a mirror is behind over links of 50, 150 and 300 ms, and how quickly it catches up
 	@benches/mirror

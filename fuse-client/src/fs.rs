@@ -102,6 +102,8 @@ pub struct Fs {
     upload_turns: tokio::sync::Semaphore,
     /// Not while a new session takes over: what is open then must be counted exactly.
     adoption: tokio::sync::RwLock<()>,
+    /// Rung when a new session has taken over.
+    renewals: tokio::sync::Notify,
     /// Bytes that the volume's limit leaves, when last asked; 0 before.
     room: AtomicU64,
     files: Handles<FileHandle>,
@@ -154,6 +156,7 @@ impl Fs {
             packer: Packer::default(),
             upload_turns: tokio::sync::Semaphore::new(UPLOADS_MAX),
             adoption: tokio::sync::RwLock::new(()),
+            renewals: tokio::sync::Notify::new(),
             room: AtomicU64::new(0),
             files: Handles::default(),
             dirs: Handles::default(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use blockstore::{Bucket, CopyNews, SegmentStore, StoreError, StoreOptions};
 use fuse_client::fs::Fs;
-use heliofs_proto::ids::SegmentId;
+use heliofs_proto::ids::{SegmentId, VolumeId};
 use heliofs_proto::v1::StorageConfig;
 use meta_client::Session;
 use mirror_sync::check::Checker;
@@ -89,6 +89,7 @@ impl Host for MountHost {
 
 /// Both buckets, opened for copying: apart from those that reads wait for.
 pub(crate) fn open(
+    volume: VolumeId,
     storage: &StorageConfig,
     second: &StorageConfig,
     prefix: &str,
@@ -100,6 +101,7 @@ pub(crate) fn open(
         ..options.clone()
     };
     Ok(Buckets {
+        volume,
         own: Bucket::open(storage, prefix, &options)?,
         second: Bucket::open(second, prefix, &options)?,
         own_uuid: storage.uuid.clone(),

@@ -141,7 +141,9 @@ impl From<ClusterError> for Failure {
                 Self::new(format!("{peer} refused the cluster token"))
                     .hint("pass the token that the node was started with: --token-file FILE or HELIOFS_TOKEN")
             }
-            ClusterError::NotFound(message) | ClusterError::Invalid(message) => Self::new(message),
+            ClusterError::NotFound(message)
+            | ClusterError::Invalid(message)
+            | ClusterError::OtherHistory(message) => Self::new(message),
             ClusterError::Trimmed(message) => {
                 Self::new(format!("the changelog no longer reaches back that far: {message}"))
                     .hint("begin at a later position; `heliofs status` shows each volume's")

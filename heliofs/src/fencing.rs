@@ -6,7 +6,7 @@ use blockstore::StoreOptions;
 use clap::Args;
 use heliofs_proto::v1::{FenceStore, StorageConfig, UpdateVolumeRequest, Volume};
 use meta_client::Cluster;
-use mirror_sync::fence::{self, marker::Me};
+use mirror_sync::fence::{self, TakeError, marker::Me};
 
 use crate::buckets::find_keys;
 use crate::commands::format::Keys;
@@ -80,19 +80,46 @@ impl FenceAccess {
     }
 }
 
+/// Refuses at a mirror, and at a source that was superseded.
+pub(crate) fn written_here(volume: &Volume) -> Outcome {
+    match &volume.mirror {
+        None => Ok(()),
+        Some(mirror) => Err(Failure::new(format!(
+            "{} is a mirror: what fences it is said at the source",
+            volume.name
+        ))
+        .hint(format!("do it at {}/{}", mirror.source, mirror.volume))),
+    }
+}
+
+/// Refuses unless every node of the cluster says that it knows fence stores: another one would lead and write without looking.
+pub(crate) async fn known_by_all(cluster: &Cluster) -> Outcome {
+    let mut unknowing = Vec::new();
+    for (peer, status) in cluster.status_all().await {
+        match status {
+            Ok(status) if status.fences => {}
+            Ok(_) => unknowing.push(format!("{peer} is of an earlier release")),
+            Err(error) => unknowing.push(format!("{peer} does not answer: {error}")),
+        }
+    }
+    match unknowing.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::new(format!(
+            "not all metadata nodes are known to know fence stores: {}",
+            unknowing.join("; ")
+        ))
+        .hint("upgrade, start or remove them first; `heliofs raft status` shows them")),
+    }
+}
+
 /// Makes the volume's marker name this cluster, then tells the cluster to keep it.
 pub(crate) async fn fence(
     cluster: &Cluster,
     volume: &Volume,
     store: FenceStore,
 ) -> Outcome<Volume> {
-    if let Some(mirror) = &volume.mirror {
-        return Err(Failure::new(format!(
-            "{} is a mirror: what fences it is said at the source",
-            volume.name
-        ))
-        .hint(format!("do it at {}/{}", mirror.source, mirror.volume)));
-    }
+    written_here(volume)?;
+    known_by_all(cluster).await?;
     let bucket = store.store.clone().unwrap_or_default();
     let options = StoreOptions {
         deadline: Duration::from_secs(10),
@@ -124,7 +151,7 @@ pub(crate) async fn fence(
     Ok(cluster.update_volume(update).await?)
 }
 
-/// Removes the marker of the fence store that the volume has now, before it gets `next`, another one or none: a mirror that does
+/// Gives up the marker of the fence store that the volume has now, before it gets `next`, another one or none: a mirror that does
 /// not know of the change must not believe a marker that nobody renews. Until the change is made the volume is read-only.
 pub(crate) async fn give_up(
     cluster: &Cluster,
@@ -140,26 +167,27 @@ pub(crate) async fn give_up(
     }
     let unreachable = |error: &dyn std::fmt::Display| {
         Failure::new(format!(
-            "the marker in the fence store {} can't be removed: {error}",
+            "the marker in the fence store {} can't be given up: {error}",
             bucket(now)
         ))
         .hint("a mirror could be promoted by it; if that store is gone for good: --abandon-fence")
     };
     let register = fence::open(now, fence::prefix(volume)).map_err(|error| unreachable(&error))?;
-    let found = register.read().await.map_err(|error| unreachable(&error))?;
-    let Some((bytes, _)) = found else {
-        return Ok(());
+    let me = Me {
+        volume: volume.id,
+        cluster: cluster.status().await?.cluster_id,
+        epoch: volume.position.unwrap_or_default().epoch,
     };
-    let marker = fence::marker::Marker::decode(&bytes).map_err(|error| unreachable(&error))?;
-    if marker.cluster != cluster.status().await?.cluster_id {
+    match fence::give_up(&register, me).await {
+        Ok(()) => Ok(()),
         // Without its fence store this cluster would write beside that one.
-        return Err(Failure::new(format!(
+        Err(TakeError::TakenBy(marker)) => Err(Failure::new(format!(
             "{} has been taken over by the cluster at {}, with epoch {}",
             volume.name, marker.url, marker.epoch
         ))
-        .hint("`heliofs mirror rejoin` makes this one its mirror"));
+        .hint("`heliofs mirror rejoin` makes this one its mirror")),
+        Err(error) => Err(unreachable(&error)),
     }
-    register.remove().await.map_err(|error| unreachable(&error))
 }
 
 /// META-URL of a cluster, as its nodes are known to each other.

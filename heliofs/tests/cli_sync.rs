@@ -95,7 +95,7 @@ fn fill(root: &Path) -> usize {
         "e/f.h",
         "größe/日本 語",
         "plus+and %41 & more",
-        "volume/.heliofs-volume",
+        "volume/.heliofs",
     ];
     for (seed, name) in (1..).zip(names) {
         write(root, name, &noise(100 + seed as usize, seed));

@@ -109,7 +109,8 @@ impl Nodes {
         cluster.init_cluster().await.unwrap();
         for id in [2, 3] {
             let address = &nodes.relays[id - 1].address;
-            cluster.add_node(NodeId(id as u64), address).await.unwrap();
+            let node = NodeId(id as u64);
+            cluster.add_node(node, address, |_| {}).await.unwrap();
         }
         let volume = v1::VolumeCreate {
             name: VOLUME.into(),

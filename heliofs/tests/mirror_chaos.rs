@@ -1,6 +1,7 @@
-//! What readers at a mirror see while nodes on both sides are killed and frozen, the link is cut and buckets stand still: always a
-//! prefix of the source's history, never going back, no file a mixture, no read that fails. What everybody did and saw is recorded,
-//! and checked at the end (`jepsen/src/prefix.rs`).
+//! What readers at a mirror see while nodes on both sides are killed and frozen, nodes and regions cut off from each other, and
+//! buckets stand still, refuse, break off, lose answers and give wrong bytes: always a prefix of the source's history, never going
+//! back, no file a mixture, no read that fails. What everybody did and saw is recorded, and checked at the end
+//! (`jepsen/src/prefix.rs`).
 //!
 //! `HELIOFS_CHAOS_SECONDS` sets how long (40), `HELIOFS_CHAOS_SEED` which faults, `HELIOFS_CHAOS_HISTORY` where the record goes.
 
@@ -23,7 +24,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use support::cluster::HELIOFS;
 use support::mirror::{assert_mirror_equal, catch_up, mirror_of, tree};
-use support::{Cluster, Mount, Process, Relay, S3, scratch};
+use support::{Cluster, Fault, FaultyS3, Lan, Mount, Process, Relay, S3, scratch};
 
 const VOLUME: &str = "history";
 
@@ -156,15 +157,62 @@ impl Reader {
     }
 }
 
+/// What may happen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Nemesis {
+    KillSourceNode,
+    KillMirrorNode,
+    FreezeSourceLeader,
+    FreezeMirrorLeader,
+    IsolateSourceLeader,
+    CutLinks,
+    FreezeSourceBucket,
+    FreezeMirrorBucket,
+    FaultySourceBucket(Fault),
+    FaultyMirrorBucket(Fault),
+    KillWorker,
+}
+
+impl Nemesis {
+    const ALL: [Self; 17] = [
+        Self::KillSourceNode,
+        Self::KillMirrorNode,
+        Self::FreezeSourceLeader,
+        Self::FreezeMirrorLeader,
+        Self::IsolateSourceLeader,
+        Self::CutLinks,
+        Self::FreezeSourceBucket,
+        Self::FreezeMirrorBucket,
+        Self::FaultySourceBucket(Fault::SlowDown),
+        Self::FaultySourceBucket(Fault::WrongBytes),
+        Self::FaultySourceBucket(Fault::ShortBody),
+        Self::FaultyMirrorBucket(Fault::SlowDown),
+        Self::FaultyMirrorBucket(Fault::WrongBytes),
+        Self::FaultyMirrorBucket(Fault::ShortBody),
+        Self::FaultyMirrorBucket(Fault::Reset),
+        Self::FaultyMirrorBucket(Fault::LostAnswer),
+        Self::KillWorker,
+    ];
+}
+
+/// Of requests to a faulty bucket, so many go wrong.
+const FAULTS: f64 = 0.3;
+
 /// Both regions, and what may happen to them.
 struct World {
     history: Arc<Recorder>,
     source: Cluster,
     mirror: Cluster,
+    /// The source's nodes are its hosts.
+    lan: Lan,
     links: Vec<Relay>,
-    buckets: Vec<S3>,
+    /// The source's and the mirror's, and what the mirror's region reaches them through.
+    buckets: [S3; 2],
+    faulty: [FaultyS3; 2],
     worker: Process,
     worker_of: Box<dyn Fn() -> Process>,
+    /// Packets that vanished.
+    dropped: u64,
 }
 
 fn pause(process: &Process, time: Duration) {
@@ -173,46 +221,45 @@ fn pause(process: &Process, time: Duration) {
     process.signal(Signal::SIGCONT);
 }
 
+fn fail(bucket: &FaultyS3, fault: Fault, time: Duration) {
+    bucket.set(Some((fault, FAULTS)));
+    thread::sleep(time);
+    bucket.set(None);
+}
+
 impl World {
-    fn one_fault(&mut self, random: &mut StdRng) {
+    fn one_fault(&mut self, fault: Nemesis, random: &mut StdRng) {
         let time = Duration::from_millis(random.random_range(500..2500));
         let node = random.random_range(0..3);
-        let fault = random.random_range(0..8);
-        let name = [
-            "a node of the source is killed",
-            "a node of the mirror is killed",
-            "the source's leader is frozen",
-            "the mirror's leader is frozen",
-            "the links are cut",
-            "the source's bucket is frozen",
-            "the mirror's bucket is frozen",
-            "the worker is killed",
-        ][fault];
-        let what = format!("{name} (node {node}, {time:?})");
+        let what = format!("{fault:?} (node {node}, {time:?})");
         self.history
             .record("nemesis", Kind::Info, Op::Fault { what }, None)
             .unwrap();
         match fault {
-            0 | 1 => {
-                let cluster = if fault == 0 {
-                    &mut self.source
-                } else {
-                    &mut self.mirror
+            Nemesis::KillSourceNode | Nemesis::KillMirrorNode => {
+                let cluster = match fault {
+                    Nemesis::KillSourceNode => &mut self.source,
+                    _ => &mut self.mirror,
                 };
                 cluster.kill_node(node);
                 thread::sleep(time);
                 cluster.start_node(node);
             }
-            2 | 3 => {
-                let cluster = if fault == 2 {
-                    &self.source
-                } else {
-                    &self.mirror
+            Nemesis::FreezeSourceLeader | Nemesis::FreezeMirrorLeader => {
+                let cluster = match fault {
+                    Nemesis::FreezeSourceLeader => &self.source,
+                    _ => &self.mirror,
                 };
                 let leader = cluster.leader();
                 pause(cluster.nodes[leader].process.as_ref().unwrap(), time);
             }
-            4 => {
+            Nemesis::IsolateSourceLeader => {
+                self.lan.isolate(self.source.leader());
+                thread::sleep(time);
+                self.dropped += self.lan.dropped();
+                self.lan.heal();
+            }
+            Nemesis::CutLinks => {
                 for link in &self.links {
                     link.cut();
                 }
@@ -221,8 +268,11 @@ impl World {
                     link.heal();
                 }
             }
-            5 | 6 => pause(&self.buckets[fault - 5].process, time),
-            _ => {
+            Nemesis::FreezeSourceBucket => pause(&self.buckets[0].process, time),
+            Nemesis::FreezeMirrorBucket => pause(&self.buckets[1].process, time),
+            Nemesis::FaultySourceBucket(fault) => fail(&self.faulty[0], fault, time),
+            Nemesis::FaultyMirrorBucket(fault) => fail(&self.faulty[1], fault, time),
+            Nemesis::KillWorker => {
                 self.worker.kill();
                 self.worker = (self.worker_of)();
             }
@@ -238,7 +288,8 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
     let seconds = setting("HELIOFS_CHAOS_SECONDS", 40);
     let seed = setting("HELIOFS_CHAOS_SEED", 1);
     let (theirs, ours) = (S3::start(), S3::start());
-    let source = Cluster::start();
+    let lan = Lan::new(3);
+    let source = Cluster::in_lan(&lan, &[]);
     source.format_s3(VOLUME, &theirs, &[]);
     let trip = Duration::from_millis(10);
     let mut links: Vec<Relay> = source
@@ -248,14 +299,15 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         .collect();
     let peers: Vec<String> = links.iter().map(Relay::address).collect();
     let mirror = mirror_of(&source, &format!("helio://{}", peers.join(",")), 3, &[]);
-    let bucket = Relay::start(theirs.url.trim_start_matches("http://"), trip);
+    let faulty = [&theirs, &ours].map(|bucket| FaultyS3::start(&bucket.url, seed));
+    let bucket = Relay::start(faulty[0].url().trim_start_matches("http://"), trip);
     let theirs_from_here = theirs
         .bucket_url(VOLUME)
         .replace(&theirs.url, &format!("http://{}", bucket.address()));
     links.push(bucket);
     catch_up(&source, &mirror, VOLUME);
     let url = mirror.volume_url(VOLUME);
-    let own = ours.bucket_url("ours");
+    let own = ours.bucket_url("ours").replace(&ours.url, &faulty[1].url());
     mirror
         .run_with(&["mirror", "bucket", &url, "--bucket", &own], |command| {
             ours.keys(command)
@@ -306,16 +358,32 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         history: history.clone(),
         source,
         mirror,
+        lan,
         links,
-        buckets: vec![theirs, ours],
+        buckets: [theirs, ours],
+        faulty,
+        dropped: 0,
         worker: worker_of(),
         worker_of,
     };
     let mut random = StdRng::seed_from_u64(seed);
     let until = Instant::now() + Duration::from_secs(seconds);
-    while Instant::now() < until {
-        world.one_fault(&mut random);
+    // Each once before any comes again.
+    let mut left: Vec<Nemesis> = Vec::new();
+    let mut met = HashSet::new();
+    while Instant::now() < until || met.len() < Nemesis::ALL.len() {
+        if left.is_empty() {
+            left = Nemesis::ALL.to_vec();
+        }
+        let fault = left.swap_remove(random.random_range(0..left.len()));
+        met.insert(format!("{fault:?}"));
+        world.one_fault(fault, &mut random);
         thread::sleep(Duration::from_millis(random.random_range(200..1500)));
+    }
+    assert!(world.dropped > 0, "cutting off a leader hit nothing");
+    for bucket in &world.faulty {
+        let (requests, faults) = bucket.take_counts();
+        assert!(faults > 0, "none of {requests} requests went wrong");
     }
     writer.end();
     let token = world

@@ -166,13 +166,31 @@ fn of_two_regions_that_are_cut_apart_only_one_acknowledges() {
     assert_eq!(refused_there.acknowledged.len(), 0);
     let written = mirror.mount("fenced");
     let after = Clocked::start(&written.path, "mirror");
-    // Sessions of the source are over at once: the time-out of 30 s has not passed.
-    let left = sessions(&mirror);
-    for session in &of_source {
-        assert!(!left.contains(session), "{session} is left: {left:?}");
-    }
+    // Sessions of the source are over long before the time-out of 30 s.
+    wait_for(
+        "the end of the source's sessions",
+        Duration::from_secs(10),
+        || {
+            let left = sessions(&mirror);
+            let over = of_source.iter().all(|session| !left.contains(session));
+            over.then_some(())
+        },
+    );
     std::thread::sleep(Duration::from_secs(3));
     to_fence.heal();
+    // Whether it has heard by now or not: it may neither do without its fence store nor take another one.
+    let here_url = source.volume_url("fenced");
+    let other = format!("{}/other-fence", s3.url);
+    for store in ["none", other.as_str()] {
+        let config = ["config", &here_url, "--fence-store", store];
+        let refused = source.run_with(&config, |command| s3.keys(command));
+        assert_eq!(refused.code, 1, "{refused:?}");
+        let why = ["has been taken over by the cluster at", "is a mirror"];
+        assert!(
+            why.iter().any(|why| refused.err.contains(why)),
+            "{refused:?}"
+        );
+    }
     // It hears who has taken over, and that is in its log.
     let told = wait_for_status(&source, "fenced", "the source's demotion", |status| {
         status["state"] == "stopped"
@@ -399,4 +417,114 @@ fn without_a_fence_store_each_divergent_change_is_exported_and_none_is_merged() 
         assert_eq!(fs::read(there.join(file)).unwrap(), file.as_bytes());
     }
     assert_eq!(fs::read(there.join("shared")).unwrap(), b"before");
+}
+
+/// Whoever changes the fence store leaves nothing behind that a mirror could be promoted by, and the mirror learns of it.
+#[test]
+fn a_fence_store_that_was_changed_fences_no_more() {
+    let s3 = S3::start();
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    let (first, second) = (format!("{}/fence", s3.url), format!("{}/fence-two", s3.url));
+    format_fenced(&source, "fenced", &s3, &first, "2s");
+    let link = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let through = format!("helio://{}", link.address());
+    let mirror = mirror_of(&source, &through, 1, &[]);
+    catch_up(&source, &mirror, "fenced");
+    assert_eq!(mirror.volume("fenced")["fence_store"], first.as_str());
+    let here = source.mount("fenced");
+    let load = Load::start(&here.path, 1);
+    load.wait_for_more(5, Duration::from_secs(60));
+    let change = |cluster: &Cluster, store: &str| {
+        let url = cluster.volume_url("fenced");
+        let config = [
+            "config",
+            &url,
+            "--fence-store",
+            store,
+            "--fence-lease",
+            "2s",
+        ];
+        let ran = cluster.run_with(&config, |command| s3.keys(command));
+        ran.success();
+    };
+    change(&source, &second);
+    // It is written again as soon as the new marker is kept.
+    wait_for("writing", Duration::from_secs(30), || {
+        fs::write(here.join("changed"), "x").ok()
+    });
+    let known = |store: Option<&str>| {
+        wait_for(
+            "the mirror's hearing of it",
+            Duration::from_secs(30),
+            || {
+                let volume = mirror.volume("fenced");
+                (volume["fence_store"].as_str() == store).then_some(())
+            },
+        );
+    };
+    known(Some(&second));
+    change(&source, "none");
+    known(None);
+    change(&source, &second);
+    known(Some(&second));
+    load.stop();
+    catch_up(&source, &mirror, "fenced");
+    // Somebody who believes in the first one, while the source lives on.
+    link.cut();
+    let far = mirror.volume_url("fenced");
+    let promote = ["mirror", "promote", &far, "--force", "--json"];
+    let mut by_first = promote.to_vec();
+    by_first.extend(["--fence-store", &first, "--fence-lease", "2s"]);
+    let refused = mirror.run_with(&by_first, |command| s3.keys(command));
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(refused.err.contains("there is no marker"), "{refused:?}");
+    fs::write(here.join("still"), "x").unwrap();
+    // By the one that it has, once the source is dead.
+    source.kill_node(0);
+    drop(here);
+    let promoted = mirror.run(&promote).success().json();
+    assert_eq!(promoted["fenced"], true, "{promoted}");
+    let there = mirror.mount("fenced");
+    fs::write(there.join("new"), "x").unwrap();
+    // What was given up can be used again.
+    change(&mirror, &first);
+    wait_for("writing", Duration::from_secs(30), || {
+        fs::write(there.join("again"), "x").ok()
+    });
+    there.unmount();
+}
+
+/// Data that waits under a write lease while the fence store is away is kept, and so is the lease: whoever looks at the file
+/// waits for it, and does not see the file without it.
+#[test]
+fn a_lease_is_not_returned_without_its_data_while_the_volume_is_read_only() {
+    let s3 = S3::start();
+    let to_fence = s3_relay(&s3);
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    let fence = format!("http://{}/fence", to_fence.address());
+    format_fenced(&source, "fenced", &s3, &fence, "2s");
+    let never = ["--flush-age", "60s"];
+    let (one, two) = (
+        support::Mount::of(&source, "fenced", &never),
+        support::Mount::of(&source, "fenced", &never),
+    );
+    let content = vec![6; 200_000];
+    fs::write(one.join("kept"), &content).unwrap();
+    to_fence.cut();
+    wait_for("the first refusal", Duration::from_secs(30), || {
+        refused(&two.path).then_some(())
+    });
+    let path = two.join("kept");
+    let reader = std::thread::spawn(move || (fs::read(path), Instant::now()));
+    // Longer than a flush that is refused takes, and shorter than anybody gives up.
+    std::thread::sleep(Duration::from_secs(5));
+    assert!(!reader.is_finished(), "it saw the file without its data");
+    let healed = Instant::now();
+    to_fence.heal();
+    let (read, at) = reader.join().unwrap();
+    assert!(read.unwrap() == content, "it saw something else");
+    assert!(at > healed);
+    let file = File::open(one.join("kept")).unwrap();
+    file.sync_all().unwrap();
+    assert_eq!(fs::read(one.join("kept")).unwrap(), content);
 }

@@ -6,10 +6,12 @@ mod support;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::path::Path;
 use std::time::Duration;
 
+use support::cluster::HELIOFS;
 use support::mirror::{assert_mirror_equal, catch_up, mirror_of, wait_for_status};
-use support::{Cluster, Load, Mount, wait_for};
+use support::{Cluster, Load, Mount, Process, Relay, wait_for};
 
 #[test]
 fn a_planned_promotion_loses_nothing_and_can_be_undone_the_same_way() {
@@ -177,6 +179,161 @@ fn a_forced_promotion_needs_a_dead_source_and_says_so() {
 }
 
 #[test]
+fn a_mirror_that_does_not_get_there_is_not_promoted_and_the_source_is_written_again() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("stays", &["--deletion-grace", "0s"]);
+    let mount = source.mount("stays");
+    let write = |name: &str| {
+        let mut file = File::create(mount.join(name))?;
+        file.write_all(name.as_bytes())?;
+        file.sync_all()
+    };
+    write("first").unwrap();
+    let relay = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let far_source = format!("helio://{}", relay.address());
+    let mirror = mirror_of(&source, &far_source, 1, &[]);
+    let third = mirror_of(&mirror, &mirror.url(), 1, &[]);
+    catch_up(&source, &mirror, "stays");
+    let (near, far) = (source.volume_url("stays"), mirror.volume_url("stays"));
+    wait_for("the mirror's mirror", Duration::from_secs(60), || {
+        let token = source.run(&["mirror", "token", &near]).success();
+        let url = third.volume_url("stays");
+        let ran = third.run(&["mirror", "wait", &url, token.out.trim(), "--timeout", "20s"]);
+        (ran.code == 0).then_some(())
+    });
+    // What is not written at a mirror is not the mirror's to hand over.
+    let chained = third.run(&["mirror", "promote", &third.volume_url("stays")]);
+    chained.failure(1, "is a mirror of");
+    write("after-the-chain").unwrap();
+
+    // Cut off, it can't get the last entries: the source gives up and takes the volume back.
+    relay.cut();
+    write("not-at-the-mirror").unwrap();
+    let promote = ["mirror", "promote", &far, "--source", &near, "--timeout"];
+    let token = source.token_file.to_str().unwrap();
+    let late = mirror.run(&[&promote[..], &["2s", "--source-token-file", token]].concat());
+    late.failure(1, "the source is written again");
+    wait_for("the source's next change", Duration::from_secs(30), || {
+        write("again").ok()
+    });
+    let epoch = |region: &Cluster| {
+        let volume = region.volume("stays");
+        let position = volume["position"].as_str().unwrap();
+        let (epoch, _) = position.split_once(':').unwrap();
+        epoch.parse::<u32>().unwrap()
+    };
+    assert_eq!(epoch(&source), 2);
+
+    // Killed in between, the command leaves a source that its own META-URL makes writable.
+    let log = source.directory.join("killed.log");
+    relay.heal();
+    catch_up(&source, &mirror, "stays");
+    relay.cut();
+    write("not-there-either").unwrap();
+    let mut killed = Process::start("promote", &log, Path::new(HELIOFS), |command| {
+        let tokens = [&mirror.token_file, &source.token_file];
+        command.args(promote).arg("60s");
+        command.arg("--token-file").arg(tokens[0]);
+        command.arg("--source-token-file").arg(tokens[1]);
+    });
+    wait_for("the hand-over", Duration::from_secs(30), || {
+        let refused = File::create(mount.join("refused")).err()?;
+        (refused.raw_os_error() == Some(30)).then_some(())
+    });
+    killed.kill();
+    source.run(&["mirror", "promote", &near]).success();
+    wait_for("the source's next change", Duration::from_secs(30), || {
+        write("once-more").ok()
+    });
+    assert_eq!(epoch(&source), 4);
+    relay.heal();
+    catch_up(&source, &mirror, "stays");
+    mirror
+        .run(&[&promote[..5], &["--source-token-file", token]].concat())
+        .success();
+    assert_eq!(epoch(&mirror), 5);
+    // Now it is written there, and does not come back by the same command.
+    let back = source.run(&["mirror", "promote", &near]);
+    back.failure(1, "is written there");
+    let moved = mirror.mount("stays");
+    for name in [
+        "first",
+        "after-the-chain",
+        "not-at-the-mirror",
+        "again",
+        "not-there-either",
+        "once-more",
+    ] {
+        assert_eq!(fs::read_to_string(moved.join(name)).unwrap(), name);
+    }
+    moved.unmount();
+    mount.unmount();
+}
+
+#[test]
+fn a_source_that_lives_on_deletes_nothing_that_the_later_epoch_refers_to() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("shared", &["--deletion-grace", "0s", "--trash-days", "0"]);
+    let mount = source.mount("shared");
+    let content = vec![7; 300_000];
+    for name in ["kept", "probe"] {
+        let mut file = File::create(mount.join(name)).unwrap();
+        file.write_all(&content).unwrap();
+        file.sync_all().unwrap();
+    }
+    let relay = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let far_source = format!("helio://{}", relay.address());
+    let mirror = mirror_of(&source, &far_source, 1, &["--mirror-name", "far"]);
+    catch_up(&source, &mirror, "shared");
+    // Nothing of the source is heard of, though it is alive, and somebody swears that it is dead.
+    relay.cut();
+    let far = mirror.volume_url("shared");
+    let force = [
+        "mirror",
+        "promote",
+        &far,
+        "--force",
+        "--i-know-the-source-is-dead",
+    ];
+    mirror.run(&force).success();
+    // The source gives up on its mirror, and would delete what its own files do not refer to any more.
+    let near = source.volume_url("shared");
+    source.run(&["mirror", "delete", &near, "far"]).success();
+    fs::remove_file(mount.join("kept")).unwrap();
+    wait_for(
+        "the mount to meet the epoch",
+        Duration::from_secs(60),
+        || {
+            let log = mount.process.log();
+            log.contains("is written in epoch 1 in another region")
+                .then_some(())
+        },
+    );
+    let moved = mirror.mount("shared");
+    assert!(fs::read(moved.join("kept")).unwrap() == content);
+    // Where it is written, what dies is deleted.
+    let bucket = source.directory.join("bucket/shared");
+    let objects = || {
+        let below = fs::read_dir(&bucket)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let groups = below.filter(|path| path.is_dir());
+        groups
+            .map(|path| fs::read_dir(path).unwrap().count())
+            .sum::<usize>()
+    };
+    let before = objects();
+    assert!(before >= 2, "{before}");
+    fs::remove_file(moved.join("kept")).unwrap();
+    fs::remove_file(moved.join("probe")).unwrap();
+    wait_for("deletions", Duration::from_secs(60), || {
+        (objects() < before).then_some(())
+    });
+    moved.unmount();
+    mount.unmount();
+}
+
+#[test]
 fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     let source = Cluster::with_dirs(1, |_, _| None, &[]);
     source.format_file("follows", &[]);
@@ -185,7 +342,8 @@ fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     File::open(here.join("old")).unwrap().sync_all().unwrap();
     let mirror = mirror_of(&source, &source.url(), 1, &[]);
     catch_up(&source, &mirror, "follows");
-    let there = Mount::of(&mirror, "follows", &["--follow-promotion"]);
+    let flags = ["--follow-promotion", "--compact-interval", "500ms"];
+    let there = Mount::of(&mirror, "follows", &flags);
     assert_eq!(fs::read(there.join("old")).unwrap(), vec![3; 50_000]);
     let refused = |outcome: std::io::Result<()>| {
         let error = outcome.unwrap_err();
@@ -221,6 +379,19 @@ fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     content.extend(vec![3; 30_000]);
     assert_eq!(fs::read(fresh.join("renamed")).unwrap(), content);
     drop(reading);
+    // It does what a mount of a source does in the background, too.
+    let sparse = File::create_new(there.join("sparse")).unwrap();
+    for length in [3_000_000, 2_500_000] {
+        let bytes = vec![8; length];
+        std::os::unix::fs::FileExt::write_all_at(&sparse, &bytes, 0).unwrap();
+        sparse.sync_all().unwrap();
+    }
+    drop(sparse);
+    wait_for("a compaction", Duration::from_secs(60), || {
+        let log = there.process.log();
+        log.contains("compacted sparse segments").then_some(())
+    });
+    assert_eq!(fs::read(there.join("sparse")).unwrap(), vec![8; 3_000_000]);
     fresh.unmount();
     there.unmount();
 }

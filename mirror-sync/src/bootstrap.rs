@@ -3,7 +3,9 @@
 
 use heliofs_proto::ids::VolumeId;
 use heliofs_proto::v1::{self, local_command::Op, log_item::Item};
-use meta_core::limits::CORE_LEVEL_MAX;
+use meta_core::keys::Tag;
+use meta_core::limits::core_level_known;
+use meta_core::records::{Record, SettingsRecord};
 use prost::Message;
 
 use crate::follow::{Failed, Follower};
@@ -16,6 +18,18 @@ fn local(op: Op) -> Item {
     Item::Local(v1::LocalCommand { op: Some(op) })
 }
 
+/// Whether this build can apply what comes under these settings.
+fn known(settings: Option<&v1::VolumeSettings>) -> Result<(), Failed> {
+    let level = settings.map_or(0, |settings| settings.core_level);
+    match level > core_level_known() {
+        false => Ok(()),
+        true => Err(Failed::Upgrade(format!(
+            "upgrade me: the source works with core level {level}, this build knows {}",
+            core_level_known()
+        ))),
+    }
+}
+
 impl Follower {
     /// Loads the volume; returns its id.
     pub(crate) async fn load(&mut self) -> Result<VolumeId, Failed> {
@@ -25,13 +39,9 @@ impl Follower {
             None => return Err(Failed::retry("the copy does not begin with what it is of")),
         };
         let record = begin.volume.unwrap_or_default();
-        let level = record.settings.map_or(0, |settings| settings.core_level);
-        if level > CORE_LEVEL_MAX {
-            return Err(Failed::Upgrade(format!(
-                "upgrade me: the source works with core level {level}, this build knows {CORE_LEVEL_MAX}"
-            )));
-        }
+        known(record.settings.as_ref())?;
         let volume = VolumeId(record.id);
+        let source_cluster = self.source.status().await?.cluster_id;
         tracing::info!(
             volume = self.names.local, peer = copy.peer(), position = ?begin.position,
             "loading a copy of the volume"
@@ -52,6 +62,8 @@ impl Follower {
                 volume: self.names.source.clone(),
                 slot: self.names.slot.clone(),
                 prefix,
+                source_cluster,
+                source_epoch: begin.position.map_or(0, |position| position.epoch),
                 ..Default::default()
             }),
         });
@@ -79,6 +91,12 @@ impl Follower {
         let mut bytes = 0;
         while let Some(frame) = copy.next().await? {
             for record in frame.records {
+                // A source of an earlier release says at the beginning how the volume was created.
+                if Tag::of(&record.key) == Some(Tag::Settings) {
+                    let settings = SettingsRecord::decode(&record.key, &record.value);
+                    let settings = settings.map_err(|error| Failed::retry(error.to_string()))?;
+                    known(Some(&settings.0))?;
+                }
                 bytes += record.encoded_len();
                 part.records.push(record);
                 if bytes >= PART_BYTES {

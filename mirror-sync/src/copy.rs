@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockstore::{Bucket, CopyNews, Kind, StoreError};
 use bytes::Bytes;
-use heliofs_proto::ids::SegmentId;
+use heliofs_proto::ids::{SegmentId, VolumeId};
 use heliofs_proto::v1;
 use meta_client::{ClientError, Session};
 use object_store::PutPayload;
@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use crate::repack::repack;
 
 /// Before the leader is asked again when it had nothing, and when it could not be asked.
 const IDLE: Duration = Duration::from_millis(250);
@@ -40,6 +42,8 @@ const DELETION_PAUSE: Duration = Duration::from_secs(5);
 /// Two buckets of one volume.
 #[derive(Debug)]
 pub struct Buckets {
+    /// Whose objects are in them.
+    pub volume: VolumeId,
     /// This region's.
     pub own: Bucket,
     /// The source region's.
@@ -61,6 +65,8 @@ pub struct CopyProgress {
     pub pulled_bytes: u64,
     /// Segments that were found in this region's bucket already.
     pub found_segments: u64,
+    /// Segments of those copied that were built from what they were made of, which was in this region's bucket.
+    pub repacked_segments: u64,
     /// Segments that could not be had.
     pub bad_segments: u64,
     /// Missing segments that were leased to others, or waited, when the leader was last asked.
@@ -97,11 +103,20 @@ pub struct Copier {
     pause: Duration,
 }
 
+/// Where a stored object came from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whence {
+    /// It was there.
+    Found,
+    /// It was pulled, here or by a read.
+    Pulled,
+    /// It was built from others that were there.
+    Repacked,
+}
+
 /// How a task ended.
 enum Ended {
-    Stored {
-        found: bool,
-    },
+    Stored(Whence),
     Bad(String),
     /// Left for later, or for others: its lease runs out.
     Later(StoreError),
@@ -175,7 +190,7 @@ impl Copier {
                 }
             }
             while under_way.len() < self.parallel
-                && let Some(task) = queue.pop_front()
+                && let Some(task) = self.next_task(&mut queue)
             {
                 let object = self.pulled.remove(&SegmentId(task.segment));
                 under_way.spawn(copy(Arc::clone(&self.buckets), task, object));
@@ -200,6 +215,7 @@ impl Copier {
                 Some(done) = under_way.join_next(), if !under_way.is_empty() => match done {
                     Ok(done) => {
                         self.under_way.remove(&done.task.segment);
+                        self.pulled.remove(&SegmentId(done.task.segment));
                         if self.take(done) {
                             self.pause = IDLE;
                         } else {
@@ -224,6 +240,13 @@ impl Copier {
         }
     }
 
+    /// The next one to begin: whose object a read has brought, else the oldest.
+    fn next_task(&self, queue: &mut VecDeque<v1::CopyTask>) -> Option<v1::CopyTask> {
+        let brought = |task: &v1::CopyTask| self.pulled.contains_key(&SegmentId(task.segment));
+        let at = queue.iter().position(brought).unwrap_or(0);
+        queue.remove(at)
+    }
+
     fn report_is_due(&self, now: Instant) -> bool {
         let news = self.report.stored.len() + self.report.bad.len() + self.report.lost.len();
         news >= REPORT_MAX
@@ -238,7 +261,11 @@ impl Copier {
             ..v1::CopyReport::default()
         };
         let report = std::mem::replace(&mut self.report, empty);
-        let wanted = std::mem::take(&mut self.wanted);
+        // Without room for them they would be refused, and their bytes lost.
+        let wanted = match max {
+            0 => Vec::new(),
+            _ => std::mem::take(&mut self.wanted),
+        };
         let stored: Vec<u64> = report.stored.clone();
         let working = self.under_way.iter().copied().collect();
         let session = self.host.session();
@@ -254,7 +281,9 @@ impl Copier {
                 self.progress.waiting = copies.waiting;
                 // What somebody else copies, or is copied already, needs no object of ours.
                 for segment in wanted {
-                    if !copies.tasks.iter().any(|task| task.segment == segment.0) {
+                    let ours = self.under_way.contains(&segment.0)
+                        || copies.tasks.iter().any(|task| task.segment == segment.0);
+                    if !ours {
                         self.pulled.remove(&segment);
                     }
                 }
@@ -263,7 +292,7 @@ impl Copier {
             Err(error) => {
                 // Reported again: nothing that is reported twice counts twice, but for the bytes.
                 self.report = report;
-                self.wanted = wanted;
+                self.wanted.extend(wanted);
                 Err(error)
             }
         }
@@ -275,7 +304,10 @@ impl Copier {
                 self.count_pulled(object.len() as u64);
                 if self.pulled.len() < self.parallel * 2 {
                     self.pulled.insert(segment, object);
-                    self.wanted.push(segment);
+                    // One that waits here is leased to us already.
+                    if !self.under_way.contains(&segment.0) {
+                        self.wanted.push(segment);
+                    }
                 }
             }
             CopyNews::Lost { segment, replace } => {
@@ -305,10 +337,11 @@ impl Copier {
         } = done;
         self.count_pulled(pulled);
         match ended {
-            Ended::Stored { found } => {
+            Ended::Stored(whence) => {
                 self.progress.copied_segments += 1;
                 self.progress.copied_bytes += task.length;
-                self.progress.found_segments += u64::from(found);
+                self.progress.found_segments += u64::from(whence == Whence::Found);
+                self.progress.repacked_segments += u64::from(whence == Whence::Repacked);
                 self.report.stored.push(task.segment);
             }
             Ended::Bad(reason) => {
@@ -340,7 +373,7 @@ async fn hear(news: &mut Option<mpsc::Receiver<CopyNews>>) -> CopyNews {
     std::future::pending().await
 }
 
-fn is_whole(task: &v1::CopyTask, object: &Bytes) -> bool {
+pub(crate) fn is_whole(task: &v1::CopyTask, object: &Bytes) -> bool {
     object.len() as u64 == task.length && crc32fast::hash(object) == task.checksum
 }
 
@@ -367,22 +400,29 @@ async fn copied(
     let mut replace = task.replace;
     if task.look {
         match buckets.own.get_about(&name, task.length).await {
-            Ok(there) if is_whole(task, &there) => return Ok(Ended::Stored { found: true }),
+            Ok(there) if is_whole(task, &there) => return Ok(Ended::Stored(Whence::Found)),
             Ok(_) => replace = true,
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
+    let mut whence = Whence::Pulled;
     let object = match object.filter(|object| is_whole(task, object)) {
         Some(object) => object,
-        None => match pull(buckets, task, &name, pulled).await? {
-            Ok(object) => object,
-            Err(reason) => return Ok(Ended::Bad(reason)),
+        None => match repack(buckets, task, pulled).await? {
+            Some(object) => {
+                whence = Whence::Repacked;
+                object
+            }
+            None => match pull(buckets, task, &name, pulled).await? {
+                Ok(object) => object,
+                Err(reason) => return Ok(Ended::Bad(reason)),
+            },
         },
     };
     if replace {
         buckets.own.put(&name, object).await?;
-        return Ok(Ended::Stored { found: false });
+        return Ok(Ended::Stored(whence));
     }
     let payload = PutPayload::from_bytes(object.clone());
     match buckets.own.put_new(&name, payload, task.checksum).await {
@@ -393,7 +433,7 @@ async fn copied(
         }
         Err(error) => return Err(error),
     }
-    Ok(Ended::Stored { found: false })
+    Ok(Ended::Stored(whence))
 }
 
 /// The whole object, verified; or why the second bucket does not have it.
@@ -425,10 +465,14 @@ async fn pull(
             Err(error) if error.kind() == Kind::NotFound => {
                 "the source's bucket does not have it".clone_into(&mut reason);
             }
+            // This object alone (archived, forbidden), if the marker can be read.
+            Err(error) if error.kind() == Kind::Denied => {
+                reason = format!("the source's bucket does not give it: {error}");
+            }
             Err(error) => return Err(error),
         }
     }
-    // Of another bucket, or of one that was emptied, nothing can be said.
+    // Of another bucket, or of one that was emptied, or that gives nothing, nothing can be said.
     buckets.second.check_marker(&buckets.second_uuid).await?;
     Ok(Err(reason))
 }
@@ -439,8 +483,19 @@ pub async fn delete_dead(own: Bucket, host: Arc<dyn Host>, stop: CancellationTok
     loop {
         let taken = host.session().take_deletions(DELETIONS, &done).await;
         let pause = match taken {
-            Ok((taken, _)) => {
+            Ok((taken, _)) if taken.is_empty() => {
                 done.clear();
+                DELETION_PAUSE
+            }
+            Ok((taken, epoch)) => {
+                done.clear();
+                if let Err(error) = own.check_epoch(epoch).await {
+                    tracing::warn!(%error, "dead segments are left alone");
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(DELETION_PAUSE) => continue,
+                    }
+                }
                 for segment in &taken {
                     match own.delete(&segment.object_name()).await {
                         Ok(()) => done.push(*segment),
@@ -450,10 +505,7 @@ pub async fn delete_dead(own: Bucket, host: Arc<dyn Host>, stop: CancellationTok
                         }
                     }
                 }
-                match taken.is_empty() {
-                    true => DELETION_PAUSE,
-                    false => Duration::ZERO,
-                }
+                Duration::ZERO
             }
             Err(error) => {
                 tracing::debug!(%error, "no dead segments to be had");

@@ -35,6 +35,9 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Before another look at what only an operator, an upgrade or the source can change.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
+/// The same trouble is logged again after this time.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
 /// Without a word from the source for this long, it counts as cut off; beats come every second.
 const CUT_OFF: Duration = Duration::from_secs(5);
 
@@ -65,6 +68,10 @@ impl From<ClusterError> for Failed {
     fn from(error: ClusterError) -> Self {
         match error {
             ClusterError::Trimmed(why) => Self::Load(why),
+            // Not loaded by itself: perhaps it is the source that lost something, and what is here is the last copy of it.
+            ClusterError::OtherHistory(why) => Self::Refused(format!(
+                "source: {why}; if its history is the right one, `heliofs mirror reload` takes it"
+            )),
             error @ (ClusterError::NotFound(_) | ClusterError::TokenRefused { .. }) => {
                 Self::Refused(format!("source: {error}"))
             }
@@ -125,6 +132,8 @@ impl Follower {
     /// Runs until dropped, or until another node leads.
     pub(crate) async fn run(mut self) {
         let mut must_load = false;
+        // The last trouble that was logged.
+        let mut told: Option<(&'static str, String, Instant)> = None;
         loop {
             let failed = match self.turn(must_load).await {
                 Err(failed) => failed,
@@ -145,8 +154,13 @@ impl Follower {
                     ("stopped", why, LOOK_AGAIN)
                 }
             };
-            if self.says.doing != doing || self.says.detail != why {
+            // What stays as it is is tried again every second or two.
+            let again = told.as_ref().is_some_and(|(last, reason, at)| {
+                *last == doing && *reason == why && at.elapsed() < TELL_AGAIN
+            });
+            if !again {
                 tracing::warn!(volume = self.names.local, why, "the mirror is {doing}");
+                told = Some((doing, why.clone(), Instant::now()));
             }
             self.say(doing, why);
             let until = Instant::now() + rest;
@@ -185,25 +199,63 @@ impl Follower {
                     self.names.local, mirror.volume, mirror.source
                 )));
             }
-            if mirror.state() == MirrorState::Stopped {
+            if mirror.state() == MirrorState::Stopped && !mirror.reload {
                 self.says.doing = "stopped".to_owned();
                 self.says.detail.clone_from(&mirror.reason);
                 return Err(Failed::Diverges(mirror.reason.clone()));
             }
         }
-        let loaded = mirror.is_some_and(|mirror| mirror.state() == MirrorState::Following);
+        let following = mirror.filter(|mirror| mirror.state() == MirrorState::Following);
+        if let (Some(mirror), Some(local)) = (following, &local) {
+            self.is_of_this_history(local, mirror).await?;
+        }
         let slot = self.slot(cluster_id, false).await?;
         let lost = !slot.invalid.is_empty();
-        let volume = if must_load || !loaded || lost {
+        let volume = if must_load || following.is_none() || lost {
             if lost || must_load {
                 self.slot(cluster_id, true).await?;
             }
-            self.load().await?
+            let volume = self.load().await?;
+            // What was heard before may be of another history.
+            self.lag = Lag::default();
+            volume
         } else {
             VolumeId(slot.volume)
         };
         self.says.volume = volume.0;
         self.follow(volume, slot.paused, cluster_id).await
+    }
+
+    /// Whether the source is still what was loaded, or came after it: what else answers under its name must not replace what
+    /// may be the last copy.
+    async fn is_of_this_history(
+        &self,
+        local: &v1::Volume,
+        mirror: &v1::MirrorOf,
+    ) -> Result<(), Failed> {
+        let theirs = self.source.get_volume(&self.names.source).await?;
+        let why = if theirs.id != local.id {
+            format!("has id {} and not {}", theirs.id, local.id)
+        } else {
+            let ours = self.head(VolumeId(local.id))?.0.epoch.0;
+            let epoch = theirs.position.map_or(0, |position| position.epoch);
+            if mirror.source_cluster == 0 || epoch != mirror.source_epoch || epoch != ours {
+                // Of an earlier release, or promoted since: the list of epochs tells.
+                return Ok(());
+            }
+            match self.source.status().await?.cluster_id {
+                id if id == mirror.source_cluster => return Ok(()),
+                id => format!(
+                    "is of cluster {id:08x} and not of {:08x}, and was not promoted there",
+                    mirror.source_cluster
+                ),
+            }
+        };
+        Err(Failed::Refused(format!(
+            "source: the volume `{}` of {} {why}: it is not what was mirrored; if it is the right one, `heliofs mirror reload` \
+             takes it",
+            self.names.source, self.names.url
+        )))
     }
 
     async fn slot(&self, cluster_id: u32, reset: bool) -> Result<v1::MirrorSlot, Failed> {
@@ -223,7 +275,11 @@ impl Follower {
         paused: bool,
         cluster_id: u32,
     ) -> Result<std::convert::Infallible, Failed> {
-        let (news, heard) = watch::channel(SlotNews::Kept { paused });
+        let (news, heard) = watch::channel(SlotNews::Kept {
+            paused,
+            heard: None,
+            fence: None,
+        });
         let (source, target) = (self.source.clone(), self.target.clone());
         let slot = self.names.slot.clone();
         let reports = report::run(source, target.as_ref(), volume, slot, cluster_id, news);
@@ -267,7 +323,19 @@ impl Follower {
         loop {
             let slot = news.borrow_and_update().clone();
             let paused = match slot {
-                SlotNews::Kept { paused } => paused,
+                SlotNews::Kept {
+                    paused,
+                    heard,
+                    fence,
+                } => {
+                    if let Some(fence) = fence {
+                        self.refresh_fence(volume, *fence).await?;
+                    }
+                    if let Some(heard) = heard {
+                        self.lag.told(heard.head, heard.clock, heard.at, paused);
+                    }
+                    paused
+                }
                 SlotNews::Lost(why) => return Err(Failed::Load(why)),
             };
             if paused && reader.is_some() {
@@ -331,6 +399,31 @@ impl Follower {
         }
     }
 
+    /// The source may have got another fence store, or none, after the volume was loaded: a promotion must ask the right one.
+    async fn refresh_fence(&self, volume: VolumeId, fence: v1::SourceFence) -> Result<(), Failed> {
+        let Some(known) = self.found() else {
+            return Ok(());
+        };
+        if known.fence == fence.store {
+            return Ok(());
+        }
+        tracing::info!(
+            volume = self.names.local,
+            "the source has another fence store"
+        );
+        let changed = Op::VolumeFence(v1::VolumeFence {
+            volume: volume.0,
+            fence: fence.store,
+            of_source: true,
+        });
+        let item = Item::Local(v1::LocalCommand { op: Some(changed) });
+        match self.target.propose(item).await? {
+            Answered::Done => Ok(()),
+            Answered::Refused(why) => Err(Failed::retry(why)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     fn heard(&mut self, frame: &v1::ChangelogFrame) {
         if let Some(head) = &frame.head {
             let position = head.position.map(Position::from).unwrap_or_default();
@@ -361,7 +454,7 @@ impl Follower {
     /// Now and then: is all as it should be?
     fn look(&mut self, volume: VolumeId, load: u64, paused: bool) -> Result<(), Failed> {
         let mirror = self.found().and_then(|found| found.mirror);
-        if mirror.is_none_or(|mirror| mirror.load != load) {
+        if mirror.is_none_or(|m| m.load != load || m.state() != MirrorState::Following) {
             return Err(Failed::retry("the volume is loaded anew"));
         }
         if let Some(position) = self.target.diverged(volume) {
@@ -393,6 +486,7 @@ impl Follower {
         let stop = Op::MirrorStop(v1::MirrorStop {
             volume: self.says.volume,
             reason: why.to_owned(),
+            reload: false,
         });
         let item = Item::Local(v1::LocalCommand { op: Some(stop) });
         if let Err(error) = self.target.propose(item).await {
@@ -418,7 +512,7 @@ impl Follower {
         self.says.source_head = self.lag.source_head().map(Into::into);
         self.says.lag_entries = self.lag.entries(applied);
         self.says.lag_ms = self.lag.age(now).map_or(0, millis);
-        self.says.contact_ms = self.lag.silence(now).map_or(0, millis);
+        self.says.contact_ms = self.lag.contact(now).map_or(0, millis);
         self.target.publish(self.says.clone());
     }
 }

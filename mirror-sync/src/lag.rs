@@ -17,6 +17,8 @@ const AWAITED_MAX: usize = 4096;
 pub struct Lag {
     /// The source's position and clock in the last frame, and when that came.
     heard: Option<(Position, UnixNanos, Instant)>,
+    /// The greatest position that the source was ever heard to have, and when it last said anything.
+    known: Option<(Position, Instant)>,
     /// The mirror showed everything that the source had at this time of its clock.
     as_of: Option<UnixNanos>,
     /// Positions whose application proves a later `as_of`.
@@ -27,6 +29,7 @@ impl Lag {
     /// A frame came.
     pub fn heard(&mut self, head: Position, clock: UnixNanos, now: Instant) {
         self.heard = Some((head, clock, now));
+        self.know(head, now);
         if self.awaited.len() >= AWAITED_MAX {
             let mut keep = false;
             self.awaited.retain(|_| {
@@ -35,6 +38,23 @@ impl Lag {
             });
         }
         self.awaited.push_back((head, clock));
+    }
+
+    /// The source answered a report at `at`. While no frames come, since the mirror is `paused`, its clock counts as theirs does;
+    /// else it may be another node's than that of the frames.
+    pub fn told(&mut self, head: Position, clock: UnixNanos, at: Instant, paused: bool) {
+        if self.known.is_some_and(|(_, last)| at <= last) {
+            return;
+        }
+        match paused {
+            true => self.heard(head, clock, at),
+            false => self.know(head, at),
+        }
+    }
+
+    fn know(&mut self, head: Position, at: Instant) {
+        let (before, last) = self.known.unwrap_or((head, at));
+        self.known = Some((before.max(head), last.max(at)));
     }
 
     /// The mirror has applied `position`, committed at `time`.
@@ -51,12 +71,17 @@ impl Lag {
         }
     }
 
-    /// The source's position when it was last heard of.
+    /// The greatest position that the source is known to have had.
     pub fn source_head(&self) -> Option<Position> {
-        self.heard.map(|(head, _, _)| head)
+        self.known.map(|(head, _)| head)
     }
 
-    /// How long ago that was.
+    /// How long ago the source was last heard of in any way; `None`: never.
+    pub fn contact(&self, now: Instant) -> Option<Duration> {
+        self.known.map(|(_, at)| now.saturating_duration_since(at))
+    }
+
+    /// How long ago the last frame came.
     pub fn silence(&self, now: Instant) -> Option<Duration> {
         self.heard
             .map(|(_, _, at)| now.saturating_duration_since(at))
@@ -126,6 +151,32 @@ mod tests {
         lag.heard(at(101), seconds(1061), now + 61 * SECOND);
         lag.applied(at(100), seconds(999));
         assert_eq!(lag.age(now + 61 * SECOND), Some(SECOND));
+    }
+
+    #[test]
+    fn what_a_paused_mirror_is_told_counts_and_an_older_word_takes_nothing_back() {
+        let now = Instant::now();
+        let mut lag = Lag::default();
+        assert_eq!(lag.contact(now), None);
+        lag.heard(at(10), seconds(100), now);
+        lag.applied(at(10), seconds(90));
+        lag.told(at(17), seconds(105), now + 5 * SECOND, true);
+        assert_eq!(lag.entries(at(10)), 7);
+        assert_eq!(lag.age(now + 5 * SECOND), Some(5 * SECOND));
+        // The same answer again, later.
+        lag.told(at(17), seconds(105), now + 5 * SECOND, true);
+        assert_eq!(lag.contact(now + 9 * SECOND), Some(4 * SECOND));
+        // It goes on with a replica that is behind, whose clock is another.
+        lag.heard(at(12), seconds(110), now + 10 * SECOND);
+        assert_eq!(lag.source_head(), Some(at(17)));
+        lag.told(at(30), seconds(999), now + 11 * SECOND, false);
+        assert_eq!(lag.entries(at(12)), 18);
+        lag.applied(at(12), seconds(99));
+        // That replica's word does not make it newer than what is known to be missing.
+        assert_eq!(lag.age(now + 11 * SECOND), Some(11 * SECOND));
+        lag.applied(at(17), seconds(104));
+        assert_eq!(lag.age(now + 11 * SECOND), Some(SECOND));
+        assert_eq!(lag.contact(now + 12 * SECOND), Some(SECOND));
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! - [`follow`]: one volume: slot, load if needed, then entry after entry; [`bootstrap`]: the load; [`report`]: how far it is,
 //!   said to the source
 //! - [`fence`]: the marker that names who may write a volume: kept, and taken over
-//! - [`copy`]: objects into the region's own bucket, in a mount or a worker
+//! - [`copy`]: objects into the region's own bucket, in a mount or a worker; `repack`: what compaction wrote, from what it was
+//!   made of
 //! - [`check`]: both buckets against the records, now and then
 //! - [`plan`]: frames of the changelog to proposals, pure; [`lag`]: how old what is applied is, pure
 
@@ -16,6 +17,7 @@ pub mod fence;
 pub mod follow;
 pub mod lag;
 pub mod plan;
+mod repack;
 pub mod report;
 pub mod supervise;
 pub mod target;

@@ -2,7 +2,7 @@
 
 use heliofs_proto::ids::VolumeId;
 use heliofs_proto::v1::{self, command::Op};
-use meta_core::limits::CORE_LEVEL_MAX;
+use meta_core::limits::core_level_known;
 use prost::Message;
 
 /// Entries of one proposal: bounds what one group of the state must hold.
@@ -39,10 +39,12 @@ fn beyond(entry: &v1::ChangelogEntry) -> Option<UpgradeMe> {
         }
     };
     let level = settings.map_or(0, |settings| settings.core_level);
-    (level > CORE_LEVEL_MAX).then(|| {
+    (level > core_level_known()).then(|| {
         UpgradeMe(format!(
-            "upgrade me: from position {}:{} on the source works with core level {level}, this build knows {CORE_LEVEL_MAX}",
-            position.epoch, position.seq
+            "upgrade me: from position {}:{} on the source works with core level {level}, this build knows {}",
+            position.epoch,
+            position.seq,
+            core_level_known()
         ))
     })
 }
@@ -176,7 +178,7 @@ mod tests {
     fn what_this_build_does_not_know_ends_the_plan_before_it() {
         let mut plan = Plan::new(VolumeId(1));
         let settings = v1::VolumeSettings {
-            core_level: CORE_LEVEL_MAX + 1,
+            core_level: core_level_known() + 1,
             ..Default::default()
         };
         let higher = entry(

@@ -1,8 +1,8 @@
 //! Tells the source how far a mirror is, and hears whether it may go on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use heliofs_proto::ids::VolumeId;
+use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
 use heliofs_proto::v1;
 use meta_client::{Cluster, ClusterError};
 use tokio::sync::watch;
@@ -19,9 +19,21 @@ pub(crate) enum SlotNews {
     Kept {
         /// An operator stopped the mirror for a while.
         paused: bool,
+        /// How far the source was.
+        heard: Option<Heard>,
+        /// What fences the source; `None`: it did not say.
+        fence: Option<Box<v1::SourceFence>>,
     },
     /// It is not kept any more, or gone: the volume must be loaded anew.
     Lost(String),
+}
+
+/// How far the source said that it is, by its clock, and when it did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Heard {
+    pub(crate) head: Position,
+    pub(crate) clock: UnixNanos,
+    pub(crate) at: Instant,
 }
 
 /// Reports until dropped.
@@ -52,6 +64,13 @@ pub(crate) async fn run(
         let heard = match source.report_slot(report).await {
             Ok(kept) if kept.invalid.is_empty() => SlotNews::Kept {
                 paused: kept.paused,
+                // A source of an earlier release does not say.
+                heard: kept.head.map(|head| Heard {
+                    head: head.into(),
+                    clock: UnixNanos(kept.now),
+                    at: Instant::now(),
+                }),
+                fence: kept.fence.map(Box::new),
             },
             Ok(lost) => SlotNews::Lost(lost.invalid),
             Err(ClusterError::NotFound(why)) => SlotNews::Lost(why),

@@ -1,8 +1,7 @@
 //! age keys (X25519) that wrap a volume's key: as with RSA, whoever formats a volume needs the public half alone.
 //!
 //! Keys are read as age writes them, and a key is wrapped as age wraps a file's key for such a recipient; but not into an age
-//! file, so that the `age` crate isn't needed: it brings along a localization framework whose features make everybody build
-//! RocksDB anew. Source: <https://age-encryption.org/v1>, "The X25519 recipient type".
+//! file, so that the `age` crate isn't needed: it brings along some 50 crates of a localization framework. Source: <https://age-encryption.org/v1>, "The X25519 recipient type".
 
 use std::fmt;
 

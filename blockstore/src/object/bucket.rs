@@ -531,7 +531,7 @@ impl Bucket {
         let names = self.list("").await?;
         let (markers, objects): (Vec<_>, Vec<_>) = names
             .into_iter()
-            .partition(|(name, _)| name == super::marker::MARKER_NAME);
+            .partition(|(name, _)| super::marker::is_about_the_bucket(name));
         let mut deleted = 0;
         for names in [objects, markers] {
             let mut deletions = futures::stream::iter(names)

@@ -10,7 +10,15 @@ use crate::StoreError;
 /// The marker's name below the volume's prefix.
 pub const MARKER_NAME: &str = ".heliofs-volume";
 
-/// About its length.
+/// Beside it, once the volume was promoted: the epoch that is written.
+pub const EPOCH_NAME: &str = ".heliofs-epoch";
+
+/// Whether an object of this name says something about the bucket, and holds no data.
+pub fn is_about_the_bucket(name: &str) -> bool {
+    name == MARKER_NAME || name == EPOCH_NAME
+}
+
+/// About their length.
 const MARKER_BYTES: u64 = 256;
 
 /// What the marker says, as JSON.
@@ -34,7 +42,57 @@ impl Marker {
     }
 }
 
+/// What the object [`EPOCH_NAME`] says, as JSON.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct Written {
+    /// Version of this object.
+    format: u32,
+    /// The newest epoch in which objects of this prefix are referred to.
+    epoch: u32,
+}
+
 impl Bucket {
+    /// The epoch that the bucket was told of; 0: of none.
+    ///
+    /// Errors: the store's; `Invalid` for an object that is not what it should be.
+    pub async fn epoch(&self) -> Result<u32, StoreError> {
+        let found = match self.get_about(EPOCH_NAME, MARKER_BYTES).await {
+            Ok(found) => found,
+            Err(StoreError::NotFound { .. }) => return Ok(0),
+            Err(error) => return Err(error),
+        };
+        serde_json::from_slice::<Written>(&found)
+            .map(|written| written.epoch)
+            .map_err(|error| {
+                let key = self.key(EPOCH_NAME);
+                StoreError::Invalid(format!("`{key}` does not say an epoch: {error}"))
+            })
+    }
+
+    /// Tells whoever still believes in an earlier epoch that what it holds for dead may live in this one: see
+    /// [`Bucket::check_epoch`]. It is never lowered.
+    pub async fn raise_epoch(&self, epoch: u32) -> Result<(), StoreError> {
+        if self.epoch().await? >= epoch {
+            return Ok(());
+        }
+        let written = Written { format: 1, epoch };
+        let bytes = serde_json::to_vec(&written).expect("two numbers serialize");
+        self.put(EPOCH_NAME, bytes.into()).await
+    }
+
+    /// What a volume in `epoch` asks before it deletes anything here.
+    ///
+    /// Errors: `Invalid` when a later epoch is written in another region, which may refer to what is dead here; the store's.
+    pub async fn check_epoch(&self, epoch: u32) -> Result<(), StoreError> {
+        match self.epoch().await? {
+            later if later > epoch => Err(StoreError::Invalid(format!(
+                "the volume is written in epoch {later} in another region, and here in epoch {epoch}: nothing is deleted from {}",
+                self.key("")
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     /// Claims the prefix for the volume with this uuid. Claiming it again is fine.
     ///
     /// Errors: `AlreadyExists` when another volume's data lies there; `Denied`, `Unavailable`.

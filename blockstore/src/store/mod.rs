@@ -373,6 +373,11 @@ impl SegmentStore {
         }
     }
 
+    /// See [`crate::Bucket::check_epoch`].
+    pub async fn check_epoch(&self, epoch: u32) -> Result<(), StoreError> {
+        self.shared.bucket.check_epoch(epoch).await
+    }
+
     /// Deletes segments from bucket and caches; one that does not exist is deleted already. One result per id, in order.
     pub async fn delete(&self, ids: &[SegmentId]) -> Vec<(SegmentId, Result<(), StoreError>)> {
         futures::stream::iter(ids.iter().copied())

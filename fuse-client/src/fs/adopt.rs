@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::Ino;
@@ -13,7 +14,44 @@ use crate::errno::Errno;
 use crate::write::conflict::Overtaken;
 use crate::write::staging::Place;
 
+/// A question that the end of a session left without an answer waits this long for the next one: less than programs wait for a
+/// leader.
+const RENEWED_WITHIN: Duration = Duration::from_secs(10);
+
 impl Fs {
+    /// Asks what changes nothing, once more in the session that follows when one ends meanwhile: a mirror's sessions end when it
+    /// is promoted, and those who read there should not notice.
+    pub(crate) async fn ask<T, F: Future<Output = Result<T, ClientError>>>(
+        &self,
+        question: impl Fn(Session) -> F,
+    ) -> Result<T, ClientError> {
+        loop {
+            let session = self.session();
+            match question(session.clone()).await {
+                Err(ClientError::SessionGone(_)) if self.renewed(&session).await => {}
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Waits until another session goes on instead of `last`, which has ended; `false`: it has not, or none did in time.
+    pub(crate) async fn renewed(&self, last: &Session) -> bool {
+        if last.gone().is_none() {
+            return false;
+        }
+        let another = async {
+            loop {
+                let mut renewal = std::pin::pin!(self.renewals.notified());
+                renewal.as_mut().enable();
+                if self.session().id() != last.id() {
+                    return;
+                }
+                renewal.await;
+            }
+        };
+        tokio::time::timeout(RENEWED_WITHIN, another).await.is_ok()
+    }
+
     /// Goes on with a new session: what is open or dirty here is opened there. Uncommitted data of files that nobody else changed
     /// since is uploaded and committed again, under new segment ids. Locks and leases ended with the old session, so what others
     /// have written since stays, and ours is lost, or kept aside if it was staged: whoever syncs or opens such a file learns it.
@@ -82,6 +120,7 @@ impl Fs {
             state.staged_base = state.staged_base.and(content);
         }
         self.session.store(Arc::new(session.clone()));
+        self.renewals.notify_waiters();
         for (inode, why) in lost {
             self.give_over(&inode, why);
             self.settle(&inode);

@@ -64,7 +64,9 @@ impl Fs {
             });
         }
         self.metrics.cache_misses.inc();
-        let (attr, at) = self.session().get_attr(Ino(ino)).await?;
+        let (attr, at) = self
+            .ask(|session| async move { session.get_attr(Ino(ino)).await })
+            .await?;
         self.saw(generation, &attr, at);
         Ok(Entry {
             attr: self.show(attr),

@@ -217,8 +217,8 @@ impl Fs {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
             }
-            let taken = match self.session().take_deletions(DELETIONS, &done).await {
-                Ok((taken, _)) => taken,
+            let (taken, epoch) = match self.session().take_deletions(DELETIONS, &done).await {
+                Ok(taken) => taken,
                 Err(error) => {
                     tracing::debug!(%error, "no dead segments to be had");
                     pause = DELETION_PAUSE_MAX;
@@ -228,6 +228,12 @@ impl Fs {
             done.clear();
             if taken.is_empty() {
                 pause = (pause * 2).min(DELETION_PAUSE_MAX);
+                continue;
+            }
+            if let Err(error) = self.store.check_epoch(epoch).await {
+                // Leased again later.
+                tracing::warn!(%error, "dead segments are left alone");
+                pause = DELETION_PAUSE_MAX;
                 continue;
             }
             pause = DELETION_PAUSE_MIN;
@@ -254,6 +260,10 @@ impl Fs {
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(wait) => {}
+            }
+            if self.session().welcome().mirror {
+                // Its objects are the source's, which compacts them.
+                continue;
             }
             let turn = self.compact_some(&options, &mut sightings);
             let compacted = tokio::select! {

@@ -218,9 +218,9 @@ impl Fs {
         let cache = &self.coherence.cache;
         let generation = cache.generation();
         handle.changes.lock().forgotten = false;
+        let (ino, entries) = (Ino(handle.ino), listing.page_entries);
         let (mut page, at) = self
-            .session()
-            .read_dir(Ino(handle.ino), from, listing.page_entries, plus)
+            .ask(|session| async move { session.read_dir(ino, from, entries, plus).await })
             .await?;
         if plus {
             self.ask_writers(&mut page).await?;

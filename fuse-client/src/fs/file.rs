@@ -83,16 +83,25 @@ impl Fs {
         if how.truncate || how.write {
             self.writable()?;
         }
-        let _adoption = self.adoption.read().await;
-        let inode = self.coherence.inodes.acquire(ino);
-        match self.open_at_server(&inode, how, caller).await {
-            Ok(keep_pages) => Ok(Opened {
-                handle: self.new_handle(inode),
-                keep_pages,
-            }),
-            Err(error) => {
-                self.coherence.inodes.abandon(&inode);
-                Err(error)
+        loop {
+            let session = self.session();
+            let adoption = self.adoption.read().await;
+            let inode = self.coherence.inodes.acquire(ino);
+            match self.open_at_server(&inode, how, caller).await {
+                Ok(keep_pages) => {
+                    return Ok(Opened {
+                        handle: self.new_handle(inode),
+                        keep_pages,
+                    });
+                }
+                Err(error) => {
+                    self.coherence.inodes.abandon(&inode);
+                    drop(adoption);
+                    // Of a change nobody knows whether it took effect.
+                    if how.truncate || !self.renewed(&session).await {
+                        return Err(error);
+                    }
+                }
             }
         }
     }

@@ -80,7 +80,12 @@ impl Fs {
         }
         self.metrics.cache_misses.inc();
         let name = Bytes::copy_from_slice(name);
-        let (attr, at) = self.session().try_lookup(Ino(parent), name.clone()).await?;
+        let (attr, at) = self
+            .ask(|session| {
+                let name = name.clone();
+                async move { session.try_lookup(Ino(parent), name).await }
+            })
+            .await?;
         let Some(attr) = attr else {
             cache.put_name(generation, parent, &name, 0, at);
             return Ok(Looked::Absent { at, generation });

@@ -104,8 +104,13 @@ impl Fs {
     ) -> FsResult<Bytes> {
         let mut refreshed = false;
         loop {
-            let (range, size, parts, buffered) =
-                self.plan_read(&file.inode, offset, length).await?;
+            let session = self.session();
+            let planned = self.plan_read(&file.inode, offset, length).await;
+            let (range, size, parts, buffered) = match planned {
+                Ok(planned) => planned,
+                Err(_) if self.renewed(&session).await => continue,
+                Err(error) => return Err(error),
+            };
             self.read_ahead(file, &range, size);
             match self.gather(&range, &parts, &buffered).await {
                 Err(error) if error.kind() == Kind::NotFound && !refreshed => {
@@ -132,7 +137,10 @@ impl Fs {
         offset: u64,
         length: u64,
     ) -> FsResult<(Range<u64>, u64, Vec<Part>, Vec<(u64, Held)>)> {
-        for _ in 0..FETCHES_MAX {
+        // A read over many small extents takes many pages; only those that bring nothing new are counted.
+        let mut unknown_from = 0;
+        let mut in_vain = 0;
+        while in_vain < FETCHES_MAX {
             let planned = plan(&inode.lock(), offset, length);
             match planned {
                 Plan::Read {
@@ -141,7 +149,14 @@ impl Fs {
                     parts,
                     buffered,
                 } => return Ok((range, size, parts, buffered)),
-                Plan::Fetch(from) => self.fetch_extents(inode, from).await?,
+                Plan::Fetch(from) => {
+                    match from > unknown_from {
+                        true => in_vain = 0,
+                        false => in_vain += 1,
+                    }
+                    unknown_from = unknown_from.max(from);
+                    self.fetch_extents(inode, from).await?;
+                }
             }
         }
         tracing::error!(ino = inode.ino, offset, "the file's extents keep changing");

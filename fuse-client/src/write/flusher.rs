@@ -32,6 +32,10 @@ const RECALLS_MAX: usize = 256;
 /// Longest that somebody waits for a lease to be returned; well below the time that operations wait for an answer.
 const RECALL_WAIT: Duration = Duration::from_secs(10);
 
+/// Longest that somebody waits for a lease while the volume can't be changed. For data that is staged and that the bucket does not
+/// take, see `--recall-wait`. Who waits gets an error before, and may try again.
+const DRAIN_WAIT: Duration = Duration::from_secs(60);
+
 /// First and longest pause between two attempts to store a file's data.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -40,6 +44,17 @@ impl InodeState {
     /// Sync has confirmed data that is staged only, and nothing says that the bucket will not take it.
     fn waits_for_the_bucket(&self) -> bool {
         !self.records.is_empty() && !self.pieces.is_empty() && self.failure.is_none()
+    }
+
+    /// The cluster took no change when its data was to be committed: a volume whose marker in a fence store can't be renewed is
+    /// read-only until it can.
+    fn waits_to_be_writable(&self) -> bool {
+        !self.pieces.is_empty() && self.failure == Some(Errno::ROFS)
+    }
+
+    /// What others should see can't be stored now, and may be soon.
+    fn is_worth_waiting(&self) -> bool {
+        self.waits_for_the_bucket() || self.waits_to_be_writable()
     }
 }
 
@@ -229,7 +244,8 @@ impl Fs {
             let held = self.coherence().inodes.get(recall.ino).and_then(|inode| {
                 let state = inode.lock();
                 // What can't be stored now is known as such here; who waits sees what was stored before.
-                let holds = !state.pieces.is_empty() && state.failure.is_none();
+                let holds = !state.pieces.is_empty()
+                    && (state.failure.is_none() || state.waits_to_be_writable());
                 let bytes = state.pieces.bytes();
                 let holds = holds || state.resuming;
                 drop(state);
@@ -279,7 +295,7 @@ impl Fs {
                 continue;
             };
             let mut state = inode.lock();
-            if state.waits_for_the_bucket() {
+            if state.is_worth_waiting() {
                 drop(state);
                 let (fs, session) = (self.clone(), session.clone());
                 self.runtime().spawn(async move {
@@ -303,12 +319,12 @@ impl Fs {
     }
 
     /// Stores a file of which sync has confirmed more than the bucket has, for as long as the bucket takes anything of this
-    /// mount: meanwhile the lease is kept, and whoever wants to see the file waits. What is left then stays staged, and is stored
-    /// if nobody has changed the file by then.
+    /// mount, or one whose volume can't be changed now: meanwhile the lease is kept, and whoever wants to see the file waits. What
+    /// is left then stays here, and is stored if nobody has changed the file by then.
     async fn drain(self: &Arc<Self>, inode: &Arc<Inode>) {
-        let Some(longest) = self.staging().map(|staging| staging.recall_wait()) else {
-            return;
-        };
+        let longest = self
+            .staging()
+            .map_or(DRAIN_WAIT, |staging| staging.recall_wait());
         let (stop, mut uploaded, mut since) =
             (self.stop_token(), self.stored_bytes(), Instant::now());
         loop {
@@ -321,7 +337,7 @@ impl Fs {
                     _ = &mut flush, if !failed => failed = true,
                     () = tokio::time::sleep(RETRY_MIN) => {}
                 }
-                if !inode.lock().waits_for_the_bucket() {
+                if !inode.lock().is_worth_waiting() {
                     return;
                 }
                 let now = self.stored_bytes();
@@ -332,7 +348,7 @@ impl Fs {
                     tracing::warn!(
                         ino = inode.ino,
                         bytes = inode.lock().pieces.bytes(),
-                        "a write lease is returned although the bucket has not taken what is staged: others see what was stored before"
+                        "a write lease is returned although its data could not be stored: others see what was stored before"
                     );
                     return;
                 }

@@ -131,6 +131,12 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         volume
     };
     let fence = options.fence.resolve()?;
+    if fence.is_some() || options.fence.is_none() {
+        fencing::written_here(&volume)?;
+    }
+    if fence.is_some() {
+        fencing::known_by_all(&target.cluster).await?;
+    }
     if (fence.is_some() || options.fence.is_none()) && !options.abandon_fence {
         fencing::give_up(&target.cluster, &volume, fence.as_ref()).await?;
     }

@@ -223,6 +223,9 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
         settings: Some(settings),
     };
     let fence = options.fence.resolve()?;
+    if fence.is_some() {
+        fencing::known_by_all(&target.cluster).await?;
+    }
     let mut created = create(&target.cluster, volume, options.force).await?;
     if let Some(store) = fence {
         created = fencing::fence(&target.cluster, &created, store)

@@ -64,7 +64,8 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
     let storage = volume.storage.clone().unwrap_or_default();
     let bucket = segments::bucket(&storage, config::prefix(&volume)).await?;
     let session = target.session(true).await?;
-    let outcome = collect(&bucket, &storage, &session, options.delete, json).await;
+    let epoch = volume.position.map_or(0, |position| position.epoch);
+    let outcome = collect(&bucket, &storage, epoch, &session, options.delete, json).await;
     session.detach().await;
     let found = outcome?;
     let bytes: u64 = found.leaks.iter().map(|(_, length)| length).sum();
@@ -129,6 +130,7 @@ pub(crate) async fn run(options: Options, json: bool) -> Outcome {
 async fn collect(
     bucket: &blockstore::Bucket,
     storage: &heliofs_proto::v1::StorageConfig,
+    epoch: u32,
     session: &meta_client::Session,
     delete: bool,
     json: bool,
@@ -151,6 +153,7 @@ async fn collect(
             let leaks = leaks_among(session, page, &mut found).await?;
             if delete && !leaks.is_empty() {
                 segments::check_marker(bucket, storage).await?;
+                bucket.check_epoch(epoch).await?;
                 found.deleted += delete_all(bucket, &leaks).await?;
             }
             found.leaks.extend(leaks);

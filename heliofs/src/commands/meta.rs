@@ -69,6 +69,10 @@ pub(crate) struct Options {
     /// For tests: stamps advance this much faster than time, so that horizons of hours are over in minutes.
     #[arg(long, hide = true, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     stamp_speed: Option<u32>,
+    /// For tests of rolling upgrades: the node takes itself for one of an earlier release, which knows core levels up to N and no
+    /// fence stores. It stops where that would.
+    #[arg(long, hide = true, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    pretend_core_level: Option<u32>,
     #[command(flatten)]
     mirror: mirror::Options,
 }
@@ -94,6 +98,9 @@ impl Options {
         let token = self.access.token()?;
         if let Some(speed) = self.stamp_speed {
             meta_server::hasten_stamps(speed);
+        }
+        if let Some(level) = self.pretend_core_level {
+            meta_core::limits::pretend_core_level(level);
         }
         let missing = |flag: &str| {
             Failure::usage(format!("{flag} is missing")).hint(format!(
@@ -190,12 +197,23 @@ async fn serve(resolved: Resolved, init: bool, json: bool) -> Outcome {
             tracing::info!(signal, "stopping");
             Ok(())
         }
-        why = node.failed() => Err(Failure::new(format!("the node stopped: {why}"))
-            .hint("if its disk is damaged, replace it: `heliofs raft remove` this id and `add` a new one")),
+        why = node.failed() => Err(Failure::new(format!("the node stopped: {why}")).hint(hint(&why.to_string()))),
     };
     cancel.cancel();
     let stopped = node.shutdown().await;
     ended.and(stopped.while_("stop the node in order"))
+}
+
+/// What to do about a node that stopped.
+fn hint(why: &str) -> &'static str {
+    match why.contains("upgrade this node") {
+        true => {
+            "nothing is wrong with its disk: start it again with the release that the others run"
+        }
+        false => {
+            "if its disk is damaged, replace it: `heliofs raft remove` this id and `add` a new one"
+        }
+    }
 }
 
 /// Starts a node; what is wrong with its disk is said with what to do.
@@ -251,6 +269,7 @@ mod tests {
             session_timeout: Some(Duration::from_secs(7)),
             scrub_interval: None,
             stamp_speed: None,
+            pretend_core_level: None,
             mirror: mirror::Options::default(),
         }
     }

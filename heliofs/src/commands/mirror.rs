@@ -6,6 +6,7 @@
 //!   record
 
 mod bucket;
+mod handover;
 mod promote;
 mod rejoin;
 mod show;

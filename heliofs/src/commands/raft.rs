@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::cli::Access;
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
-use crate::{output, units};
+use crate::{output, progress, units};
 
 /// What to do with the cluster's nodes.
 #[derive(Subcommand)]
@@ -103,7 +103,15 @@ pub(crate) async fn run(command: Command, json: bool) -> Outcome {
         }
         Command::Add { place, id, address } => {
             let address = parse_peer(&address)?;
-            place.cluster()?.add_node(NodeId(id), &address).await?;
+            let bar = progress::bar("entries", 0, false, json);
+            let told = |behind: u64| {
+                let most = bar.length().unwrap_or(0).max(behind);
+                bar.set_length(most);
+                bar.set_position(most - behind);
+            };
+            let cluster = place.cluster()?;
+            cluster.add_node(NodeId(id), &address, told).await?;
+            bar.finish_and_clear();
             done(
                 format!("added node {id} at {address}"),
                 json!({ "node": id, "address": address }),

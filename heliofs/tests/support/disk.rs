@@ -58,7 +58,10 @@ impl Disk {
         );
     }
 
-    /// From now on every write fails, and nothing that was not synced will be seen again.
+    /// From now on every write fails, and nothing that was not synced will be seen again. Freeze whoever uses it first: an
+    /// fdatasync that is under way meanwhile may return 0 although its data is lost (Linux 6.18, measured: in 40 of 300 rounds
+    /// the last append that a running process had been told is synced was gone, and in 0 of 300 when the process was stopped
+    /// before. The journal's abort begins the very commit that it then drops, and the waiter does not look for the abort).
     pub fn lose_power(&self) {
         let script = "import fcntl, os, struct, sys; \
                       fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587D, struct.pack('I', 2))";

@@ -1,6 +1,6 @@
 //! Calls for operators: status, membership, volumes. All need the cluster token only, no session.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use heliofs_proto::ids::{NodeId, VolumeId};
@@ -11,6 +11,9 @@ use crate::error::ClusterError;
 
 /// Compacting reads and writes everything a node has.
 const COMPACT_WAIT: Duration = Duration::from_secs(3600);
+
+/// A node that is added and takes nothing for this long needs somebody to look at it.
+const JOIN_STALLED: Duration = Duration::from_secs(60);
 
 /// What a single attempt at `peer` failed of.
 fn unanswered(peer: &str, answer: Answer) -> ClusterError {
@@ -102,13 +105,36 @@ impl Cluster {
         Ok(reply.cluster_id)
     }
 
-    /// Adds a node: as a learner, which catches up, then as a voter.
-    pub async fn add_node(&self, node: NodeId, address: &str) -> Result<(), ClusterError> {
-        let body = v1::AddNodeRequest {
-            node: node.0,
-            address: address.to_owned(),
-        };
-        call!(self, add_node, mutates = true, body).map(drop)
+    /// Adds a node: as a learner, which catches up, then as a voter. `told`: how many entries of the log it lacks, now and then.
+    ///
+    /// Errors: `Invalid` when it takes nothing for a minute; repeating it continues.
+    pub async fn add_node(
+        &self,
+        node: NodeId,
+        address: &str,
+        mut told: impl FnMut(u64),
+    ) -> Result<(), ClusterError> {
+        let mut least = (u64::MAX, Instant::now());
+        loop {
+            let body = v1::AddNodeRequest {
+                node: node.0,
+                address: address.to_owned(),
+            };
+            let behind = call!(self, add_node, mutates = false, body)?.behind;
+            if behind == 0 {
+                return Ok(());
+            }
+            told(behind);
+            if behind < least.0 {
+                least = (behind, Instant::now());
+            } else if least.1.elapsed() > JOIN_STALLED {
+                return Err(ClusterError::Invalid(format!(
+                    "node {} is a learner and {behind} entries behind, and has taken nothing for {JOIN_STALLED:?}: look at its log, \
+                     then repeat this command, which continues",
+                    node.0
+                )));
+            }
+        }
     }
 
     /// Removes a node; its id is never used again.

@@ -310,12 +310,12 @@ pub(crate) fn judge(peer: &str, status: &Status) -> Answer {
         }
         Code::NotFound => Answer::Refused(ClusterError::NotFound(message)),
         Code::OutOfRange => Answer::Refused(ClusterError::Trimmed(message)),
+        Code::Aborted => Answer::Refused(ClusterError::OtherHistory(message)),
         Code::Ok
         | Code::Unknown
         | Code::InvalidArgument
         | Code::AlreadyExists
         | Code::ResourceExhausted
-        | Code::Aborted
         | Code::Unimplemented
         | Code::Internal
         | Code::DataLoss => Answer::Refused(ClusterError::Invalid(if message.is_empty() {

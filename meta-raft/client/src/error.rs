@@ -145,6 +145,9 @@ pub enum ClusterError {
     /// The changelog no longer reaches back to the position asked for.
     #[error("the changelog no longer reaches back that far: {0}")]
     Trimmed(String),
+    /// The position that was named is not one of the volume's history.
+    #[error("{0}")]
+    OtherHistory(String),
 }
 
 impl ClusterError {
@@ -155,7 +158,7 @@ impl ClusterError {
             Self::Unknown { .. } => ErrorKind::Unknown,
             Self::TokenRefused { .. } => ErrorKind::Refused,
             Self::NotFound(_) => ErrorKind::NotFound,
-            Self::Invalid(_) | Self::Trimmed(_) => ErrorKind::Invalid,
+            Self::Invalid(_) | Self::Trimmed(_) | Self::OtherHistory(_) => ErrorKind::Invalid,
         }
     }
 }

@@ -214,34 +214,28 @@ impl Cluster {
     }
 
     /// Makes a volume read-only for good, since it is written elsewhere from now on; the position that it stays at. Doing it
-    /// again answers the same.
+    /// again answers the same. With `hand_over`, refused (`Invalid`) of a volume that is a mirror, or was handed to another one.
     pub async fn demote_volume(
         &self,
         volume: &str,
         successor: &str,
+        hand_over: bool,
     ) -> Result<Position, ClusterError> {
         let body = v1::DemoteVolumeRequest {
             volume: volume.to_owned(),
             successor: successor.to_owned(),
+            hand_over,
         };
         let answer = call!(self, demote_volume, mutates = false, body)?;
         Ok(answer.position.map(Position::from).unwrap_or_default())
     }
 
-    /// Makes a mirror writable under a new epoch; the first position of that. With `at`, only if it is just there.
+    /// Makes a mirror writable under a new epoch; the first position of that. With a position, only if it is just there.
     pub async fn promote_mirror(
         &self,
-        volume: &str,
-        at: Option<Position>,
-        fence: Option<v1::FenceStore>,
-        forced: bool,
+        ask: v1::PromoteMirrorRequest,
     ) -> Result<Position, ClusterError> {
-        let body = v1::PromoteMirrorRequest {
-            volume: volume.to_owned(),
-            at: at.map(Into::into),
-            fence,
-            forced,
-        };
+        let body = ask;
         let answer = call!(self, promote_mirror, mutates = true, body)?;
         Ok(answer.position.map(Position::from).unwrap_or_default())
     }

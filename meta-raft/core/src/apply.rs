@@ -144,11 +144,11 @@ fn check_core_level(view: &impl View, volume: VolumeId) -> Result<(), Corruption
         return Ok(());
     };
     let level = SettingsRecord::decode(&key, &value)?.0.core_level;
-    if level > limits::CORE_LEVEL_MAX {
+    if level > limits::core_level_known() {
         return Err(Corruption::UpgradeRequired {
             volume: volume.0,
             level,
-            known: limits::CORE_LEVEL_MAX,
+            known: limits::core_level_known(),
         });
     }
     Ok(())

@@ -1,7 +1,23 @@
 //! Bounds of the state machine. DESIGN.md §3.3: a command changes at most 1,000 records.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 /// The highest behaviour that this build can apply. A volume's `core_level` is raised only by a logged command.
 pub const CORE_LEVEL_MAX: u32 = 4;
+
+/// What [`core_level_known`] answers.
+static KNOWN: AtomicU32 = AtomicU32::new(CORE_LEVEL_MAX);
+
+/// The highest level that this process applies: [`CORE_LEVEL_MAX`], unless it pretends to be an older build.
+pub fn core_level_known() -> u32 {
+    KNOWN.load(Ordering::Relaxed)
+}
+
+/// For tests of rolling upgrades, before anything is applied: this process takes itself for a build that knows levels up to
+/// `level` only, and stops where such a build would.
+pub fn pretend_core_level(level: u32) {
+    KNOWN.store(level.min(CORE_LEVEL_MAX), Ordering::Relaxed);
+}
 
 /// From this level on there are quotas and snapshots.
 pub const CORE_LEVEL_QUOTAS: u32 = 2;

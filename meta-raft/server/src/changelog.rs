@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
+use heliofs_proto::ids::{Epoch, Position, UnixNanos, VolumeId};
 use heliofs_proto::packing::{self, Packer};
 use heliofs_proto::v1::{self, changelog_server::Changelog, local_command, log_item::Item};
 use meta_core::query;
@@ -123,7 +123,8 @@ impl ChangelogService {
         }
     }
 
-    /// Where to begin reading. Errors: `OUT_OF_RANGE` before what the log has and after what there is.
+    /// Where to begin reading. Errors: `OUT_OF_RANGE` before what the log has; `ABORTED` after what there is, and for positions
+    /// of another history.
     async fn place(&self, volume: VolumeId, after: Position) -> Result<Place, Status> {
         let head = || {
             self.ctx
@@ -136,7 +137,7 @@ impl ChangelogService {
         }
         let at = head();
         if after > at {
-            return Err(Status::out_of_range(format!(
+            return Err(Status::aborted(format!(
                 "position {after} lies in the future: the volume is at {at}"
             )));
         }
@@ -146,13 +147,8 @@ impl ChangelogService {
             .snapshot_view(|view| query::head(view, volume))
             .map_err(|found| status::corrupt(&self.ctx.damage, "a volume's epochs", &found))?
             .map_or_else(Vec::new, |head| head.epochs);
-        if let Some((epoch, first)) = epochs
-            .iter()
-            .find(|(epoch, first)| *epoch > after.epoch && *first <= after.seq)
-        {
-            return Err(Status::out_of_range(format!(
-                "position {after} is not of this history: epoch {epoch} began at {first}"
-            )));
+        if let Some((epoch, first)) = other_epoch(&epochs, after) {
+            return Err(not_of_this_history(after, *epoch, *first));
         }
         if let Some(next) = self.ctx.state.next_place(volume)
             && next.seq == after.seq + 1
@@ -172,16 +168,37 @@ impl ChangelogService {
     }
 }
 
+/// The epoch that began where `position`, of an earlier one, says that something else was.
+pub(crate) fn other_epoch(epochs: &[(Epoch, u64)], position: Position) -> Option<&(Epoch, u64)> {
+    let mut epochs = epochs.iter();
+    epochs.find(|(epoch, first)| *epoch > position.epoch && *first <= position.seq)
+}
+
+pub(crate) fn not_of_this_history(position: Position, epoch: Epoch, first: u64) -> Status {
+    Status::aborted(format!(
+        "position {position} is not of this history: epoch {epoch} began at {first}"
+    ))
+}
+
 /// Sends a volume's records until all are sent or nobody listens. Blocks.
 fn copy(
     state: &State,
     damage: &Damage,
-    record: v1::Volume,
+    mut record: v1::Volume,
     frames: &mpsc::Sender<Result<v1::CopyFrame, Status>>,
     packer: Option<Packer>,
 ) {
     let volume = VolumeId(record.id);
     let counters = state.snapshot_view(|view| query::counters(view, volume));
+    // As they are now, and not as the volume was created: an older build must see a level that it does not know before it begins.
+    match state.snapshot_view(|view| query::settings(view, volume)) {
+        Ok(settings) => record.settings = settings.or(record.settings),
+        Err(found) => {
+            let status = status::corrupt(damage, "a volume that is copied", &found);
+            frames.blocking_send(Err(status)).ok();
+            return;
+        }
+    }
     let inodes = counters.map_or(0, |counters| counters.used_inodes);
     let packer = std::cell::RefCell::new(packer);
     let send = |frame: v1::CopyFrame| {

@@ -12,7 +12,7 @@ use heliofs_proto::v1::{self, FileKind, command, local_command, log_item::Item};
 use meta_core::query;
 use meta_server::config::{LogRetention, NodeConfig, RaftTimings};
 use meta_server::proposer::{LocalReply, ProposeError, Proposed};
-use meta_server::raft::admin::AdminError;
+use meta_server::raft::admin::{AdminError, Joining};
 use meta_server::store::OpenError;
 use meta_server::{Node, StartError};
 use tempfile::TempDir;
@@ -81,13 +81,9 @@ impl Cluster {
     }
 
     async fn add(&self, id: u64) {
-        let node = &self.nodes[&id];
-        self.leader()
-            .await
-            .raft()
-            .add_node(NodeId(id), &node.local_addr().to_string())
-            .await
-            .unwrap();
+        let address = self.nodes[&id].local_addr().to_string();
+        let leader = self.leader().await;
+        while leader.raft().add_node(NodeId(id), &address).await.unwrap() != Joining::Votes {}
     }
 
     async fn stop(&mut self, id: u64) {

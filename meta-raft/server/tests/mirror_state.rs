@@ -586,6 +586,7 @@ fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_
         local_command::Op::VolumeDemote(v1::VolumeDemote {
             volume: VOLUME.0,
             successor: "helio://far/far".to_owned(),
+            hand_over: true,
         })
     };
     let last = source.region.head();
@@ -600,6 +601,22 @@ fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_
     }
     assert_eq!(source.region.head(), last);
     assert_eq!(source.region.mirror().prefix, "vol");
+
+    // To another one it is not handed over again, and a mirror has nothing to hand over.
+    let to = |successor: &str, hand_over| {
+        local_command::Op::VolumeDemote(v1::VolumeDemote {
+            volume: VOLUME.0,
+            successor: successor.to_owned(),
+            hand_over,
+        })
+    };
+    let refused = source.region.local(to("helio://third/vol", true));
+    assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
+    let refused = mirror.local(to("helio://third/vol", true));
+    assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
+    // That neither is written to is what the others ask.
+    let asked = mirror.local(to("helio://third/vol", false));
+    assert_eq!(asked, LocalReply::Replayed(last));
 
     let promote = |at: Position, epoch| {
         local_command::Op::MirrorPromote(v1::MirrorPromote {

@@ -214,7 +214,14 @@ impl One {
                 self.register.key()
             )));
         };
-        match Marker::decode(&bytes).map_err(Missed::NotMine)?.judge(me) {
+        let Some(marker) = Marker::decode(&bytes).map_err(Missed::NotMine)? else {
+            return Err(Missed::NotMine(format!(
+                "the marker `{}` was given up: `heliofs config --fence-store`, which was changing the fence store, did not end \
+                 well; try it again",
+                self.register.key()
+            )));
+        };
+        match marker.judge(me) {
             Verdict::Mine => Ok(version),
             Verdict::Superseded { by, epoch } => Err(Missed::Superseded { by, epoch }),
             Verdict::NotMine(why) => Err(Missed::NotMine(why)),
@@ -236,6 +243,7 @@ impl One {
         let demote = v1::VolumeDemote {
             volume: self.volume.0,
             successor: by.to_owned(),
+            hand_over: false,
         };
         let item = Item::Local(v1::LocalCommand {
             op: Some(Op::VolumeDemote(demote)),

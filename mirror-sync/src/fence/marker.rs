@@ -24,6 +24,12 @@ pub struct Marker {
     pub nonce: String,
 }
 
+/// The format of a marker.
+const MARKER: u32 = 1;
+
+/// The format of what lies in the place of a marker that was given up. A build that does not know it touches nothing.
+const TOMBSTONE: u32 = 2;
+
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Me {
@@ -55,13 +61,13 @@ impl Marker {
     /// Of this version, with a nonce of its own.
     pub fn new(me: Me, url: &str, lease: Duration) -> Self {
         Self {
-            format: 1,
+            format: MARKER,
             volume: me.volume,
             epoch: me.epoch,
             cluster: me.cluster,
             url: url.to_owned(),
             lease_ms: u32::try_from(lease.as_millis()).unwrap_or(u32::MAX),
-            nonce: format!("{:032x}", rand::random::<u128>()),
+            nonce: nonce(),
         }
     }
 
@@ -72,14 +78,25 @@ impl Marker {
             .into()
     }
 
-    /// What is stored; `Err`: why it is none.
-    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+    /// What is stored in its place when it is given up: the volume is not written by leave of this store any more.
+    pub fn tombstone(&self) -> Bytes {
+        Self {
+            format: TOMBSTONE,
+            nonce: nonce(),
+            ..self.clone()
+        }
+        .encode()
+    }
+
+    /// What is stored; `None`: it was given up; `Err`: why it is none.
+    pub fn decode(bytes: &[u8]) -> Result<Option<Self>, String> {
         let marker: Self = serde_json::from_slice(bytes)
             .map_err(|error| format!("the marker in the fence store can't be read: {error}"))?;
         match marker.format {
-            1 => Ok(marker),
+            MARKER => Ok(Some(marker)),
+            TOMBSTONE => Ok(None),
             other => Err(format!(
-                "the marker in the fence store has format {other}, this build knows 1"
+                "the marker in the fence store has format {other}, this build knows {MARKER} and {TOMBSTONE}"
             )),
         }
     }
@@ -117,6 +134,10 @@ impl Marker {
     }
 }
 
+fn nonce() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,7 +152,8 @@ mod tests {
     fn a_marker_is_renewed_only_by_whom_it_names() {
         let mine = Marker::new(ME, "helio://here", Duration::from_secs(9));
         assert_eq!(mine.judge(ME), Verdict::Mine);
-        assert_eq!(Marker::decode(&mine.encode()).unwrap(), mine);
+        assert_eq!(Marker::decode(&mine.encode()).unwrap().unwrap(), mine);
+        assert_eq!(Marker::decode(&mine.tombstone()).unwrap(), None);
         let theirs = Marker {
             cluster: 8,
             ..mine.clone()
@@ -167,7 +189,7 @@ mod tests {
     #[test]
     fn what_a_newer_build_wrote_is_not_guessed_at() {
         let newer = Marker {
-            format: 2,
+            format: 3,
             ..Marker::new(ME, "", Duration::ZERO)
         };
         assert!(Marker::decode(&newer.encode()).is_err());

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use blockstore::StoreError;
+use blockstore::object::register::Version;
 use blockstore::object::{Register, Written};
 
 use super::marker::{Marker, Me};
@@ -62,25 +63,32 @@ pub enum TakeError {
     Store(#[from] StoreError),
 }
 
-async fn look(
-    register: &Register,
-    volume: u32,
-) -> Result<Option<(Marker, blockstore::object::register::Version)>, TakeError> {
+/// What lies in the marker's place.
+enum Found {
+    Nothing,
+    /// It was given up, in this version.
+    GivenUp(Version),
+    Marker(Marker, Version),
+}
+
+async fn look(register: &Register, volume: u32) -> Result<Found, TakeError> {
     let Some((bytes, version)) = register.read().await? else {
-        return Ok(None);
+        return Ok(Found::Nothing);
     };
     let foreign = |why: String| TakeError::Foreign {
         key: register.key().to_owned(),
         why,
     };
-    let marker = Marker::decode(&bytes).map_err(foreign)?;
+    let Some(marker) = Marker::decode(&bytes).map_err(foreign)? else {
+        return Ok(Found::GivenUp(version));
+    };
     if marker.volume != volume {
         return Err(foreign(format!(
             "it is the marker of another volume, with id {}",
             marker.volume
         )));
     }
-    Ok(Some((marker, version)))
+    Ok(Found::Marker(marker, version))
 }
 
 /// Makes the marker name `me` at the epoch after the one that was mirrored. Returns once no other cluster acknowledges anything
@@ -100,8 +108,10 @@ pub async fn take_over(
     let mut failures = 0;
     loop {
         let (marker, version) = match look(register, me.volume).await {
-            Ok(Some(found)) => found,
-            Ok(None) => return Err(TakeError::NoMarker(register.key().to_owned())),
+            Ok(Found::Marker(marker, version)) => (marker, version),
+            Ok(Found::Nothing | Found::GivenUp(_)) => {
+                return Err(TakeError::NoMarker(register.key().to_owned()));
+            }
             Err(TakeError::Store(error @ StoreError::Retry { .. })) if failures < TRIES => {
                 tracing::debug!(%error, "the marker can't be read");
                 failures += 1;
@@ -168,18 +178,19 @@ pub async fn claim(
     loop {
         let marker = Marker::new(me, url, lease);
         let over = match look(register, me.volume).await? {
-            None => None,
-            Some((found, _)) if found.cluster != me.cluster && found.epoch >= me.epoch => {
+            Found::Nothing => None,
+            Found::GivenUp(version) => Some(version),
+            Found::Marker(found, _) if found.cluster != me.cluster && found.epoch >= me.epoch => {
                 return Err(TakeError::TakenBy(found));
             }
             // It may be in use: only one that nobody renews is taken over.
-            Some((found, _)) if found.cluster != me.cluster => {
+            Found::Marker(found, _) if found.cluster != me.cluster => {
                 tracing::warn!(?found, "the marker of an earlier epoch is waited for");
                 take_over(register, me, url, lease, How::LeaseOut).await?;
                 continue;
             }
             // Its keeper renews it.
-            Some((found, _)) => {
+            Found::Marker(found, _) => {
                 register.check_conditions(&found.encode()).await?;
                 return Ok(());
             }
@@ -191,6 +202,33 @@ pub async fn claim(
                 tracing::debug!(%error, "whether the marker was made is not known");
                 failures += 1;
                 tokio::time::sleep(lease / LOOKS_PER_LEASE).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Gives the marker up: a tombstone takes its place, over just the version that was seen to be `me`'s, so that whoever took the
+/// marker meanwhile keeps it. The tombstone stays: removing it could meet somebody else's marker, and nobody takes it for one.
+///
+/// Errors: `TakenBy` when another cluster has the marker; the store's.
+pub async fn give_up(register: &Register, me: Me) -> Result<(), TakeError> {
+    let mut failures = 0;
+    loop {
+        let (marker, version) = match look(register, me.volume).await? {
+            Found::Nothing | Found::GivenUp(_) => return Ok(()),
+            Found::Marker(marker, _) if marker.cluster != me.cluster => {
+                return Err(TakeError::TakenBy(marker));
+            }
+            Found::Marker(marker, version) => (marker, version),
+        };
+        match register.write(marker.tombstone(), Some(&version)).await {
+            // On the next look it is seen. Its keeper renews it a few times in a lease: that can't go on for long.
+            Ok(Written::Done(_) | Written::Conflict) => {}
+            Err(error @ StoreError::Retry { .. }) if failures < TRIES => {
+                tracing::debug!(%error, "whether the marker was given up is not known");
+                failures += 1;
+                tokio::time::sleep(marker.lease() / LOOKS_PER_LEASE).await;
             }
             Err(error) => return Err(error.into()),
         }
@@ -251,6 +289,35 @@ mod tests {
         assert!(again.unwrap().waited < LEASE);
         let late = take_over(&register, me(4, 1), "", LEASE, How::LeaseOut).await;
         assert!(matches!(late, Err(TakeError::TakenBy(_))), "{late:?}");
+    }
+
+    #[tokio::test]
+    async fn what_was_given_up_is_nobodys_and_what_was_taken_over_is_not_given_up() {
+        let register = register("given-up");
+        give_up(&register, me(1, 0)).await.unwrap();
+        claim(&register, me(1, 0), "", LEASE).await.unwrap();
+        let Some((_, seen)) = register.read().await.unwrap() else {
+            panic!("no marker")
+        };
+        give_up(&register, me(1, 0)).await.unwrap();
+        give_up(&register, me(1, 0)).await.unwrap();
+        for how in [How::LeaseOut, How::Demoted] {
+            let none = take_over(&register, me(2, 1), "", LEASE, how).await;
+            assert!(matches!(none, Err(TakeError::NoMarker(_))), "{none:?}");
+        }
+        // Its keeper knew the version before.
+        let late = Marker::new(me(1, 0), "", LEASE).encode();
+        let late = register.write(late, Some(&seen)).await;
+        assert!(matches!(late, Ok(Written::Conflict)), "{late:?}");
+        // It can be made anew.
+        claim(&register, me(1, 0), "", LEASE).await.unwrap();
+        take_over(&register, me(2, 1), "helio://two", LEASE, How::LeaseOut)
+            .await
+            .unwrap();
+        let taken = give_up(&register, me(1, 0)).await;
+        assert!(matches!(taken, Err(TakeError::TakenBy(_))), "{taken:?}");
+        let again = take_over(&register, me(2, 1), "", LEASE, How::LeaseOut).await;
+        assert!(again.is_ok(), "it is theirs still: {again:?}");
     }
 
     #[tokio::test]

@@ -75,6 +75,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             );
         }
     };
+    let mut emptied = false;
     let own = match &options.bucket {
         None => None,
         Some(bucket) => {
@@ -112,6 +113,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
                     let place =
                         crc32fast::hash(format!("{} {}", own.storage, own.bucket).as_bytes());
                     let uuid = format!("{}-{:08x}-{place:08x}", source.uuid, status.cluster_id);
+                    // It is known, and its marker is gone: so may be the rest.
+                    emptied = known.is_some_and(|known| known.uuid == uuid);
                     claim(&there, &uuid, &source, &own.bucket, &prefix, options.force).await?;
                     uuid
                 }
@@ -125,6 +128,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         own,
         copy_bytes_per_second: options.copy_limit,
         retry: options.retry,
+        emptied,
     };
     target.cluster.set_bucket(ask).await?;
     if json {

@@ -5,16 +5,19 @@
 //! store its lease there is waited out, so that it writes no more, dead or not.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use blockstore::{Bucket, StoreOptions};
 use clap::Args;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
-use meta_client::{Cluster, ClusterError, ClusterOptions, MetaUrl};
+use meta_client::{Cluster, ClusterOptions, MetaUrl};
 use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
+use super::handover::{expect_dead, expect_not_promoted, hand_over, other_side};
 use crate::cli::Access;
+use crate::commands::config;
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
 use crate::fencing::{self, FenceAccess};
@@ -22,6 +25,9 @@ use crate::{output, units};
 
 /// A source that does not answer within this time counts as dead, if that is what was said.
 const ALIVE_WITHIN: Duration = Duration::from_secs(3);
+
+/// For one that is to hand over.
+const PATIENT: Duration = Duration::from_secs(30);
 
 /// Which mirror, and how.
 #[derive(Args)]
@@ -51,6 +57,9 @@ pub(crate) struct Options {
     /// written to. Where there is one, it is not asked.
     #[arg(long, requires = "force")]
     i_know_the_source_is_dead: bool,
+    /// With --force, also a mirror that stopped because its records are not the source's.
+    #[arg(long, requires = "force")]
+    even_if_stopped: bool,
 }
 
 pub(super) async fn run(options: Options, json: bool) -> Outcome {
@@ -58,11 +67,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let target = options
         .access
         .target(&options.url, options.name.as_deref())?;
-    let status = target.cluster.mirror_status(Some(&target.volume)).await?;
-    let status = status
-        .into_iter()
-        .find(|status| status.mirror.is_some())
-        .ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))?;
+    let status = status_of(&target).await?;
     let mirror = status.mirror.clone().unwrap_or_default();
     let access = Access {
         token_file: options
@@ -70,130 +75,265 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             .clone()
             .or(options.access.token_file.clone()),
     };
-    let url: MetaUrl = options.source.as_ref().unwrap_or(&mirror.source).parse()?;
+    let (url, volume) = other_side(&mirror, options.source.as_deref())?;
     let source = |within| {
         let patience = ClusterOptions {
             deadline: within,
             ..ClusterOptions::default()
         };
-        Ok::<_, Failure>(Cluster::new(url.peers.clone(), access.token()?, patience))
+        Ok::<_, Failure>(Target {
+            cluster: Cluster::new(url.peers.clone(), access.token()?, patience),
+            url: MetaUrl {
+                volume: Some(volume.clone()),
+                ..url.clone()
+            },
+            volume: volume.clone(),
+        })
     };
     let known = status.applied.map(Position::from).unwrap_or_default();
-    let head = status.source_head.map(Position::from).unwrap_or(known);
     let here = target.cluster.get_volume(&target.volume).await?;
     let fence = options.fence.resolve()?.or(here.fence.clone());
     // An operator's word stands for the store's.
     let mut fence =
         fence.filter(|_| !options.i_know_the_source_is_dead && !options.fence.is_none());
-    let (at, lost) = if options.force {
+    let epoch = match mirror.handed_over {
+        true => Epoch::AfterSuccessors,
+        false => Epoch::Next,
+    };
+    let (at, forced) = if options.force {
         if !options.i_know_the_source_is_dead && fence.is_none() {
             return Err(Failure::usage("--force needs --fence-store, or --i-know-the-source-is-dead")
                 .hint("without a fence store a source that is only cut off from here would be written to as well: two histories"));
         }
-        if source(ALIVE_WITHIN)?
-            .get_volume(&mirror.volume)
-            .await
-            .is_ok()
+        if mirror.state() == v1::MirrorState::Stopped
+            && !mirror.handed_over
+            && !options.even_if_stopped
         {
-            return Err(Failure::new("the source answers: it is not dead")
-                .hint("leave --force out: then nothing is lost"));
+            return Err(Failure::new(format!("the mirror stopped: {}", mirror.reason)).hint(
+                "what it shows may be wrong; another mirror of this source is the better one, or --even-if-stopped",
+            ));
         }
-        (None, head.seq.saturating_sub(known.seq))
+        expect_dead(&source(ALIVE_WITHIN)?.cluster, &volume).await?;
+        (None, true)
+    } else if mirror.handed_over {
+        expect_not_promoted(&source(PATIENT)?, known).await?;
+        (Some(known), false)
     } else {
-        let cluster = source(Duration::from_secs(30))?;
-        let successor = target.url.to_string();
-        let demoted = cluster.demote_volume(&mirror.volume, &successor);
-        let at = demoted.await.map_err(|error| match error {
-            error @ (ClusterError::NoNode { .. } | ClusterError::NoLeader { .. }) => {
-                Failure::from(error)
-                    .hint("if the source is dead: --force --i-know-the-source-is-dead")
-            }
-            error => error.into(),
-        })?;
-        let waited = target
-            .cluster
-            .mirror_wait(&target.volume, at, false, options.timeout);
-        let (reached, applied) = waited.await?;
-        if !reached {
-            return Err(Failure::new(format!(
-                "the mirror is at {applied} and has not reached {at} within {:?}; the source is read-only since",
-                options.timeout
-            ))
-            .hint("try again: nothing is lost; or promote the source itself, with its own META-URL, to go back"));
-        }
+        let source = source(PATIENT)?;
+        let at = hand_over(&source, &target, options.timeout).await?;
         // The source may have got another one, or none, after the mirror was loaded.
         fence = match options.fence.resolve()? {
-            None if !options.fence.is_none() => cluster.get_volume(&mirror.volume).await?.fence,
+            None if !options.fence.is_none() => source.cluster.get_volume(&volume).await?.fence,
             given => given,
         };
-        (Some(at), 0)
+        (Some(at), false)
     };
+    let epoch = epoch.behind(at.unwrap_or(known));
     let mut waited = Duration::ZERO;
     if let Some(store) = &fence {
-        let how = match options.force {
+        let how = match options.force || mirror.handed_over {
             true => How::LeaseOut,
             false => How::Demoted,
         };
-        waited = take_marker(&target, &here, store, at.unwrap_or(known), how).await?;
+        waited = take_marker(&target, &here, store, epoch, how).await?;
     }
+    tell_buckets(&here, epoch).await;
     let fenced = fence.is_some();
-    let promoted = target
-        .cluster
-        .promote_mirror(&target.volume, at, fence, options.force);
+    // What is known of the source is the leader's, and goes with the promotion.
+    let status = match forced {
+        true => status_of(&target).await?,
+        false => status,
+    };
+    let promoted = target.cluster.promote_mirror(v1::PromoteMirrorRequest {
+        volume: target.volume.clone(),
+        at: at.map(Into::into),
+        fence,
+        forced,
+        epoch,
+    });
     let first = promoted.await?;
     let last = Position {
         epoch: at.unwrap_or(known).epoch,
         seq: first.seq - 1,
     };
+    let loss = match forced {
+        true => Loss::known(&status, last),
+        false => Loss::None,
+    };
     let seconds = begun.elapsed().as_secs_f64();
     let pending = status.copies.clone().unwrap_or_default();
+    let source_only = pending.pending_segments + pending.quarantined_segments;
     if json {
-        return output::print_json(&json!({
+        let mut shown = json!({
             "volume": target.volume,
             "last_position": last.to_string(),
             "first_position": first.to_string(),
-            "lost_entries_known": lost,
-            "lag_ms": if options.force { status.lag_ms } else { 0 },
-            "objects_at_source_only": pending.pending_segments + pending.quarantined_segments,
+            "lag_ms": if forced { status.lag_ms } else { 0 },
+            "objects_at_source_only": source_only,
             "seconds": seconds,
             "fenced": fenced,
             "lease_waited_ms": u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
-        }));
+        });
+        loss.put(&mut shown);
+        return output::print_json(&shown);
     }
     output::line(format_args!(
         "{} is written here from {first} on; the last position of the source that is here is {last}",
         target.volume
     ))?;
-    if options.force {
-        output::line(format_args!(
-            "lost: {lost} entries that the source was known to have, and whatever it acknowledged in the {:.1} s since it was \
-             last seen",
-            status.contact_ms as f64 / 1000.0
-        ))?;
-        if pending.pending_segments + pending.quarantined_segments > 0 {
+    if forced {
+        output::line(&loss)?;
+        if source_only > 0 {
             output::line(format_args!(
-                "{} objects are in the source's bucket only: files that need them can be read while that bucket can; \
+                "{source_only} objects are in the source's bucket only: files that need them can be read while that bucket can; \
                  `heliofs mirror status --missing` lists them",
-                pending.pending_segments + pending.quarantined_segments
             ))?;
         }
     }
     Ok(())
 }
 
-/// Makes the marker name this cluster, at the epoch behind `last`; how long the source's lease was waited for.
-async fn take_marker(
+/// Tells the buckets that hold the volume's objects of the new epoch, so that nobody of the old one deletes what lives in the new
+/// one. Without it, only a source that is alive in spite of everything could; so a bucket that can't be told is no reason to stop.
+pub(super) async fn tell_buckets(volume: &v1::Volume, epoch: u32) {
+    let options = StoreOptions {
+        deadline: Duration::from_secs(5),
+        memory_cache_bytes: 0,
+        ..StoreOptions::default()
+    };
+    for storage in volume.storage.iter().chain(&volume.second) {
+        let told = async {
+            let bucket = Bucket::open(storage, config::prefix(volume), &options)?;
+            bucket.check_marker(&storage.uuid).await?;
+            bucket.raise_epoch(epoch).await
+        };
+        if let Err(error) = told.await {
+            tracing::warn!(
+                bucket = storage.bucket, %error,
+                "the bucket could not be told of the new epoch: a source that is alive after all may delete from it"
+            );
+        }
+    }
+}
+
+/// Which epoch follows the one of the last position.
+#[derive(Clone, Copy)]
+pub(super) enum Epoch {
+    /// The next.
+    Next,
+    /// The one after the next, which is that of a successor that was perhaps promoted.
+    AfterSuccessors,
+}
+
+impl Epoch {
+    /// Its number.
+    pub(super) fn behind(self, last: Position) -> u32 {
+        match self {
+            Self::Next => last.epoch.0 + 1,
+            Self::AfterSuccessors => last.epoch.0 + 2,
+        }
+    }
+}
+
+/// How the mirror is.
+pub(super) async fn status_of(target: &Target) -> Outcome<v1::MirrorStatus> {
+    let all = target.cluster.mirror_status(Some(&target.volume)).await?;
+    all.into_iter()
+        .find(|status| status.mirror.is_some())
+        .ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))
+}
+
+/// What a promotion lost, as far as it can be known here.
+#[derive(Debug, PartialEq, Eq)]
+enum Loss {
+    /// Nothing: it was planned.
+    None,
+    /// At least this.
+    Known {
+        /// Entries up to `head` that are not here.
+        entries: u64,
+        /// How far the source was when it was last heard of.
+        head: Position,
+        /// How long ago that was. What it acknowledged since then is lost, too.
+        silent: Duration,
+    },
+    /// Whoever leads the mirror now never heard of the source.
+    Unknown,
+}
+
+impl Loss {
+    /// Of a forced promotion after `last`.
+    fn known(status: &v1::MirrorStatus, last: Position) -> Self {
+        let Some(head) = status.source_head.map(Position::from) else {
+            return Self::Unknown;
+        };
+        Self::Known {
+            entries: head.seq.saturating_sub(last.seq),
+            head,
+            silent: Duration::from_millis(status.contact_ms),
+        }
+    }
+
+    fn put(&self, shown: &mut serde_json::Value) {
+        let (entries, head, silent) = match self {
+            Self::None => (Some(0), None, None),
+            Self::Known {
+                entries,
+                head,
+                silent,
+            } => (Some(*entries), Some(head.to_string()), Some(*silent)),
+            Self::Unknown => (None, None, None),
+        };
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        shown["lost_entries_known"] = json!(entries);
+        shown["source_known_up_to"] = json!(head);
+        shown["source_silent_ms"] = json!(silent.map(millis));
+        shown["source_last_heard"] = json!(silent.map(clock));
+    }
+}
+
+/// The time of day so long ago, UTC.
+fn clock(ago: Duration) -> String {
+    humantime::format_rfc3339_seconds(SystemTime::now() - ago).to_string()
+}
+
+impl std::fmt::Display for Loss {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => write!(f, "lost: nothing"),
+            Self::Known {
+                entries,
+                head,
+                silent,
+            } => write!(
+                f,
+                "lost: at least {entries} entries, which the source was known to have (up to {head}); it was last heard of at {}, \
+                 {:.1} s ago, and what it acknowledged since then is lost too and could not be counted",
+                clock(*silent),
+                silent.as_secs_f64()
+            ),
+            Self::Unknown => write!(
+                f,
+                "lost: not known; the mirror's leader has not heard of the source since it leads, and whatever the source \
+                 acknowledged behind that position is lost"
+            ),
+        }
+    }
+}
+
+/// Makes the marker name this cluster at `epoch`; how long the source's lease was waited for.
+pub(super) async fn take_marker(
     target: &Target,
     volume: &v1::Volume,
     store: &v1::FenceStore,
-    last: Position,
+    epoch: u32,
     how: How,
 ) -> Outcome<Duration> {
     let status = target.cluster.status().await?;
     let me = Me {
         volume: volume.id,
         cluster: status.cluster_id,
-        epoch: last.epoch.0 + 1,
+        epoch,
     };
     let register = fence::open(store, fence::prefix(volume))?;
     let lease = fence::lease(store);
@@ -207,5 +347,33 @@ async fn take_marker(
             "nothing was promoted; try again when the fence store answers, or --i-know-the-source-is-dead does without it",
         )),
         Err(error) => Err(Failure::new(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_is_counted_as_far_as_it_is_known_and_never_called_nothing() {
+        let at = |seq| v1::Position { epoch: 2, seq };
+        let mut status = v1::MirrorStatus {
+            source_head: Some(at(50)),
+            contact_ms: 7000,
+            ..v1::MirrorStatus::default()
+        };
+        let loss = Loss::known(&status, at(38).into());
+        let mut shown = json!({});
+        loss.put(&mut shown);
+        assert_eq!(shown["lost_entries_known"], 12);
+        assert_eq!(shown["source_known_up_to"], "2:50");
+        assert_eq!(shown["source_silent_ms"], 7000);
+        assert!(loss.to_string().contains("at least 12 entries"), "{loss}");
+        assert!(loss.to_string().contains("7.0 s ago"), "{loss}");
+        status.source_head = None;
+        let loss = Loss::known(&status, at(38).into());
+        loss.put(&mut shown);
+        assert!(shown["lost_entries_known"].is_null(), "{shown}");
+        assert!(loss.to_string().contains("not known"), "{loss}");
     }
 }

@@ -81,19 +81,21 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     // From here on nothing is added to the tail.
     let last = target
         .cluster
-        .demote_volume(&target.volume, &successor.url.to_string())
+        .demote_volume(&target.volume, &successor.url.to_string(), false)
         .await?;
     let file = options.export.clone().unwrap_or_else(|| {
         PathBuf::from(format!("{}-divergent-{}.json", target.volume, last.epoch.0))
     });
-    let exported = match last.seq >= parting.seq {
-        true => export(&target, parting, last, &file, options.force).await?,
-        false => 0,
+    // How many there are, whether or not the log has them still.
+    let divergent = (last.seq + 1).saturating_sub(parting.seq);
+    let exported = match divergent {
+        0 => 0,
+        _ => export(&target, parting, last, &file, options.force).await?,
     };
     let reloading = target.cluster.mirror_reload(&target.volume).await;
     reloading.map_err(|error| {
         Failure::from(error).hint(
-            "nothing is lost by that: the tail is exported, and the volume is read-only; try again",
+            "nothing is lost by that: the tail is exported, and the volume is read-only; try again, with another --export FILE",
         )
     })?;
     if json {
@@ -102,7 +104,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             "of": successor.url.to_string(),
             "last_position": last.to_string(),
             "parted_at": parting.to_string(),
-            "divergent_entries": exported,
+            "divergent_entries": divergent,
+            "exported_entries": exported,
             "export": (exported > 0).then_some(file),
         }));
     }
@@ -111,7 +114,14 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             "{exported} entries that only this region has are in {}",
             file.display()
         ))?;
-    } else {
+    }
+    if divergent > exported {
+        output::line(format_args!(
+            "{} entries that only this region had are lost: the log does not have them any more",
+            divergent - exported
+        ))?;
+    }
+    if divergent == 0 {
         output::line("nothing was acknowledged here that the other region does not have")?;
     }
     output::line(format_args!(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use heliofs_proto::ids::Position;
-use heliofs_proto::v1::{CopyBegin, StoredRecord};
+use heliofs_proto::v1::{CopyBegin, MirrorState, StoredRecord};
 use meta_client::{Cluster, VolumeCopy};
 use meta_core::keys::{self, Tag};
 use serde_json::{Value, json};
@@ -165,8 +165,12 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         .access
         .target(&options.url, options.name.as_deref())?;
     let status = target.cluster.mirror_status(Some(&target.volume)).await?;
-    let mirror = status.into_iter().next().and_then(|status| status.mirror);
+    let status = status.into_iter().next().unwrap_or_default();
+    let diverged = status.diverged.map(Position::from);
+    let mirror = status.mirror;
     let mirror = mirror.ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))?;
+    // It will not come to the source's position any more: what it has is compared with what the source has now.
+    let stopped = mirror.state() == MirrorState::Stopped;
     let access = Access {
         token_file: options.source_token_file.or(options.access.token_file),
     };
@@ -175,6 +179,9 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let (mut one, mut other) = loop {
         // The source's copy stays at its position while the mirror comes to it.
         let one = Side::open(&source.cluster, &mirror.volume).await?;
+        if stopped {
+            break (one, Side::open(&target.cluster, &target.volume).await?);
+        }
         let left = options.timeout.saturating_sub(begun.elapsed());
         let waited = target
             .cluster
@@ -201,10 +208,21 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     };
     let found = compare(&mut one, &mut other).await?;
     let position = one.position().to_string();
+    let at = match one.position() == other.position() {
+        true => format!("at position {position}"),
+        false => format!(
+            "between the source at {position} and the mirror, which stopped at {} ({}): what the source changed since is among them",
+            other.position(),
+            mirror.reason
+        ),
+    };
+    let first = diverged.map(|first| first.to_string());
     if json {
         output::print_json(&json!({
             "volume": target.volume,
             "position": position,
+            "mirror_position": other.position().to_string(),
+            "first_differing_position": first,
             "records": found.records,
             "differ": found.differ,
             "differences": found.told,
@@ -216,8 +234,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         }
     }
     if found.differ > 0 {
+        let first = first.map_or_else(String::new, |first| {
+            format!("; the digests differ from position {first} on, or from one up to a second before it")
+        });
         return Err(Failure::differs(format!(
-            "{} of {} records of {} differ at position {position}",
+            "{} of {} records of {} differ {at}{first}",
             found.differ, found.records, target.volume
         ))
         .hint("`heliofs mirror reload` loads the volume anew"));

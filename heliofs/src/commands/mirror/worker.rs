@@ -63,6 +63,7 @@ fn as_json(volume: &str, progress: &CopyProgress) -> serde_json::Value {
         "copied_bytes": progress.copied_bytes,
         "pulled_bytes": progress.pulled_bytes,
         "found_segments": progress.found_segments,
+        "repacked_segments": progress.repacked_segments,
         "bad_segments": progress.bad_segments,
     })
 }
@@ -102,8 +103,9 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         download_budget: RateLimit::new(options.download_limit).map(Arc::new),
         ..StoreOptions::default()
     };
-    let buckets = copying::open(&storage, &second, &welcome.prefix, &store_options)?;
-    let checked = copying::open(&storage, &second, &welcome.prefix, &store_options)?;
+    let volume = session.volume_id();
+    let buckets = copying::open(volume, &storage, &second, &welcome.prefix, &store_options)?;
+    let checked = copying::open(volume, &storage, &second, &welcome.prefix, &store_options)?;
     // One that is another's must be noticed before anything is put into it.
     buckets.own.check_marker(&storage.uuid).await?;
     copying::check_second(&buckets.second, &second.uuid).await?;

@@ -496,8 +496,8 @@ impl Serving {
         let id = session.volume_id();
         let copies = match &second {
             Some(second) if !self.no_bgjob => Some((
-                copying::open(&storage, second, prefix, &store_options)?,
-                copying::open(&storage, second, prefix, &store_options)?,
+                copying::open(id, &storage, second, prefix, &store_options)?,
+                copying::open(id, &storage, second, prefix, &store_options)?,
             )),
             _ => None,
         };
@@ -520,8 +520,8 @@ impl Serving {
                 atime: self.atime.into(),
                 segment_bytes: storage.segment_bytes,
                 delete_segments: !self.no_bgjob,
-                // At a mirror nothing is to be compacted, and a mount that follows is not asked again.
-                compaction: (!self.no_bgjob && !welcome.mirror).then(|| CompactionOptions {
+                // At a mirror nothing is to be compacted, until it is promoted.
+                compaction: (!self.no_bgjob && !read_only).then(|| CompactionOptions {
                     pause: self.compact_interval,
                     ..CompactionOptions::default()
                 }),

@@ -1,5 +1,6 @@
 //! [`Filters`]: which keys `--include` and `--exclude` leave, in the manner of rsync. Pure.
 
+use blockstore::object::marker::is_about_the_bucket;
 use glob::{MatchOptions, Pattern};
 
 use crate::failure::{Failure, Outcome};
@@ -50,10 +51,16 @@ impl Filters {
 
     /// Whether a key (or a directory, ending with `/`) stays.
     pub(crate) fn keeps(&self, key: &str) -> bool {
-        if self.rules.is_empty() {
-            return true;
-        }
         let inner = key.trim_end_matches('/');
+        // It says which bucket this is, and is another one in every region's: only who asks for it gets it.
+        if inner.rsplit('/').next().is_some_and(is_about_the_bucket)
+            && !self
+                .rules
+                .iter()
+                .any(|rule| rule.include && rule.matches(inner, false))
+        {
+            return false;
+        }
         let levels = inner.match_indices('/').map(|(at, _)| (&key[..at], true));
         let last = (inner, key.ends_with('/'));
         levels
@@ -137,6 +144,14 @@ mod tests {
         assert!(kept.keeps("a/xb/c") && kept.keeps("b/cd"));
         let kept = filters(&["-/b"]);
         assert!(!kept.keeps("b") && !kept.keeps("b/x") && kept.keeps("a/b"));
+    }
+
+    #[test]
+    fn the_marker_of_a_bucket_stays_where_it_is_unless_it_is_named() {
+        assert!(!filters(&[]).keeps(".heliofs-volume"));
+        assert!(!filters(&["+*.rs"]).keeps("vol/.heliofs-volume"));
+        assert!(filters(&["+.heliofs-volume"]).keeps("vol/.heliofs-volume"));
+        assert!(filters(&[]).keeps("vol/.heliofs-volume.txt"));
     }
 
     #[test]

@@ -398,19 +398,19 @@ impl Session {
     }
 
     /// Leases up to `segments_max` dead segments for deletion from the bucket, and reports those that are `done`. Second
-    /// part: how many still wait for their horizon.
+    /// part: the epoch in which they are dead.
     pub async fn take_deletions(
         &self,
         segments_max: u32,
         done: &[SegmentId],
-    ) -> Result<(Vec<SegmentId>, u64), ClientError> {
+    ) -> Result<(Vec<SegmentId>, u32), ClientError> {
         let body = Body::TakeDeletions(v1::TakeDeletions {
             segments_max,
             done: done.iter().map(|id| id.0).collect(),
         });
         let (deletions, _) = expect_body!(self.read(body).await?, Deletions, "take_deletions")?;
         let segments = deletions.segments.into_iter().map(SegmentId).collect();
-        Ok((segments, deletions.waiting))
+        Ok((segments, deletions.epoch))
     }
 }
 

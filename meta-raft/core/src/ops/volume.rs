@@ -8,7 +8,7 @@ use heliofs_proto::v1::{self, FileKind};
 use super::dir;
 use crate::change::Corruption;
 use crate::keys;
-use crate::limits::CORE_LEVEL_MAX;
+use crate::limits::core_level_known;
 use crate::records::{CountersRecord, InodeRecord, QuotaCounters, SettingsRecord};
 use crate::txn::{OpResult, Txn};
 use crate::view::View;
@@ -77,13 +77,13 @@ pub(crate) fn update_settings<V: View>(txn: &mut Txn<V>, op: &v1::SettingsUpdate
 }
 
 /// A build that does not know a level stops. It must not refuse: a newer build would not, and the two would go separate ways.
-/// Proposers check [`CORE_LEVEL_MAX`] of all nodes before they propose.
+/// Proposers ask all nodes what they know before they propose.
 fn check_level<V: View>(txn: &Txn<V>, level: u32) -> Result<(), Corruption> {
-    if level > CORE_LEVEL_MAX {
+    if level > core_level_known() {
         return Err(Corruption::UpgradeRequired {
             volume: txn.volume.0,
             level,
-            known: CORE_LEVEL_MAX,
+            known: core_level_known(),
         });
     }
     Ok(())

@@ -3,13 +3,13 @@
 use heliofs_proto::ids::{NodeId, Position, VolumeId};
 use heliofs_proto::v1::admin_server::Admin;
 use heliofs_proto::v1::{self, FsError, command::Op, local_command, log_item::Item};
-use meta_core::{limits::CORE_LEVEL_MAX, query};
+use meta_core::{limits::core_level_known, query};
 use tonic::{Request, Response, Status};
 
 use super::status;
 use crate::changelog::Applies;
 use crate::proposer::{LocalReply, Proposed};
-use crate::raft::admin::{AdminError, RaftAdmin};
+use crate::raft::admin::{AdminError, Joining, RaftAdmin};
 use crate::sessions::Context;
 use crate::store::LogStore;
 
@@ -59,10 +59,11 @@ pub(super) fn check_name(name: &str) -> Result<(), Status> {
 /// refuse: a newer build would accept, and the replicas would go separate ways. So it is refused before it is in the log.
 fn check_core_level(settings: Option<&v1::VolumeSettings>) -> Result<(), Status> {
     match settings {
-        Some(settings) if settings.core_level > CORE_LEVEL_MAX => {
+        Some(settings) if settings.core_level > core_level_known() => {
             Err(Status::invalid_argument(format!(
-                "core level {} is above what this build supports ({CORE_LEVEL_MAX}): upgrade all metadata nodes first",
-                settings.core_level
+                "core level {} is above what this build supports ({}): upgrade all metadata nodes first",
+                settings.core_level,
+                core_level_known()
             )))
         }
         Some(_) | None => Ok(()),
@@ -178,11 +179,12 @@ impl Admin for AdminService {
         if node == 0 {
             return Err(Status::invalid_argument("a node's id is not 0"));
         }
-        self.raft
-            .add_node(NodeId(node), &address)
-            .await
-            .map_err(admin_status)?;
-        Ok(Response::new(v1::AddNodeResponse {}))
+        let added = self.raft.add_node(NodeId(node), &address).await;
+        let behind = match added.map_err(admin_status)? {
+            Joining::Votes => 0,
+            Joining::CatchingUp { behind } => behind,
+        };
+        Ok(Response::new(v1::AddNodeResponse { behind }))
     }
 
     async fn remove_node(
@@ -303,6 +305,7 @@ impl Admin for AdminService {
             let op = local_command::Op::VolumeFence(v1::VolumeFence {
                 volume: record.id,
                 fence,
+                of_source: false,
             });
             match self.propose_local(op).await? {
                 LocalReply::Done => {}

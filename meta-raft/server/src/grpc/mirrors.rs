@@ -9,8 +9,10 @@ use tonic::{Response, Status};
 
 use super::admin::{AdminService, Answer, no_volume, unexpected};
 use super::status;
+use crate::changelog::{not_of_this_history, other_epoch};
 use crate::drivers::slots::bytes_from;
 use crate::proposer::{LocalReply, now};
+use crate::sessions::Context;
 
 /// Bytes of log that are kept for a mirror unless its slot says otherwise.
 pub const LOG_BYTES_MAX: u64 = 1 << 30;
@@ -131,7 +133,18 @@ impl AdminService {
     pub(super) async fn slot_reported(&self, report: v1::SlotReport) -> Answer<v1::MirrorSlot> {
         let (volume, mirror) = (report.volume, report.name.clone());
         match self.propose_local(Op::SlotReport(report)).await? {
-            LocalReply::Slot(slot, _) => Ok(Response::new(*slot)),
+            LocalReply::Slot(slot, _) => {
+                let head = self.ctx.state.head(VolumeId(slot.volume));
+                let volume = self.ctx.state.volume(VolumeId(slot.volume));
+                Ok(Response::new(v1::MirrorSlot {
+                    fence: volume.map(|volume| v1::SourceFence {
+                        store: volume.fence,
+                    }),
+                    head: head.map(|(head, _)| head.into()),
+                    now: now(),
+                    ..*slot
+                }))
+            }
             LocalReply::NoSuchVolume => Err(no_volume(volume)),
             LocalReply::NoSuchSlot => Err(no_slot(&volume.to_string(), &mirror)),
             other => Err(unexpected(&other)),
@@ -183,6 +196,7 @@ impl AdminService {
                 copies_leased: leased as u64,
                 copiers: copiers as u64,
                 digests_agreed: self.ctx.state.beats_agreed(id),
+                diverged: self.ctx.state.diverged(id).map(Into::into),
                 ..told
             })
         });
@@ -210,6 +224,7 @@ impl AdminService {
         let mut rung = self.applies.subscribe();
         loop {
             rung.borrow_and_update();
+            self.of_this_history(id, wanted)?;
             let loading = self
                 .ctx
                 .state
@@ -247,6 +262,20 @@ impl AdminService {
         }
     }
 
+    /// Errors: `ABORTED` for a position behind which another epoch began: what it names was lost, and will not come.
+    fn of_this_history(&self, id: VolumeId, wanted: Position) -> Result<(), Status> {
+        let head = self
+            .ctx
+            .state
+            .snapshot_view(|view| meta_core::query::head(view, id))
+            .map_err(|found| status::corrupt(&self.ctx.damage, "a volume's epochs", &found))?;
+        let epochs = head.map_or_else(Vec::new, |head| head.epochs);
+        match other_epoch(&epochs, wanted) {
+            Some((epoch, first)) => Err(not_of_this_history(wanted, *epoch, *first)),
+            None => Ok(()),
+        }
+    }
+
     pub(super) async fn demoted(
         &self,
         ask: v1::DemoteVolumeRequest,
@@ -255,6 +284,7 @@ impl AdminService {
         let demote = v1::VolumeDemote {
             volume: volume.id,
             successor: ask.successor,
+            hand_over: ask.hand_over,
         };
         match self.propose_local(Op::VolumeDemote(demote)).await? {
             LocalReply::Replayed(position) => {
@@ -279,14 +309,19 @@ impl AdminService {
         let promote = v1::MirrorPromote {
             volume: volume.id,
             at: Some(at.into()),
-            epoch: at.epoch.0 + 1,
+            epoch: match ask.epoch {
+                0 => at.epoch.0 + 1,
+                epoch => epoch,
+            },
             fence: ask.fence,
         };
         match self.propose_local(Op::MirrorPromote(promote)).await? {
             LocalReply::Replayed(position) => {
                 tracing::warn!(volume = ask.volume, %position, "the mirror was promoted");
                 if ask.forced {
-                    self.end_sessions_of_the_source(VolumeId(volume.id)).await;
+                    // Not here: each of them is an entry of the log, and whoever asked waits only so long.
+                    let (ctx, id) = (self.ctx.clone(), VolumeId(volume.id));
+                    tokio::spawn(async move { end_sessions_of_the_source(&ctx, id).await });
                 }
                 Ok(Response::new(v1::PromoteMirrorResponse {
                     position: Some(position.into()),
@@ -294,43 +329,6 @@ impl AdminService {
             }
             LocalReply::NoSuchVolume => Err(no_volume(ask.volume)),
             other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Nobody of the source comes back for what it was not told: its clients get EIO for it, and ESTALE for what they hold.
-    /// Whatever is left here when the lead is lost ends with the session time-out.
-    async fn end_sessions_of_the_source(&self, id: VolumeId) {
-        let own = self.ctx.state.cluster_id();
-        let mut after = SessionId::SYSTEM;
-        loop {
-            let page = self
-                .ctx
-                .state
-                .snapshot_view(|view| meta_core::query::sessions(view, id, after, SESSIONS_PAGE));
-            let page = match page {
-                Ok(page) => page,
-                Err(found) => {
-                    self.ctx.damage.report("sessions of the source", &found);
-                    return;
-                }
-            };
-            let Some((last, _)) = page.last() else { return };
-            after = *last;
-            for (session, _) in page {
-                if Some(session.cluster()) == own {
-                    continue;
-                }
-                match self.ctx.hub.volume(id) {
-                    Ok(Some(volume)) => {
-                        crate::sessions::end_session(&self.ctx, &volume, session.0).await;
-                    }
-                    Ok(None) => return,
-                    Err(found) => {
-                        self.ctx.damage.report("sessions of the source", &found);
-                        return;
-                    }
-                }
-            }
         }
     }
 
@@ -344,6 +342,7 @@ impl AdminService {
             own: ask.own,
             copy_bytes_per_second: ask.copy_bytes_per_second,
             retry: ask.retry,
+            emptied: ask.emptied,
         };
         match self.propose_local(Op::SecondBucket(set)).await? {
             LocalReply::Done => Ok(Response::new(v1::SetBucketResponse {})),
@@ -398,19 +397,54 @@ impl AdminService {
                 ask.volume
             )));
         };
-        // The follower sees a load that is not its own and begins one.
-        let begin = v1::MirrorLoadBegin {
+        if mirror.state() == v1::MirrorState::Loading {
+            return Ok(Response::new(v1::MirrorReloadResponse {}));
+        }
+        // What was applied is served until the source sends a copy.
+        let stop = v1::MirrorStop {
             volume: volume.id,
-            name: volume.name,
-            // The follower's load says where the source's objects are.
-            storage: None,
-            settings: volume.settings,
-            mirror: Some(mirror),
-            fence: None,
+            reason: "to be loaded anew, as an operator asked".to_owned(),
+            reload: true,
         };
-        match self.propose_local(Op::MirrorLoadBegin(begin)).await? {
-            LocalReply::Load(_) => Ok(Response::new(v1::MirrorReloadResponse {})),
+        match self.propose_local(Op::MirrorStop(stop)).await? {
+            LocalReply::Done => Ok(Response::new(v1::MirrorReloadResponse {})),
             other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// Nobody of the source comes back for what it was not told: its clients get EIO for it, and ESTALE for what they hold.
+/// Whatever is left here when the lead is lost ends with the session time-out.
+async fn end_sessions_of_the_source(ctx: &Context, id: VolumeId) {
+    let own = ctx.state.cluster_id();
+    let mut after = SessionId::SYSTEM;
+    loop {
+        let page = ctx
+            .state
+            .snapshot_view(|view| meta_core::query::sessions(view, id, after, SESSIONS_PAGE));
+        let page = match page {
+            Ok(page) => page,
+            Err(found) => {
+                ctx.damage.report("sessions of the source", &found);
+                return;
+            }
+        };
+        let Some((last, _)) = page.last() else { return };
+        after = *last;
+        for (session, _) in page {
+            if Some(session.cluster()) == own {
+                continue;
+            }
+            match ctx.hub.volume(id) {
+                Ok(Some(volume)) => {
+                    crate::sessions::end_session(ctx, &volume, session.0).await;
+                }
+                Ok(None) => return,
+                Err(found) => {
+                    ctx.damage.report("sessions of the source", &found);
+                    return;
+                }
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use heliofs_proto::ids::{ClusterId, NodeId};
 use heliofs_proto::v1::admin_client::AdminClient;
 use heliofs_proto::v1::{self, local_command::Op, log_item::Item};
+use meta_core::limits::{CORE_LEVEL_MAX, core_level_known};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
 use openraft::{ChangeMembers, Instant, ServerState};
@@ -22,6 +23,10 @@ use crate::store::{LogStore, State};
 
 /// Electing a leader among healthy nodes takes far less.
 const LEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// A call that adds a node waits this long for it to catch up before it tells how far that is.
+const JOIN_WAIT: Duration = Duration::from_secs(2);
+/// One that lacks so few entries gets them while it becomes a voter.
+const CAUGHT_UP: u64 = 1000;
 /// A flush and a checkpoint.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -40,6 +45,18 @@ pub enum AdminError {
     /// Another node or a quorum did not answer; the change may still take effect.
     #[error("{0}")]
     Unavailable(String),
+}
+
+/// How far a node is that is added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Joining {
+    /// It is a voter.
+    Votes,
+    /// It gets what it lacks.
+    CatchingUp {
+        /// Entries of the log.
+        behind: u64,
+    },
 }
 
 /// Operations on the cluster; cheap to clone.
@@ -139,8 +156,9 @@ impl RaftAdmin {
         }
     }
 
-    /// Adds the node at `address` (`host:port`): it becomes a learner, catches up, and then votes. Repeating it continues.
-    pub async fn add_node(&self, id: NodeId, address: &str) -> Result<(), AdminError> {
+    /// Adds the node at `address` (`host:port`): it becomes a learner, catches up, and then votes. Repeating it continues, and is
+    /// needed until it votes.
+    pub async fn add_node(&self, id: NodeId, address: &str) -> Result<Joining, AdminError> {
         self.must_lead()?;
         let found = self.ask(address).await?;
         if found.node != id.0 {
@@ -166,7 +184,7 @@ impl RaftAdmin {
         id: NodeId,
         address: &str,
         store: [u8; 16],
-    ) -> Result<(), AdminError> {
+    ) -> Result<Joining, AdminError> {
         self.must_lead()?;
         let peer = RaftPeer {
             address: address.to_owned(),
@@ -185,19 +203,47 @@ impl RaftAdmin {
                     known.address
                 )));
             }
-            Some((_, true)) => return Ok(()),
-            Some((_, false)) | None => {}
+            Some((_, true)) => return Ok(Joining::Votes),
+            Some((_, false)) => {}
+            None => {
+                self.raft
+                    .add_learner(id.0, peer, false)
+                    .await
+                    .map_err(write_error)?;
+            }
         }
-        self.raft
-            .add_learner(id.0, peer, true)
-            .await
-            .map_err(write_error)?;
+        let until = tokio::time::Instant::now() + JOIN_WAIT;
+        let mut metrics = self.raft.metrics();
+        loop {
+            let behind = self.behind(id.0);
+            if behind <= CAUGHT_UP {
+                break;
+            }
+            match tokio::time::timeout_at(until, metrics.changed()).await {
+                Ok(changed) => changed.map_err(unavailable)?,
+                Err(_) => return Ok(Joining::CatchingUp { behind }),
+            }
+        }
+        // In a task: of a caller that hangs up half-way a joint configuration would be left.
+        let raft = self.raft.clone();
         let voters = ChangeMembers::AddVoterIds(BTreeSet::from([id.0]));
-        self.raft
-            .change_membership(voters, true)
+        tokio::spawn(async move { raft.change_membership(voters, true).await })
             .await
+            .map_err(unavailable)?
             .map_err(write_error)?;
-        Ok(())
+        Ok(Joining::Votes)
+    }
+
+    /// Entries of the leader's log that a member lacks.
+    fn behind(&self, id: u64) -> u64 {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let last = metrics.last_log_index.map_or(0, |last| last + 1);
+        let matched = metrics.replication.as_ref().and_then(|map| map.get(&id));
+        let has = matched
+            .and_then(|at| at.as_ref())
+            .map_or(0, |at| at.index + 1);
+        last.saturating_sub(has)
     }
 
     /// What the node at `address` says about itself.
@@ -325,7 +371,9 @@ impl RaftAdmin {
             node: self.identity.node,
             cluster_id: self.state.cluster_id().map_or(0, |cluster| cluster.0),
             role: role.to_owned(),
-            core_level_max: meta_core::limits::CORE_LEVEL_MAX,
+            core_level_max: core_level_known(),
+            // Whoever pretends to be of an earlier release is of one without them.
+            fences: core_level_known() == CORE_LEVEL_MAX,
             leader: leader.unwrap_or(0),
             leader_address,
             term: metrics.current_term,

@@ -234,6 +234,7 @@ fn task(
         checksum: record.checksum,
         look: missing.look,
         replace: missing.replace,
+        made_of: missing.made_of.clone(),
     }))
 }
 

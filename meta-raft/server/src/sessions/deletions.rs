@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
-use heliofs_proto::ids::{SegmentId, UnixNanos};
+use heliofs_proto::ids::{Epoch, SegmentId, UnixNanos};
 use heliofs_proto::v1::{self, FsError, local_command, log_item::Item};
 use meta_core::{Corruption, View, keys, query};
 
@@ -80,10 +80,16 @@ pub(super) async fn serve(
             body: Some(v1::response::Body::Deletions(v1::Deletions {
                 segments: Vec::new(),
                 waiting: ctx.state.deletions_waiting(volume.id),
+                epoch: 0,
             })),
             ..Default::default()
         });
     }
+    // Read before the candidates: what dies in a later one is asked about with an earlier one, and kept.
+    let epoch = ctx
+        .state
+        .head(volume.id)
+        .map_or(Epoch(0), |(at, _)| at.epoch);
     let candidates = ctx
         .state
         .deletions(
@@ -106,6 +112,7 @@ pub(super) async fn serve(
         body: Some(v1::response::Body::Deletions(v1::Deletions {
             segments,
             waiting,
+            epoch: epoch.0,
         })),
         ..Default::default()
     })

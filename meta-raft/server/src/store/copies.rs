@@ -27,25 +27,29 @@ impl State {
     /// The greatest position all of whose segments are in the region's bucket, quarantined ones excepted; the volume's position
     /// when it has one bucket.
     pub fn complete(&self, volume: VolumeId) -> std::io::Result<Position> {
-        let (applied, copies) = {
+        let known = || {
             let memory = self.memory();
-            let Some(known) = memory.volumes.get(&volume) else {
-                return Ok(Position::START);
-            };
-            let applied = known.digest.position;
-            if known.record.second.is_none() {
-                return Ok(applied);
-            }
-            (applied, known.copies.clone())
+            let known = memory.volumes.get(&volume)?;
+            let copies = known.record.second.as_ref().map(|_| known.copies.clone());
+            Some((known.digest.position, copies))
         };
-        if copies.walk != 0 && copies.first_walk {
-            return Ok(Position::START);
-        }
-        // What is missing is read after the position: what came since can only make the answer older.
+        let applied = match known() {
+            None => return Ok(Position::START),
+            Some((applied, None)) => return Ok(applied),
+            Some((applied, Some(_))) => applied,
+        };
+        // What is missing is read after the position, and the gaps after that: what came since can only make the answer older,
+        // and what was freed since has left its gap.
         let mut limit = match self.pending(volume, 1)?.first() {
             Some((since, _)) => before(*since).min(applied),
             None => applied,
         };
+        let Some((_, Some(copies))) = known() else {
+            return Ok(Position::START);
+        };
+        if copies.walk != 0 && copies.first_walk {
+            return Ok(Position::START);
+        }
         for gap in copies.gaps.iter().rev() {
             let position = |at: Option<v1::Position>| at.map(Position::from).unwrap_or_default();
             let (from, to) = (position(gap.from), position(gap.to));

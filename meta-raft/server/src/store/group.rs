@@ -307,6 +307,9 @@ impl<'e> Group<'_, 'e> {
         self.overlay.absorb(&applied.changes);
         if copied {
             self.note_segments(volume, &applied.changes, applied.position)?;
+            if let Some(v1::command::Op::Relocate(relocate)) = &command.op {
+                self.note_relocated(volume, relocate)?;
+            }
         }
         for segment in applied.freed {
             self.free(volume, segment, applied.time, applied.position)?;
@@ -512,6 +515,10 @@ impl<'e> Group<'_, 'e> {
         let Some(known) = self.memory.volumes.get_mut(&VolumeId(fence.volume)) else {
             return LocalReply::NoSuchVolume;
         };
+        if fence.of_source && known.record.mirror.is_none() {
+            // It was promoted meanwhile: what fences it was said then.
+            return LocalReply::Done;
+        }
         known.record.fence.clone_from(&fence.fence);
         let record = known.record.clone();
         self.put_volume(&record);

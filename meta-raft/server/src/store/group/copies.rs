@@ -17,6 +17,9 @@ use crate::store::local;
 /// Gaps that are told apart; beyond them the two oldest become one, which makes the watermark later and never wrong.
 const GAPS_MAX: usize = 64;
 
+/// Segments named as those that another one was made of; what others held of it is pulled.
+const MADE_OF_MAX: usize = 256;
+
 /// What the group changed of what is missing; `None`: not missing any more.
 pub(super) type Missing = BTreeMap<(VolumeId, SegmentId), Option<v1::MissingSegment>>;
 
@@ -158,6 +161,32 @@ impl Group<'_, '_> {
         Ok(())
     }
 
+    /// Notes of what the segments that compaction brought were made: they may be built from that in this region's bucket.
+    pub(super) fn note_relocated(
+        &mut self,
+        volume: VolumeId,
+        relocate: &v1::Relocate,
+    ) -> Result<(), ApplyError> {
+        for brought in &relocate.segments {
+            let segment = SegmentId(brought.id);
+            let Some(old) = self.missing(volume, segment)? else {
+                continue;
+            };
+            let moves = relocate.moves.iter();
+            let sources = moves.filter(|each| each.to_segment == brought.id);
+            let mut new = old.clone();
+            for source in sources.map(|each| each.from_segment) {
+                if new.made_of.len() < MADE_OF_MAX && !new.made_of.contains(&source) {
+                    new.made_of.push(source);
+                }
+            }
+            if new != old {
+                self.set_missing(volume, segment, Some(&old), Some(new));
+            }
+        }
+        Ok(())
+    }
+
     /// The segment lost its last reference. `true`: its object never came to this region's bucket.
     pub(super) fn freed_before_copied(
         &mut self,
@@ -218,7 +247,7 @@ impl Group<'_, '_> {
                 // Another address or other keys; or another bucket, to be filled anew.
                 (Some(_), _) => known.record.storage = Some(own.clone()),
             }
-            if !same {
+            if !same || ask.emptied {
                 begin_walk(&mut known.copies);
             }
         }

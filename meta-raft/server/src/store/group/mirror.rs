@@ -90,6 +90,9 @@ impl<'e> Group<'_, 'e> {
         let Some(mirror) = &mut known.record.mirror else {
             return invalid("the volume is no mirror");
         };
+        if mirror.state() == MirrorState::Loading {
+            return invalid("the volume is being loaded");
+        }
         tracing::error!(%volume, why, "the mirror of this volume stops");
         mirror.set_state(MirrorState::Stopped);
         mirror.reason.clone_from(&why);
@@ -99,10 +102,20 @@ impl<'e> Group<'_, 'e> {
     }
 
     pub(super) fn mirror_stop(&mut self, stop: &v1::MirrorStop) -> LocalReply {
-        match self.stop_mirror(VolumeId(stop.volume), stop.reason.clone()) {
-            LocalReply::Invalid(why) if why == stop.reason => LocalReply::Done,
-            other => other,
+        let volume = VolumeId(stop.volume);
+        match self.stop_mirror(volume, stop.reason.clone()) {
+            LocalReply::Invalid(why) if why == stop.reason => {}
+            other => return other,
         }
+        if stop.reload
+            && let Some(known) = self.memory.volumes.get_mut(&volume)
+            && let Some(mirror) = &mut known.record.mirror
+        {
+            mirror.reload = true;
+            let record = known.record.clone();
+            self.put_volume(&record);
+        }
+        LocalReply::Done
     }
 
     /// No command of the volume takes effect from here on; the answer is the position that it stays at.
@@ -112,9 +125,23 @@ impl<'e> Group<'_, 'e> {
             return LocalReply::NoSuchVolume;
         };
         let position = known.digest.position;
-        if known.record.mirror.is_some() {
-            // Again, or a mirror that never was written to.
-            return LocalReply::Replayed(position);
+        match &known.record.mirror {
+            None => {}
+            Some(mirror) if mirror.handed_over && mirror.source == demote.successor => {
+                return LocalReply::Replayed(position);
+            }
+            Some(mirror) if demote.hand_over => {
+                let who = match mirror.handed_over {
+                    true => "was handed over to",
+                    false => "is a mirror of",
+                };
+                return invalid(format!(
+                    "the volume {who} {}/{}: it is not this cluster's to hand over",
+                    mirror.source, mirror.volume
+                ));
+            }
+            // It is not written here: that is all that is asked for.
+            Some(_) => return LocalReply::Replayed(position),
         }
         let prefix = match known.record.prefix.as_str() {
             "" => known.record.name.clone(),
@@ -129,6 +156,7 @@ impl<'e> Group<'_, 'e> {
                 "demoted at {position}: it is written at {}",
                 demote.successor
             ),
+            handed_over: true,
             // Sessions of the time before are told to come back.
             load: 1,
             ..v1::MirrorOf::default()

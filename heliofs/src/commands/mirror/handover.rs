@@ -1,0 +1,161 @@
+//! What comes before a mirror is promoted: a source that lives hands over, and takes the volume back if the mirror does not get
+//! there; of one that does not, it is made sure that nobody answers.
+
+use std::time::{Duration, Instant};
+
+use heliofs_proto::ids::Position;
+use heliofs_proto::v1;
+use meta_client::{Cluster, ClusterError, MetaUrl};
+
+use super::promote::{Epoch, status_of, take_marker};
+use crate::connect::Target;
+use crate::failure::{Failure, Outcome};
+
+/// A mirror that is further behind than this would keep both regions from writing for too long while it catches up.
+const LAG_MAX: Duration = Duration::from_secs(10);
+
+/// How long one that is not close yet is waited for, and how often it is looked at.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Where the other side of `mirror` is: a source, or the successor of one that handed over.
+pub(super) fn other_side(mirror: &v1::MirrorOf, given: Option<&str>) -> Outcome<(MetaUrl, String)> {
+    let mut url: MetaUrl = given.unwrap_or(&mirror.source).parse()?;
+    let volume = url.volume.take().unwrap_or_else(|| mirror.volume.clone());
+    Ok((url, volume))
+}
+
+/// Fails unless the source can be done without.
+pub(super) async fn expect_dead(source: &Cluster, volume: &str) -> Outcome {
+    match source.get_volume(volume).await {
+        Ok(_) => Err(Failure::new("the source answers: it is not dead")
+            .hint("leave --force out: then nothing is lost")),
+        // Without a majority nobody there is written to, and may be again: that is what the oath or the fence store is for.
+        Err(ClusterError::NoNode { .. } | ClusterError::NoLeader { .. }) => Ok(()),
+        // Nobody writes a volume that is not there.
+        Err(ClusterError::NotFound(_)) => Ok(()),
+        Err(error) => Err(Failure::new(format!(
+            "the source answers, though not as it should, so it is not dead: {error}"
+        ))
+        .hint("give --source and --source-token-file as its own mounts use them")),
+    }
+}
+
+/// The source writes no more, and `mirror` has all that it wrote: the position of the last of it. If the mirror does not get there
+/// within `timeout`, the source takes the volume back.
+pub(super) async fn hand_over(
+    source: &Target,
+    mirror: &Target,
+    timeout: Duration,
+) -> Outcome<Position> {
+    let dead = |error: ClusterError| match error {
+        error @ (ClusterError::NoNode { .. } | ClusterError::NoLeader { .. }) => {
+            Failure::from(error).hint("if the source is dead: --force --i-know-the-source-is-dead")
+        }
+        error => error.into(),
+    };
+    let successor = mirror.url.to_string();
+    let theirs = source.cluster.get_volume(&source.volume).await;
+    let theirs = theirs.map_err(dead)?;
+    let again = theirs
+        .mirror
+        .as_ref()
+        .is_some_and(|it| it.handed_over && it.source == successor);
+    if !again {
+        expect_close(mirror).await?;
+    }
+    let demoted = source
+        .cluster
+        .demote_volume(&source.volume, &successor, true);
+    let at = demoted.await.map_err(dead)?;
+    let waited = mirror
+        .cluster
+        .mirror_wait(&mirror.volume, at, false, timeout);
+    let (reached, applied) = waited.await?;
+    if reached {
+        return Ok(at);
+    }
+    let late = format!(
+        "the mirror is at {applied} and has not reached {at} within {timeout:?}: not promoted"
+    );
+    match give_back(source, at, theirs.fence).await {
+        Ok(first) => Err(Failure::new(format!("{late}; the source is written again, from {first} on"))
+            .hint("nothing is lost: try again when `heliofs mirror status` shows that the mirror follows")),
+        Err(failed) => Err(Failure::new(format!(
+            "{late}, and the source is read-only: {}",
+            failed.message()
+        ))
+        .hint(format!(
+                "nothing is lost: try again, or `heliofs mirror promote {}` makes the source writable again",
+                source.url
+            ))),
+    }
+}
+
+/// Makes a source that handed over at `at`, and whose successor was not promoted, writable again; the first position of that.
+/// Its epoch is the one after the one that the successor would have had: even if that was promoted after all in this moment,
+/// their histories can't be taken for one.
+pub(super) async fn give_back(
+    source: &Target,
+    at: Position,
+    fence: Option<v1::FenceStore>,
+) -> Outcome<Position> {
+    let epoch = Epoch::AfterSuccessors.behind(at);
+    if let Some(store) = &fence {
+        let here = source.cluster.get_volume(&source.volume).await?;
+        let how = mirror_sync::fence::How::LeaseOut;
+        take_marker(source, &here, store, epoch, how).await?;
+    }
+    let ask = v1::PromoteMirrorRequest {
+        volume: source.volume.clone(),
+        at: Some(at.into()),
+        fence,
+        forced: false,
+        epoch,
+    };
+    Ok(source.cluster.promote_mirror(ask).await?)
+}
+
+/// Fails unless the volume's successor, to which it was handed over, is a mirror still.
+pub(super) async fn expect_not_promoted(successor: &Target, at: Position) -> Outcome {
+    let there = successor.cluster.get_volume(&successor.volume).await?;
+    let head = there.position.map(Position::from).unwrap_or_default();
+    if there.mirror.is_none() || head.epoch > at.epoch {
+        return Err(Failure::new(format!(
+            "the volume was handed over to {}, and is written there",
+            successor.url
+        ))
+        .hint("`heliofs mirror rejoin` makes this one a mirror of it; then it can be promoted"));
+    }
+    Ok(())
+}
+
+/// Fails unless the mirror would soon reach whatever position the source stops at. One that just began to follow, or lost its
+/// connection a moment ago, is given [`CLOSE_WITHIN`].
+async fn expect_close(mirror: &Target) -> Outcome {
+    let until = Instant::now() + CLOSE_WITHIN;
+    loop {
+        let status = status_of(mirror).await?;
+        let lag = Duration::from_millis(status.lag_ms);
+        let following = status.doing == "following";
+        let soon = following || matches!(status.doing.as_str(), "starting" | "retrying");
+        if following && lag <= LAG_MAX {
+            return Ok(());
+        }
+        if soon && Instant::now() < until {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            continue;
+        }
+        return Err(match following {
+            false => Failure::new(format!(
+                "the mirror does not follow its source: it is {} ({}); nothing was changed",
+                status.doing, status.detail
+            ))
+            .hint("a planned promotion needs a mirror that follows: see `heliofs mirror status`"),
+            true => Failure::new(format!(
+                "the mirror is {lag:?} behind its source: nobody could write until it has caught up; nothing was changed"
+            ))
+            .hint("wait until `heliofs mirror status` shows a lag of less than 10 s"),
+        });
+    }
+}

@@ -1,0 +1,238 @@
+//! A promotion by force tells the truth: what is known to be lost, up to when the source was heard of, and which files have lost
+//! their data with the source's bucket; the old source names every lost entry when it comes back.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use support::mirror::{catch_up, mirror_of, mirror_status, wait_for_status};
+use support::{Cluster, Load, Mount, Relay, S3, scratch, wait_for};
+
+const VOLUME: &str = "dies";
+const EIO: i32 = 5;
+
+/// The number behind the epoch of a position.
+fn seq(position: &Value) -> u64 {
+    let (_, seq) = position.as_str().unwrap().split_once(':').unwrap();
+    seq.trim().parse().unwrap()
+}
+
+/// Where the source is.
+fn head(source: &Cluster) -> Value {
+    let token = source.run(&["mirror", "token", &source.volume_url(VOLUME)]);
+    token.success().out.trim().into()
+}
+
+fn write_synced(path: &Path, byte: u8, length: usize) {
+    let mut file = File::create_new(path).unwrap();
+    file.write_all(&vec![byte; length]).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// The region's machines stop, all at once.
+fn kill(source: &mut Cluster, mut mount: Mount) {
+    source.kill_node(0);
+    mount.process.kill();
+}
+
+fn promote(mirror: &Cluster, flags: &[&str]) -> support::Ran {
+    let url = mirror.volume_url(VOLUME);
+    let mut all = vec!["mirror", "promote", &url, "--force"];
+    all.push("--i-know-the-source-is-dead");
+    all.extend(flags);
+    mirror.run(&all).success()
+}
+
+/// The old source comes back; how many of the entries that it exports are at or before `end`. None is left out before.
+fn rejoin(source: &mut Cluster, mirror: &Cluster, last: u64, end: u64) -> u64 {
+    source.start_node(0);
+    let file = source.directory.join("tail.json");
+    let said = source.run(&[
+        "mirror",
+        "rejoin",
+        &source.volume_url(VOLUME),
+        "--of",
+        &mirror.volume_url(VOLUME),
+        "--export",
+        file.to_str().unwrap(),
+        "--json",
+    ]);
+    let said = said.success().json();
+    let tail = fs::read_to_string(file).unwrap();
+    let entries: Vec<Value> = tail
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(said["divergent_entries"], entries.len(), "{said}");
+    for (entry, number) in entries.iter().zip(last + 1..) {
+        assert_eq!(entry["position"], format!("0:{number}"), "{entry}");
+    }
+    // Started again, it may have ended sessions of those who died with it: these come later.
+    let before = entries.iter().filter(|it| seq(&it["position"]) <= end);
+    before.count() as u64
+}
+
+#[test]
+fn what_a_paused_mirror_had_heard_of_is_counted_exactly() {
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file(VOLUME, &[]);
+    let mirror = mirror_of(&source, &source.url(), 1, &["--mirror-name", "east"]);
+    let mount = source.mount(VOLUME);
+    write_synced(&mount.join("before"), 1, 30_000);
+    catch_up(&source, &mirror, VOLUME);
+    let here = source.volume_url(VOLUME);
+    source.run(&["mirror", "pause", &here, "east"]).success();
+    wait_for_status(&mirror, VOLUME, "the pause", |status| {
+        status["doing"] == "paused"
+    });
+    let load = Load::start(&mount.path, 2);
+    load.wait_for_more(30, Duration::from_secs(60));
+    let lost = load.stop();
+    lost.assert_no_errors();
+    // It takes nothing, and hears how much that is.
+    let end = wait_for(
+        "the mirror's hearing of all",
+        Duration::from_secs(30),
+        || {
+            let end = head(&source);
+            let status = mirror_status(&mirror, VOLUME)?;
+            (status["source_head"] == end).then_some(end)
+        },
+    );
+    kill(&mut source, mount);
+    let status = mirror_status(&mirror, VOLUME).unwrap();
+    let (end, last) = (seq(&end), seq(&status["applied"]));
+    let real = end - last;
+    assert!(real > 60, "{status}");
+    let said = promote(&mirror, &[]);
+    let expected = format!("at least {real} entries");
+    assert!(said.out.contains(&expected), "{expected}: {}", said.out);
+    assert!(said.out.contains("it was last heard of at"), "{}", said.out);
+    assert_eq!(rejoin(&mut source, &mirror, last, end), real);
+    let now = mirror.mount(VOLUME);
+    assert_eq!(fs::read(now.join("before")).unwrap(), vec![1; 30_000]);
+    for path in lost.files.keys() {
+        assert!(!now.join(path).exists(), "{} is back", path.display());
+    }
+    now.unmount();
+}
+
+#[test]
+fn what_nobody_heard_of_is_not_called_nothing_and_its_files_are_named() {
+    let (theirs, ours) = (S3::start(), scratch());
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_s3(VOLUME, &theirs, &[]);
+    let link = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let through = format!("helio://{}", link.address());
+    let mirror = mirror_of(&source, &through, 1, &[]);
+    let mount = source.mount(VOLUME);
+    write_synced(&mount.join("copied"), 1, 300_000);
+    catch_up(&source, &mirror, VOLUME);
+    let far = mirror.volume_url(VOLUME);
+    let own = ours.path().join("bucket");
+    let own = own.to_str().unwrap();
+    mirror
+        .run(&[
+            "mirror",
+            "bucket",
+            &far,
+            "--storage",
+            "file",
+            "--bucket",
+            own,
+        ])
+        .success();
+    mirror.run(&["mirror", "worker", &far, "--once"]).success();
+    // Nobody copies what comes now.
+    write_synced(&mount.join("there-only"), 2, 300_000);
+    catch_up(&source, &mirror, VOLUME);
+    let seen = Mount::of(&mirror, VOLUME, &["--no-bgjob", "--io-timeout", "3s"]);
+    assert_eq!(fs::read(seen.join("copied")).unwrap(), vec![1; 300_000]);
+    let of_source = sessions(&source);
+    assert!(!of_source.is_empty());
+    // The source goes on, and nobody hears of it.
+    link.cut();
+    let load = Load::start(&mount.path, 2);
+    load.wait_for_more(20, Duration::from_secs(60));
+    let lost = load.stop();
+    lost.assert_no_errors();
+    let end = seq(&head(&source));
+    kill(&mut source, mount);
+    drop(theirs);
+    let said = promote(&mirror, &["--json"]).json();
+    let last = seq(&said["last_position"]);
+    let known = said["lost_entries_known"].as_u64().unwrap();
+    assert_eq!(seq(&said["source_known_up_to"]), last + known, "{said}");
+    assert!(said["source_silent_ms"].as_u64().unwrap() > 0, "{said}");
+    assert!(said["source_last_heard"].is_string(), "{said}");
+    assert!(said["objects_at_source_only"].as_u64().unwrap() > 0);
+    assert!(said["seconds"].as_f64().unwrap() < 30.0, "{said}");
+    // What is here is served, by a mount that was there as well; sessions of the source are over.
+
+    assert_eq!(fs::read(seen.join("copied")).unwrap(), vec![1; 300_000]);
+    assert_eq!(seen.join("there-only").metadata().unwrap().len(), 300_000);
+    for path in lost.files.keys() {
+        assert!(!seen.join(path).exists(), "{} is here", path.display());
+    }
+    wait_for("the end of old sessions", Duration::from_secs(20), || {
+        let left = sessions(&mirror);
+        let over = of_source.iter().all(|session| !left.contains(session));
+        over.then_some(())
+    });
+    // What went with the source's bucket fails, and does not hang.
+    for _ in 0..2 {
+        let began = Instant::now();
+        let error = fs::read(seen.join("there-only")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(EIO), "{error}");
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(25), "{took:?}");
+    }
+    let checked = mirror.run(&["fsck", &far]);
+    let checked = checked.failure(4, "damaged");
+    assert!(checked.out.contains("there-only"), "{}", checked.out);
+    assert!(!checked.out.contains("/copied"), "{}", checked.out);
+    let now = Mount::of(&mirror, VOLUME, &["--io-timeout", "3s"]);
+    write_synced(&now.join("new"), 3, 200_000);
+    assert_eq!(fs::read(now.join("new")).unwrap(), vec![3; 200_000]);
+    let real = rejoin(&mut source, &mirror, last, end);
+    assert_eq!(real, end - last);
+    assert!(
+        real > 40 && real >= known,
+        "{real} of which {known} were known"
+    );
+    seen.unmount();
+    now.unmount();
+}
+
+#[test]
+fn a_mirror_that_never_heard_of_its_source_says_that_the_loss_is_not_known() {
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file(VOLUME, &[]);
+    let mut mirror = mirror_of(&source, &source.url(), 1, &[]);
+    catch_up(&source, &mirror, VOLUME);
+    let mount = source.mount(VOLUME);
+    kill(&mut source, mount);
+    mirror.stop_node(0);
+    mirror.start_node(0);
+    wait_for("the mirror", Duration::from_secs(30), || {
+        mirror_status(&mirror, VOLUME)
+    });
+    let said = promote(&mirror, &["--json"]).json();
+    assert!(said["lost_entries_known"].is_null(), "{said}");
+    assert!(said["source_known_up_to"].is_null(), "{said}");
+}
+
+/// Ids of the sessions that a cluster knows.
+fn sessions(cluster: &Cluster) -> Vec<String> {
+    let status = cluster.status();
+    let mounts = status["mounts"].as_array().unwrap().iter();
+    mounts
+        .map(|mount| mount["session"].as_str().unwrap().to_owned())
+        .collect()
+}
