@@ -41,8 +41,10 @@ pub struct Metrics {
     pub memory_bytes: IntGauge,
     /// Bytes in the disk tier.
     pub disk_bytes: IntGauge,
-    /// Cache entries that were not written because the writer was behind.
+    /// Cache entries that were not written because the writer was behind, or the disk too full.
     pub disk_writes_skipped: IntCounter,
+    /// Cache directories on disks with less free space than must stay free, to which nothing is written.
+    pub disk_caches_full: IntGauge,
 }
 
 impl Metrics {
@@ -94,7 +96,11 @@ impl Metrics {
             disk_bytes: gauge("disk_cache_bytes", "bytes in the disk tier"),
             disk_writes_skipped: counter(
                 "disk_cache_writes_skipped_total",
-                "cache entries not written because the writer was behind",
+                "cache entries not written because the writer was behind, or the disk too full",
+            ),
+            disk_caches_full: gauge(
+                "disk_caches_full",
+                "cache directories whose disks have less free space than must stay free",
             ),
         }
     }

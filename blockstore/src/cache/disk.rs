@@ -52,6 +52,8 @@ struct Inner {
     index: Mutex<Index>,
     pending_bytes: AtomicU64,
     stopping: AtomicBool,
+    /// Nothing could be written for lack of free space, the last time that it was tried.
+    full: AtomicBool,
     metrics: Arc<Metrics>,
     /// Held as long as the slot is in use.
     _lock: File,
@@ -107,6 +109,7 @@ impl DiskTier {
             }),
             pending_bytes: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             metrics,
             _lock: lock,
         });
@@ -343,9 +346,11 @@ impl Inner {
             }
             if !self.evict_one() {
                 self.metrics.disk_writes_skipped.inc();
+                self.show_full(true);
                 return;
             }
         }
+        self.show_full(false);
         match disk_file::write(&self.directory, key, origin, raw) {
             Ok(length) => {
                 let replaced = self.index.lock().add(*key, length);
@@ -400,6 +405,22 @@ impl Inner {
                     >= self.options.free_space_ratio
             }
             _ => true,
+        }
+    }
+
+    /// Says so when the disk has become too full for the cache, and when it is no more.
+    fn show_full(&self, full: bool) {
+        if self.full.swap(full, Ordering::Relaxed) == full {
+            return;
+        }
+        let directory = self.directory.display();
+        if full {
+            self.metrics.disk_caches_full.inc();
+            let ratio = self.options.free_space_ratio;
+            tracing::warn!(%directory, free_space_ratio = ratio, "the disk is too full: nothing is cached on it");
+        } else {
+            self.metrics.disk_caches_full.dec();
+            tracing::info!(%directory, "the disk has room again for the cache");
         }
     }
 

@@ -262,6 +262,7 @@ async fn a_full_disk_turns_the_cache_off_and_nothing_else() {
     }
     assert_eq!(files(directory.path()).len(), 0);
     assert_eq!(store.metrics().disk_writes_skipped.get(), 3);
+    assert_eq!(store.metrics().disk_caches_full.get(), 1, "said once");
 }
 
 #[tokio::test]
