@@ -78,7 +78,10 @@ fn power_loss_of(victims: &[usize], stand_still: bool) {
     let mount = cluster.mount("power");
     acknowledged.verify(&mount.path);
     mount.unmount();
-    cluster.assert_replicas_equal("power");
+    // One whose disk lied is behind what it has acknowledged: Raft can't go on with it, and it is replaced under a new id.
+    if stand_still {
+        cluster.assert_replicas_equal("power");
+    }
     drop(cluster);
 }
 
@@ -115,13 +118,15 @@ fn a_disk_without_power_has_what_a_frozen_process_had_synced() {
         \x20   os.pwrite(told, n.to_bytes(8, 'big'), 0)\n";
     let disk = Disk::new(64);
     let elsewhere = support::scratch();
+    let script = elsewhere.path().join("writer.py");
+    fs::write(&script, writer).unwrap();
     let told = elsewhere.path().join("told");
     for round in 0..10u32 {
         let path = disk.path().join(format!("log-{round}"));
         let log = elsewhere.path().join("writer.log");
         let mut process =
             support::Process::start("writer", &log, Path::new("python3"), |command| {
-                command.args(["-c", writer]).args([&path, &told]);
+                command.args([&script, &path, &told]);
             });
         let count = || {
             let bytes = fs::read(&told).ok()?;

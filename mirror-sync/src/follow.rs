@@ -205,6 +205,11 @@ impl Follower {
                 return Err(Failed::Diverges(mirror.reason.clone()));
             }
         }
+        if let (Some(mirror), Some(local)) = (mirror, &local)
+            && mirror.was_handed_over()
+        {
+            self.has_taken_over(local).await?;
+        }
         let following = mirror.filter(|mirror| mirror.state() == MirrorState::Following);
         if let (Some(mirror), Some(local)) = (following, &local) {
             self.is_of_this_history(local, mirror).await?;
@@ -254,6 +259,21 @@ impl Follower {
         Err(Failed::Refused(format!(
             "source: the volume `{}` of {} {why}: it is not what was mirrored; if it is the right one, `heliofs mirror reload` \
              takes it",
+            self.names.source, self.names.url
+        )))
+    }
+
+    /// Whether the source is the successor of this volume, which was written here, and not a mirror of it that lacks the end.
+    async fn has_taken_over(&self, local: &v1::Volume) -> Result<(), Failed> {
+        let theirs = self.source.get_volume(&self.names.source).await?;
+        let ours = self.head(VolumeId(local.id))?.0.epoch.0;
+        let epoch = theirs.position.map_or(0, |position| position.epoch);
+        if theirs.mirror.is_none() || epoch > ours {
+            return Ok(());
+        }
+        Err(Failed::Refused(format!(
+            "source: the volume `{}` of {} was never promoted: what was written here last is perhaps only here; `heliofs mirror \
+             promote` there, or here, comes first",
             self.names.source, self.names.url
         )))
     }

@@ -41,6 +41,11 @@ struct Piece {
     to: u64,
 }
 
+/// The store is away. Anything else is this object's, and whoever pulls the whole one judges it.
+fn is_for_later(error: &StoreError) -> bool {
+    matches!(error.kind(), Kind::Retry | Kind::Unavailable)
+}
+
 /// The frame table of an object, and the length of its footer. `None`: it can't be read.
 async fn footer(
     bucket: &Bucket,
@@ -53,8 +58,8 @@ async fn footer(
     loop {
         let tail = match bucket.get_tail(&name, length).await {
             Ok(tail) => tail,
-            Err(error) if error.kind() == Kind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
+            Err(error) if is_for_later(&error) => return Err(error),
+            Err(_) => return Ok(None),
         };
         *fetched += tail.len() as u64;
         let Ok(trailer) = object::decode_trailer(&tail) else {
@@ -150,8 +155,8 @@ async fn fill(
     while let Some((run, begin, bytes)) = fetches.next().await {
         let bytes = match bytes {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == Kind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
+            Err(error) if is_for_later(&error) => return Err(error),
+            Err(_) => return Ok(None),
         };
         read += bytes.len() as u64;
         for piece in run {

@@ -16,3 +16,12 @@ pub mod packing;
 pub mod v1 {
     tonic::include_proto!("heliofs.v1");
 }
+
+impl v1::MirrorOf {
+    /// Whether the volume was written here and handed over to [`v1::MirrorOf::source`]. Nodes of earlier releases do not note
+    /// that; but what is loaded from a source always has a slot there.
+    pub fn was_handed_over(&self) -> bool {
+        let demoted = self.state() == v1::MirrorState::Stopped && self.slot.is_empty();
+        self.handed_over || demoted && !self.source.is_empty()
+    }
+}

@@ -63,10 +63,11 @@ async fn work(session: &Session, options: &Options, json: bool) -> Outcome {
     }
     let bar = progress::bar("restore", kept.len() as u64, false, json);
     let (mut restored, mut left) = (0u64, Vec::new());
-    // Directories first: what was removed from them goes back into them, wherever they are at that moment.
+    // Directories last: what was removed from them goes back into them first, wherever they are, since one that comes back as a
+    // copy is another one from then on. Among them what was removed first, the innermost, comes first.
     let (directories, others): (Vec<&Kept>, Vec<&Kept>) =
         kept.iter().partition(|it| it.kind == FileKind::Directory);
-    for it in directories.into_iter().chain(others) {
+    for it in others.into_iter().chain(directories) {
         match put_back(session, it).await? {
             None => restored += 1,
             Some(why) => left.push((it, why)),
@@ -233,7 +234,11 @@ async fn put_back_copy(session: &Session, it: &Kept) -> Outcome<Option<String>> 
         name: it.kept_name.clone(),
     });
     match session.mutate(root(), op).await {
-        Ok(_) | Err(ClientError::Verdict(FsError::NotFound)) => Ok(None),
+        Ok(_) => Ok(None),
+        // By somebody else, or because its time was over: then what the copy met may not have been all.
+        Err(ClientError::Verdict(FsError::NotFound)) => Ok(Some(
+            "it went from the trash while it was copied: the copy, which is in its place, may not be whole".to_owned(),
+        )),
         Err(error) => Err(error.into()),
     }
 }

@@ -12,8 +12,9 @@ use crate::error::ClusterError;
 /// Compacting reads and writes everything a node has.
 const COMPACT_WAIT: Duration = Duration::from_secs(3600);
 
-/// A node that is added and takes nothing for this long needs somebody to look at it.
-const JOIN_STALLED: Duration = Duration::from_secs(60);
+/// A node that is added and takes nothing for this long needs somebody to look at it. A snapshot, which counts when it is
+/// installed, may take ten minutes.
+const JOIN_STALLED: Duration = Duration::from_secs(900);
 
 /// What a single attempt at `peer` failed of.
 fn unanswered(peer: &str, answer: Answer) -> ClusterError {
@@ -107,7 +108,7 @@ impl Cluster {
 
     /// Adds a node: as a learner, which catches up, then as a voter. `told`: how many entries of the log it lacks, now and then.
     ///
-    /// Errors: `Invalid` when it takes nothing for a minute; repeating it continues.
+    /// Errors: `Invalid` when it takes nothing for a quarter of an hour; repeating it continues.
     pub async fn add_node(
         &self,
         node: NodeId,

@@ -225,6 +225,18 @@ impl Cluster {
             volume: volume.to_owned(),
             successor: successor.to_owned(),
             hand_over,
+            undo: false,
+        };
+        let answer = call!(self, demote_volume, mutates = false, body)?;
+        Ok(answer.position.map(Position::from).unwrap_or_default())
+    }
+
+    /// Takes a volume back that was handed over, if its successor was not promoted; the position at which it goes on.
+    pub async fn take_volume_back(&self, volume: &str) -> Result<Position, ClusterError> {
+        let body = v1::DemoteVolumeRequest {
+            volume: volume.to_owned(),
+            undo: true,
+            ..v1::DemoteVolumeRequest::default()
         };
         let answer = call!(self, demote_volume, mutates = false, body)?;
         Ok(answer.position.map(Position::from).unwrap_or_default())

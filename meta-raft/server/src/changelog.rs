@@ -563,7 +563,7 @@ impl Projection {
                 }
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::VolumeDemote(demote)),
-                })) if demote.volume == self.volume.0 => self.mirrored = true,
+                })) if demote.volume == self.volume.0 => self.mirrored = !demote.undo,
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::MirrorPromote(promote)),
                 })) if promote.volume == self.volume.0 && self.mirrored => {

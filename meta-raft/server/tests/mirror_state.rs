@@ -587,6 +587,7 @@ fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_
             volume: VOLUME.0,
             successor: "helio://far/far".to_owned(),
             hand_over: true,
+            undo: false,
         })
     };
     let last = source.region.head();
@@ -608,8 +609,23 @@ fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_
             volume: VOLUME.0,
             successor: successor.to_owned(),
             hand_over,
+            undo: false,
         })
     };
+    // Taken back, it goes on where it was; handed over again, it stays there.
+    let undo = || {
+        local_command::Op::VolumeDemote(v1::VolumeDemote {
+            volume: VOLUME.0,
+            undo: true,
+            ..v1::VolumeDemote::default()
+        })
+    };
+    assert_eq!(source.region.local(undo()), LocalReply::Replayed(last));
+    assert!(!source.region.state.is_mirror(VOLUME));
+    assert_eq!(source.region.local(demote()), LocalReply::Replayed(last));
+    // What is loaded is not taken back.
+    let refused = mirror.local(undo());
+    assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
     let refused = source.region.local(to("helio://third/vol", true));
     assert!(matches!(refused, LocalReply::Invalid(_)), "{refused:?}");
     let refused = mirror.local(to("helio://third/vol", true));

@@ -11,7 +11,7 @@ use heliofs_proto::v1::{self, local_command::Op, log_item::Item};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::marker::{Marker, Me, Verdict};
+use super::marker::{Marker, Me, Stored, Verdict};
 use super::{TURNS_PER_LEASE, lease, open, prefix};
 use crate::target::{Standing, Target};
 
@@ -214,12 +214,22 @@ impl One {
                 self.register.key()
             )));
         };
-        let Some(marker) = Marker::decode(&bytes).map_err(Missed::NotMine)? else {
-            return Err(Missed::NotMine(format!(
-                "the marker `{}` was given up: `heliofs config --fence-store`, which was changing the fence store, did not end \
+        let marker = match Marker::decode(&bytes).map_err(Missed::NotMine)? {
+            Stored::Marker(marker) => marker,
+            // Who gave it up has taken the volume over before.
+            Stored::GivenUp(last) if last.cluster != me.cluster && last.epoch > me.epoch => {
+                return Err(Missed::Superseded {
+                    by: last.url,
+                    epoch: last.epoch,
+                });
+            }
+            Stored::GivenUp(_) => {
+                return Err(Missed::NotMine(format!(
+                    "the marker `{}` was given up: `heliofs config --fence-store`, which was changing the fence store, did not end \
                  well; try it again",
-                self.register.key()
-            )));
+                    self.register.key()
+                )));
+            }
         };
         match marker.judge(me) {
             Verdict::Mine => Ok(version),
@@ -244,6 +254,7 @@ impl One {
             volume: self.volume.0,
             successor: by.to_owned(),
             hand_over: false,
+            undo: false,
         };
         let item = Item::Local(v1::LocalCommand {
             op: Some(Op::VolumeDemote(demote)),

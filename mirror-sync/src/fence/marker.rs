@@ -57,6 +57,15 @@ pub enum Verdict {
     NotMine(String),
 }
 
+/// What lies in a fence store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// It names the writer.
+    Marker(Marker),
+    /// A tombstone: this one was the last writer by leave of this store, and gave it up.
+    GivenUp(Marker),
+}
+
 impl Marker {
     /// Of this version, with a nonce of its own.
     pub fn new(me: Me, url: &str, lease: Duration) -> Self {
@@ -88,13 +97,13 @@ impl Marker {
         .encode()
     }
 
-    /// What is stored; `None`: it was given up; `Err`: why it is none.
-    pub fn decode(bytes: &[u8]) -> Result<Option<Self>, String> {
+    /// What is stored; `Err`: why it is none.
+    pub fn decode(bytes: &[u8]) -> Result<Stored, String> {
         let marker: Self = serde_json::from_slice(bytes)
             .map_err(|error| format!("the marker in the fence store can't be read: {error}"))?;
         match marker.format {
-            MARKER => Ok(Some(marker)),
-            TOMBSTONE => Ok(None),
+            MARKER => Ok(Stored::Marker(marker)),
+            TOMBSTONE => Ok(Stored::GivenUp(marker)),
             other => Err(format!(
                 "the marker in the fence store has format {other}, this build knows {MARKER} and {TOMBSTONE}"
             )),
@@ -152,8 +161,12 @@ mod tests {
     fn a_marker_is_renewed_only_by_whom_it_names() {
         let mine = Marker::new(ME, "helio://here", Duration::from_secs(9));
         assert_eq!(mine.judge(ME), Verdict::Mine);
-        assert_eq!(Marker::decode(&mine.encode()).unwrap().unwrap(), mine);
-        assert_eq!(Marker::decode(&mine.tombstone()).unwrap(), None);
+        let stored = Marker::decode(&mine.encode()).unwrap();
+        assert_eq!(stored, Stored::Marker(mine.clone()));
+        let given_up = Marker::decode(&mine.tombstone()).unwrap();
+        assert!(
+            matches!(given_up, Stored::GivenUp(was) if was.cluster == mine.cluster && was.epoch == mine.epoch)
+        );
         let theirs = Marker {
             cluster: 8,
             ..mine.clone()

@@ -6,7 +6,7 @@ use blockstore::StoreError;
 use blockstore::object::register::Version;
 use blockstore::object::{Register, Written};
 
-use super::marker::{Marker, Me};
+use super::marker::{Marker, Me, Stored};
 
 /// Two clocks may differ by this part of a lease over one lease.
 pub const DRIFT: u32 = 10;
@@ -66,8 +66,8 @@ pub enum TakeError {
 /// What lies in the marker's place.
 enum Found {
     Nothing,
-    /// It was given up, in this version.
-    GivenUp(Version),
+    /// It was given up by this one, in this version.
+    GivenUp(Marker, Version),
     Marker(Marker, Version),
 }
 
@@ -79,16 +79,23 @@ async fn look(register: &Register, volume: u32) -> Result<Found, TakeError> {
         key: register.key().to_owned(),
         why,
     };
-    let Some(marker) = Marker::decode(&bytes).map_err(foreign)? else {
-        return Ok(Found::GivenUp(version));
-    };
+    let stored = Marker::decode(&bytes).map_err(foreign)?;
+    let (Stored::Marker(marker) | Stored::GivenUp(marker)) = &stored;
     if marker.volume != volume {
         return Err(foreign(format!(
             "it is the marker of another volume, with id {}",
             marker.volume
         )));
     }
-    Ok(Found::Marker(marker, version))
+    Ok(match stored {
+        Stored::Marker(marker) => Found::Marker(marker, version),
+        Stored::GivenUp(last) => Found::GivenUp(last, version),
+    })
+}
+
+/// Who gave the marker up had taken the volume over from `me`.
+fn superseded(me: Me, last: &Marker) -> bool {
+    last.cluster != me.cluster && last.epoch > me.epoch
 }
 
 /// Makes the marker name `me` at the epoch after the one that was mirrored. Returns once no other cluster acknowledges anything
@@ -109,7 +116,7 @@ pub async fn take_over(
     loop {
         let (marker, version) = match look(register, me.volume).await {
             Ok(Found::Marker(marker, version)) => (marker, version),
-            Ok(Found::Nothing | Found::GivenUp(_)) => {
+            Ok(Found::Nothing | Found::GivenUp(..)) => {
                 return Err(TakeError::NoMarker(register.key().to_owned()));
             }
             Err(TakeError::Store(error @ StoreError::Retry { .. })) if failures < TRIES => {
@@ -179,7 +186,10 @@ pub async fn claim(
         let marker = Marker::new(me, url, lease);
         let over = match look(register, me.volume).await? {
             Found::Nothing => None,
-            Found::GivenUp(version) => Some(version),
+            Found::GivenUp(last, _) if superseded(me, &last) => {
+                return Err(TakeError::TakenBy(last));
+            }
+            Found::GivenUp(_, version) => Some(version),
             Found::Marker(found, _) if found.cluster != me.cluster && found.epoch >= me.epoch => {
                 return Err(TakeError::TakenBy(found));
             }
@@ -216,7 +226,10 @@ pub async fn give_up(register: &Register, me: Me) -> Result<(), TakeError> {
     let mut failures = 0;
     loop {
         let (marker, version) = match look(register, me.volume).await? {
-            Found::Nothing | Found::GivenUp(_) => return Ok(()),
+            Found::GivenUp(last, _) if superseded(me, &last) => {
+                return Err(TakeError::TakenBy(last));
+            }
+            Found::Nothing | Found::GivenUp(..) => return Ok(()),
             Found::Marker(marker, _) if marker.cluster != me.cluster => {
                 return Err(TakeError::TakenBy(marker));
             }
@@ -318,6 +331,12 @@ mod tests {
         assert!(matches!(taken, Err(TakeError::TakenBy(_))), "{taken:?}");
         let again = take_over(&register, me(2, 1), "", LEASE, How::LeaseOut).await;
         assert!(again.is_ok(), "it is theirs still: {again:?}");
+        // Who took the volume over and gave the marker up still has the volume.
+        give_up(&register, me(2, 1)).await.unwrap();
+        let claimed = claim(&register, me(1, 0), "", LEASE).await;
+        assert!(matches!(claimed, Err(TakeError::TakenBy(_))), "{claimed:?}");
+        let ended = give_up(&register, me(1, 0)).await;
+        assert!(matches!(ended, Err(TakeError::TakenBy(_))), "{ended:?}");
     }
 
     #[tokio::test]

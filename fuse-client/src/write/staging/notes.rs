@@ -204,7 +204,13 @@ impl Notes {
                     .map(|place| encoded(*ino, place.segment, place.frame, place.shift)),
             );
         }
-        self.append(&kept, true)
+        let written = self.append(&kept, true);
+        if written.is_err() {
+            // What the file does not say must be said again before it is relied upon.
+            self.reached.clear();
+            self.proposed.clear();
+        }
+        written
     }
 
     /// Nothing is staged any more.

@@ -7,7 +7,7 @@ use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use meta_client::{Cluster, ClusterError, MetaUrl};
 
-use super::promote::{Epoch, status_of, take_marker};
+use super::promote::status_of;
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
 
@@ -26,14 +26,14 @@ pub(super) fn other_side(mirror: &v1::MirrorOf, given: Option<&str>) -> Outcome<
 }
 
 /// Fails unless the source can be done without.
-pub(super) async fn expect_dead(source: &Cluster, volume: &str) -> Outcome {
+pub(super) async fn expect_dead(source: &Cluster, volume: &str, mirror: &v1::MirrorOf) -> Outcome {
     match source.get_volume(volume).await {
         Ok(_) => Err(Failure::new("the source answers: it is not dead")
             .hint("leave --force out: then nothing is lost")),
         // Without a majority nobody there is written to, and may be again: that is what the oath or the fence store is for.
         Err(ClusterError::NoNode { .. } | ClusterError::NoLeader { .. }) => Ok(()),
-        // Nobody writes a volume that is not there.
-        Err(ClusterError::NotFound(_)) => Ok(()),
+        // Nobody writes a volume that is not there. A successor may have it under another name.
+        Err(ClusterError::NotFound(_)) if !mirror.was_handed_over() => Ok(()),
         Err(error) => Err(Failure::new(format!(
             "the source answers, though not as it should, so it is not dead: {error}"
         ))
@@ -60,7 +60,7 @@ pub(super) async fn hand_over(
     let again = theirs
         .mirror
         .as_ref()
-        .is_some_and(|it| it.handed_over && it.source == successor);
+        .is_some_and(|it| it.was_handed_over() && it.source == successor);
     if !again {
         expect_close(mirror).await?;
     }
@@ -71,61 +71,82 @@ pub(super) async fn hand_over(
     let waited = mirror
         .cluster
         .mirror_wait(&mirror.volume, at, false, timeout);
-    let (reached, applied) = waited.await?;
-    if reached {
-        return Ok(at);
-    }
-    let late = format!(
-        "the mirror is at {applied} and has not reached {at} within {timeout:?}: not promoted"
-    );
-    match give_back(source, at, theirs.fence).await {
-        Ok(first) => Err(Failure::new(format!("{late}; the source is written again, from {first} on"))
+    let late = match waited.await {
+        Ok((true, _)) => return Ok(at),
+        Ok((false, applied)) => {
+            format!("the mirror is at {applied} and has not reached {at} within {timeout:?}")
+        }
+        Err(error) => format!("the mirror can't be asked any more: {error}"),
+    };
+    match take_back(source, mirror, at).await {
+        Ok(()) => Err(Failure::new(format!("{late}: not promoted; the source is written again"))
             .hint("nothing is lost: try again when `heliofs mirror status` shows that the mirror follows")),
         Err(failed) => Err(Failure::new(format!(
-            "{late}, and the source is read-only: {}",
+            "{late}: not promoted, and the source is read-only: {}",
             failed.message()
         ))
-        .hint(format!(
-                "nothing is lost: try again, or `heliofs mirror promote {}` makes the source writable again",
-                source.url
-            ))),
+        .hint(way_back(source))),
     }
 }
 
-/// Makes a source that handed over at `at`, and whose successor was not promoted, writable again; the first position of that.
-/// Its epoch is the one after the one that the successor would have had: even if that was promoted after all in this moment,
-/// their histories can't be taken for one.
-pub(super) async fn give_back(
-    source: &Target,
-    at: Position,
-    fence: Option<v1::FenceStore>,
-) -> Outcome<Position> {
-    let epoch = Epoch::AfterSuccessors.behind(at);
-    if let Some(store) = &fence {
-        let here = source.cluster.get_volume(&source.volume).await?;
-        let how = mirror_sync::fence::How::LeaseOut;
-        take_marker(source, &here, store, epoch, how).await?;
-    }
-    let ask = v1::PromoteMirrorRequest {
-        volume: source.volume.clone(),
-        at: Some(at.into()),
-        fence,
-        forced: false,
-        epoch,
-    };
-    Ok(source.cluster.promote_mirror(ask).await?)
+/// What to do about a source that handed over to a mirror that was not promoted.
+pub(super) fn way_back(source: &Target) -> String {
+    format!(
+        "nothing is lost: repeat the command, or `heliofs mirror promote {}` makes the source writable again",
+        source.url
+    )
 }
 
-/// Fails unless the volume's successor, to which it was handed over, is a mirror still.
-pub(super) async fn expect_not_promoted(successor: &Target, at: Position) -> Outcome {
-    let there = successor.cluster.get_volume(&successor.volume).await?;
+/// Makes a source that handed over writable again, if its successor was not promoted as far as can be known: in the same epoch, as
+/// if nothing had been. Should the successor be promoted all the same, that has the later epoch and supersedes this one, as after
+/// a forced promotion.
+pub(super) async fn take_back(source: &Target, successor: &Target, at: Position) -> Outcome {
+    match expect_not_promoted(successor, at).await {
+        Ok(()) | Err(NotKnown::Unreachable(_)) => {}
+        Err(NotKnown::Promoted(failure)) => return Err(failure),
+    }
+    let nodes = source.cluster.status_all().await;
+    let old = nodes
+        .iter()
+        .find(|(_, status)| status.as_ref().is_ok_and(|status| !status.fences));
+    if let Some((peer, _)) = old {
+        return Err(Failure::new(format!(
+            "{peer} is of a release that can't take a volume back"
+        )));
+    }
+    source.cluster.take_volume_back(&source.volume).await?;
+    Ok(())
+}
+
+/// Why it is not known that a successor was not promoted.
+pub(super) enum NotKnown {
+    /// It was.
+    Promoted(Failure),
+    /// It can't be asked.
+    Unreachable(Failure),
+}
+
+impl From<NotKnown> for Failure {
+    fn from(why: NotKnown) -> Self {
+        match why {
+            NotKnown::Promoted(failure) | NotKnown::Unreachable(failure) => failure,
+        }
+    }
+}
+
+/// Fails unless the volume's successor, to which it was handed over at `at`, is a mirror still.
+pub(super) async fn expect_not_promoted(successor: &Target, at: Position) -> Result<(), NotKnown> {
+    let there = successor.cluster.get_volume(&successor.volume).await;
+    let there = there.map_err(|error| NotKnown::Unreachable(error.into()))?;
     let head = there.position.map(Position::from).unwrap_or_default();
     if there.mirror.is_none() || head.epoch > at.epoch {
-        return Err(Failure::new(format!(
+        let why = format!(
             "the volume was handed over to {}, and is written there",
             successor.url
-        ))
-        .hint("`heliofs mirror rejoin` makes this one a mirror of it; then it can be promoted"));
+        );
+        return Err(NotKnown::Promoted(Failure::new(why).hint(
+            "`heliofs mirror rejoin` makes this one a mirror of it; then it can be promoted",
+        )));
     }
     Ok(())
 }

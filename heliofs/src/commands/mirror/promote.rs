@@ -15,7 +15,9 @@ use meta_client::{Cluster, ClusterOptions, MetaUrl};
 use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
-use super::handover::{expect_dead, expect_not_promoted, hand_over, other_side};
+use super::handover::{
+    expect_dead, expect_not_promoted, hand_over, other_side, take_back, way_back,
+};
 use crate::cli::Access;
 use crate::commands::config;
 use crate::connect::Target;
@@ -96,31 +98,38 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     // An operator's word stands for the store's.
     let mut fence =
         fence.filter(|_| !options.i_know_the_source_is_dead && !options.fence.is_none());
-    let epoch = match mirror.handed_over {
-        true => Epoch::AfterSuccessors,
-        false => Epoch::Next,
-    };
+    let handed_over = mirror.was_handed_over();
+    // What can be done if it fails half-way.
+    let mut back = None;
     let (at, forced) = if options.force {
         if !options.i_know_the_source_is_dead && fence.is_none() {
             return Err(Failure::usage("--force needs --fence-store, or --i-know-the-source-is-dead")
                 .hint("without a fence store a source that is only cut off from here would be written to as well: two histories"));
         }
-        if mirror.state() == v1::MirrorState::Stopped
-            && !mirror.handed_over
-            && !options.even_if_stopped
-        {
+        if mirror.state() == v1::MirrorState::Loading {
+            return Err(Failure::new(
+                "the mirror is being loaded: it does not have the volume yet",
+            )
+            .hint("another mirror of this source, if there is one"));
+        }
+        if mirror.state() == v1::MirrorState::Stopped && !handed_over && !options.even_if_stopped {
             return Err(Failure::new(format!("the mirror stopped: {}", mirror.reason)).hint(
                 "what it shows may be wrong; another mirror of this source is the better one, or --even-if-stopped",
             ));
         }
-        expect_dead(&source(ALIVE_WITHIN)?.cluster, &volume).await?;
+        expect_dead(&source(ALIVE_WITHIN)?.cluster, &volume, &mirror).await?;
         (None, true)
-    } else if mirror.handed_over {
-        expect_not_promoted(&source(PATIENT)?, known).await?;
-        (Some(known), false)
+    } else if handed_over {
+        let successor = source(PATIENT)?;
+        if let Err(unknown) = expect_not_promoted(&successor, known).await {
+            return Err(Failure::from(unknown));
+        }
+        take_back(&target, &successor, known).await?;
+        return taken_back(&target, known, json);
     } else {
         let source = source(PATIENT)?;
         let at = hand_over(&source, &target, options.timeout).await?;
+        back = Some(way_back(&source));
         // The source may have got another one, or none, after the mirror was loaded.
         fence = match options.fence.resolve()? {
             None if !options.fence.is_none() => source.cluster.get_volume(&volume).await?.fence,
@@ -128,10 +137,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         };
         (Some(at), false)
     };
-    let epoch = epoch.behind(at.unwrap_or(known));
+    // A source that handed over and goes on without its successor leaves out the epoch that this may have begun.
+    let epoch = at.unwrap_or(known).epoch.0 + if handed_over { 2 } else { 1 };
     let mut waited = Duration::ZERO;
     if let Some(store) = &fence {
-        let how = match options.force || mirror.handed_over {
+        let how = match options.force {
             true => How::LeaseOut,
             false => How::Demoted,
         };
@@ -151,7 +161,10 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         forced,
         epoch,
     });
-    let first = promoted.await?;
+    let first = promoted.await.map_err(|error| match back {
+        Some(back) => Failure::from(error).hint(back),
+        None => error.into(),
+    })?;
     let last = Position {
         epoch: at.unwrap_or(known).epoch,
         seq: first.seq - 1,
@@ -216,23 +229,18 @@ pub(super) async fn tell_buckets(volume: &v1::Volume, epoch: u32) {
     }
 }
 
-/// Which epoch follows the one of the last position.
-#[derive(Clone, Copy)]
-pub(super) enum Epoch {
-    /// The next.
-    Next,
-    /// The one after the next, which is that of a successor that was perhaps promoted.
-    AfterSuccessors,
-}
-
-impl Epoch {
-    /// Its number.
-    pub(super) fn behind(self, last: Position) -> u32 {
-        match self {
-            Self::Next => last.epoch.0 + 1,
-            Self::AfterSuccessors => last.epoch.0 + 2,
-        }
+/// Says that a source is written again after a promotion that did not happen.
+fn taken_back(target: &Target, at: Position, json: bool) -> Outcome {
+    if json {
+        return output::print_json(&json!({
+            "volume": target.volume,
+            "taken_back_at": at.to_string(),
+        }));
     }
+    output::line(format_args!(
+        "{} is written here again, behind {at}: its successor was not promoted",
+        target.volume
+    ))
 }
 
 /// How the mirror is.

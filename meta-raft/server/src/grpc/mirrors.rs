@@ -285,10 +285,12 @@ impl AdminService {
             volume: volume.id,
             successor: ask.successor,
             hand_over: ask.hand_over,
+            undo: ask.undo,
         };
         match self.propose_local(Op::VolumeDemote(demote)).await? {
             LocalReply::Replayed(position) => {
-                tracing::warn!(volume = ask.volume, %position, "the volume was demoted");
+                let done = if ask.undo { "taken back" } else { "demoted" };
+                tracing::warn!(volume = ask.volume, %position, "the volume was {done}");
                 Ok(Response::new(v1::DemoteVolumeResponse {
                     position: Some(position.into()),
                 }))

@@ -126,12 +126,27 @@ impl<'e> Group<'_, 'e> {
         };
         let position = known.digest.position;
         match &known.record.mirror {
+            None if demote.undo => return LocalReply::Replayed(position),
             None => {}
-            Some(mirror) if mirror.handed_over && mirror.source == demote.successor => {
+            Some(mirror) if demote.undo => {
+                if !mirror.was_handed_over() {
+                    return invalid(
+                        "the volume was not handed over: there is nothing to take back",
+                    );
+                }
+                if mirror.prefix != known.record.name {
+                    known.record.prefix.clone_from(&mirror.prefix);
+                }
+                known.record.mirror = None;
+                let record = known.record.clone();
+                self.put_volume(&record);
+                return LocalReply::Replayed(position);
+            }
+            Some(mirror) if mirror.was_handed_over() && mirror.source == demote.successor => {
                 return LocalReply::Replayed(position);
             }
             Some(mirror) if demote.hand_over => {
-                let who = match mirror.handed_over {
+                let who = match mirror.was_handed_over() {
                     true => "was handed over to",
                     false => "is a mirror of",
                 };
