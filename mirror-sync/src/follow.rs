@@ -217,6 +217,14 @@ impl Follower {
         let slot = self.slot(cluster_id, false).await?;
         let lost = !slot.invalid.is_empty();
         let volume = if must_load || following.is_none() || lost {
+            if lost && self.loads > 0 {
+                tracing::warn!(
+                    volume = self.names.local,
+                    why = slot.invalid,
+                    "the slot was lost, and the volume was loaded before: if that goes on, the source writes more than its log may \
+                     keep for this mirror while a copy is loaded: raise --mirror-log-cap"
+                );
+            }
             if lost || must_load {
                 self.slot(cluster_id, true).await?;
             }

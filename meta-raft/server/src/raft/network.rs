@@ -5,8 +5,10 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::StreamExt;
 use heliofs_proto::limits::MESSAGE_BYTES_MAX;
 use heliofs_proto::v1;
 use heliofs_proto::v1::raft_transport_client::RaftTransportClient;
@@ -14,8 +16,8 @@ use openraft::base::{BoxFuture, BoxStream};
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
-    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError,
+    StreamAppendResult, TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{OptionalSend, RaftNetworkV2, Snapshot};
 use tokio::sync::mpsc;
@@ -197,6 +199,7 @@ impl RaftNetworkFactory<TypeConfig> for Dialer {
             target,
             client: self.client(target, node).map_err(|error| error.to_string()),
             link: None,
+            acknowledged: Arc::default(),
             idle_max: self.idle_max,
         }
     }
@@ -209,6 +212,34 @@ pub struct PeerNetwork {
     client: Result<PeerClient, String>,
     link: Option<AppendLink>,
     idle_max: Duration,
+    acknowledged: Arc<Acknowledged>,
+}
+
+/// How far a peer has said in this term that its log is durable: the index behind it.
+#[derive(Default)]
+struct Acknowledged(AtomicU64);
+
+impl Acknowledged {
+    /// A peer that lost what it had acknowledged is left where it is by openraft, and rightly: what its disk promises is worth
+    /// nothing. Somebody must hear of it.
+    fn hear(&self, target: u64, answer: &StreamAppendResult<TypeConfig>) {
+        match answer {
+            Ok(Some(matching)) => {
+                self.0.fetch_max(matching.index + 1, Ordering::Relaxed);
+            }
+            Err(StreamAppendError::Conflict(at)) if at.index < self.0.load(Ordering::Relaxed) => {
+                let had = self.0.swap(0, Ordering::Relaxed);
+                tracing::error!(
+                    node = target,
+                    lacks = at.index,
+                    acknowledged_below = had,
+                    "the node lost entries of the log that it had acknowledged: its disk confirmed a sync that was none. It can't \
+                     take part any more: `heliofs raft remove` it, and add it under a new id, with an empty folder"
+                );
+            }
+            Ok(None) | Err(_) => {}
+        }
+    }
 }
 
 /// What a failed call means for openraft: a peer that refuses or is away is left alone for a while.
@@ -299,9 +330,15 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             + 'static,
     {
         Box::pin(async move {
-            let idle_max = self.idle_max;
+            let (idle_max, target) = (self.idle_max, self.target);
+            let acknowledged = Arc::clone(&self.acknowledged);
             let link = self.link().await?;
-            let answers: BoxStream<'s, _> = Box::pin(link.run(input, idle_max));
+            let answers = link.run(input, idle_max).inspect(move |answer| {
+                if let Ok(answer) = answer {
+                    acknowledged.hear(target, answer);
+                }
+            });
+            let answers: BoxStream<'s, _> = Box::pin(answers);
             Ok(answers)
         })
     }
