@@ -276,11 +276,11 @@ impl Follower {
         let theirs = self.source.get_volume(&self.names.source).await?;
         let ours = self.head(VolumeId(local.id))?.0.epoch.0;
         let epoch = theirs.position.map_or(0, |position| position.epoch);
-        if theirs.mirror.is_none() || epoch > ours {
+        if theirs.id == local.id && epoch > ours {
             return Ok(());
         }
         Err(Failed::Refused(format!(
-            "source: the volume `{}` of {} was never promoted: what was written here last is perhaps only here; `heliofs mirror \
+            "source: the volume `{}` of {} was not promoted after this one was handed over: what was written here last is perhaps only here; `heliofs mirror \
              promote` there, or here, comes first",
             self.names.source, self.names.url
         )))

@@ -225,21 +225,27 @@ impl Cluster {
             volume: volume.to_owned(),
             successor: successor.to_owned(),
             hand_over,
-            undo: false,
+            ..v1::DemoteVolumeRequest::default()
         };
         let answer = call!(self, demote_volume, mutates = false, body)?;
         Ok(answer.position.map(Position::from).unwrap_or_default())
     }
 
-    /// Takes a volume back that was handed over, if its successor was not promoted; the position at which it goes on.
-    pub async fn take_volume_back(&self, volume: &str) -> Result<Position, ClusterError> {
+    /// Takes a volume back that was handed over to `successor` at `at`; whoever calls knows that this was not promoted.
+    pub async fn take_volume_back(
+        &self,
+        volume: &str,
+        successor: &str,
+        at: Position,
+    ) -> Result<(), ClusterError> {
         let body = v1::DemoteVolumeRequest {
             volume: volume.to_owned(),
+            successor: successor.to_owned(),
             undo: true,
+            at: Some(at.into()),
             ..v1::DemoteVolumeRequest::default()
         };
-        let answer = call!(self, demote_volume, mutates = false, body)?;
-        Ok(answer.position.map(Position::from).unwrap_or_default())
+        call!(self, demote_volume, mutates = false, body).map(drop)
     }
 
     /// Makes a mirror writable under a new epoch; the first position of that. With a position, only if it is just there.

@@ -563,7 +563,10 @@ impl Projection {
                 }
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::VolumeDemote(demote)),
-                })) if demote.volume == self.volume.0 => self.mirrored = !demote.undo,
+                })) if demote.volume == self.volume.0 => {
+                    let undone = demote.undo && demote.at.map(Position::from) == Some(self.met());
+                    self.mirrored = !undone && (self.mirrored || !demote.undo);
+                }
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::MirrorPromote(promote)),
                 })) if promote.volume == self.volume.0 && self.mirrored => {
@@ -783,5 +786,29 @@ mod tests {
             [(10, 110, 1), (11, 150, 11), (12, 150, 0), (13, 160, 5)]
         );
         assert_eq!(projection.last().epoch, Epoch(4));
+    }
+
+    #[test]
+    fn a_demotion_that_is_undone_where_it_was_leaves_the_history_as_it_is() {
+        let mut projection = projection(10, 100, 9);
+        let demote = |undo, seq| {
+            local_command::Op::VolumeDemote(v1::VolumeDemote {
+                volume: 3,
+                undo,
+                at: undo.then_some(v1::Position { epoch: 0, seq }),
+                ..Default::default()
+            })
+        };
+        let items = vec![
+            command(3, 1, 110),
+            local(demote(false, 0), 111),
+            command(3, 2, 112),
+            // Of another hand-over: refused.
+            local(demote(true, 9), 113),
+            command(3, 3, 114),
+            local(demote(true, 10), 115),
+            command(3, 4, 116),
+        ];
+        assert_eq!(told(&mut projection, items), [(10, 110, 1), (11, 116, 4)]);
     }
 }

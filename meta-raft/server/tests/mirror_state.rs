@@ -587,7 +587,7 @@ fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_
             volume: VOLUME.0,
             successor: "helio://far/far".to_owned(),
             hand_over: true,
-            undo: false,
+            ..v1::VolumeDemote::default()
         })
     };
     let last = source.region.head();
@@ -609,14 +609,16 @@ fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_
             volume: VOLUME.0,
             successor: successor.to_owned(),
             hand_over,
-            undo: false,
+            ..v1::VolumeDemote::default()
         })
     };
     // Taken back, it goes on where it was; handed over again, it stays there.
     let undo = || {
         local_command::Op::VolumeDemote(v1::VolumeDemote {
             volume: VOLUME.0,
+            successor: "helio://far/far".to_owned(),
             undo: true,
+            at: Some(last.into()),
             ..v1::VolumeDemote::default()
         })
     };

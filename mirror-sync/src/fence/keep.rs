@@ -254,7 +254,7 @@ impl One {
             volume: self.volume.0,
             successor: by.to_owned(),
             hand_over: false,
-            undo: false,
+            ..v1::VolumeDemote::default()
         };
         let item = Item::Local(v1::LocalCommand {
             op: Some(Op::VolumeDemote(demote)),

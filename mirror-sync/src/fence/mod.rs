@@ -21,7 +21,7 @@ use heliofs_proto::v1;
 
 pub use keep::Keeper;
 pub use marker::Marker;
-pub use take::{How, TakeError, Taken, claim, give_up, take_over};
+pub use take::{How, TakeError, Taken, claim, give_up, holder, take_over};
 
 /// The marker's name below the volume's prefix.
 pub const NAME: &str = ".heliofs-fence";

@@ -93,6 +93,14 @@ async fn look(register: &Register, volume: u32) -> Result<Found, TakeError> {
     })
 }
 
+/// Whom the marker names, and at which epoch; `None`: nobody has made one, or it was given up.
+pub async fn holder(register: &Register, volume: u32) -> Result<Option<Marker>, TakeError> {
+    Ok(match look(register, volume).await? {
+        Found::Marker(marker, _) => Some(marker),
+        Found::Nothing | Found::GivenUp(..) => None,
+    })
+}
+
 /// Who gave the marker up had taken the volume over from `me`.
 fn superseded(me: Me, last: &Marker) -> bool {
     last.cluster != me.cluster && last.epoch > me.epoch

@@ -7,7 +7,9 @@ use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use meta_client::{Cluster, ClusterError, MetaUrl};
 
-use super::promote::status_of;
+use mirror_sync::fence;
+
+use super::promote::{status_of, take_marker};
 use crate::connect::Target;
 use crate::failure::{Failure, Outcome};
 
@@ -78,7 +80,7 @@ pub(super) async fn hand_over(
         }
         Err(error) => format!("the mirror can't be asked any more: {error}"),
     };
-    match take_back(source, mirror, at).await {
+    match take_back(source, mirror, &successor, at, theirs.fence).await {
         Ok(()) => Err(Failure::new(format!("{late}: not promoted; the source is written again"))
             .hint("nothing is lost: try again when `heliofs mirror status` shows that the mirror follows")),
         Err(failed) => Err(Failure::new(format!(
@@ -97,56 +99,92 @@ pub(super) fn way_back(source: &Target) -> String {
     )
 }
 
-/// Makes a source that handed over writable again, if its successor was not promoted as far as can be known: in the same epoch, as
-/// if nothing had been. Should the successor be promoted all the same, that has the later epoch and supersedes this one, as after
-/// a forced promotion.
-pub(super) async fn take_back(source: &Target, successor: &Target, at: Position) -> Outcome {
-    match expect_not_promoted(successor, at).await {
-        Ok(()) | Err(NotKnown::Unreachable(_)) => {}
-        Err(NotKnown::Promoted(failure)) => return Err(failure),
+/// Makes a source that handed over to `successor` at `at` writable again, if this was not promoted: in the same epoch, as if nothing
+/// had been. If the successor has taken the marker in the fence store already, the source takes that back, and needs the epoch
+/// behind the successor's for it.
+pub(super) async fn take_back(
+    source: &Target,
+    mirror: &Target,
+    successor: &str,
+    at: Position,
+    fence: Option<v1::FenceStore>,
+) -> Outcome {
+    for (peer, status) in source.cluster.status_all().await {
+        if status.is_ok_and(|status| !status.fences) {
+            return Err(Failure::new(format!(
+                "{peer} is of a release that can't take a volume back"
+            )));
+        }
     }
-    let nodes = source.cluster.status_all().await;
-    let old = nodes
-        .iter()
-        .find(|(_, status)| status.as_ref().is_ok_and(|status| !status.fences));
-    if let Some((peer, _)) = old {
-        return Err(Failure::new(format!(
-            "{peer} is of a release that can't take a volume back"
-        )));
+    let here = source.cluster.get_volume(&source.volume).await?;
+    let own = source.cluster.status().await?.cluster_id;
+    let holder = match &fence {
+        None => None,
+        Some(store) => {
+            let register = fence::open(store, fence::prefix(&here))?;
+            let found = fence::holder(&register, here.id).await;
+            found.map_err(Failure::new)?
+        }
+    };
+    // Last, since it may be promoted at any time.
+    expect_not_promoted(mirror, at).await?;
+    match (holder, fence) {
+        (Some(marker), Some(store)) if marker.cluster != own && marker.epoch > at.epoch.0 => {
+            let epoch = marker.epoch + 1;
+            let taken = take_marker(source, &here, &store, epoch, fence::How::LeaseOut);
+            let (epoch, _) = taken.await?;
+            expect_not_promoted(mirror, at).await?;
+            let ask = v1::PromoteMirrorRequest {
+                volume: source.volume.clone(),
+                at: Some(at.into()),
+                fence: Some(store),
+                forced: false,
+                epoch,
+            };
+            source.cluster.promote_mirror(ask).await?;
+        }
+        _ => {
+            let cluster = &source.cluster;
+            cluster
+                .take_volume_back(&source.volume, successor, at)
+                .await?;
+        }
     }
-    source.cluster.take_volume_back(&source.volume).await?;
     Ok(())
 }
 
-/// Why it is not known that a successor was not promoted.
-pub(super) enum NotKnown {
-    /// It was.
-    Promoted(Failure),
-    /// It can't be asked.
-    Unreachable(Failure),
-}
-
-impl From<NotKnown> for Failure {
-    fn from(why: NotKnown) -> Self {
-        match why {
-            NotKnown::Promoted(failure) | NotKnown::Unreachable(failure) => failure,
+/// Fails unless the source is still handed over to `successor` at `at`; if somebody has had it taken back, that is so again.
+pub(super) async fn expect_handed_over(
+    source: &Target,
+    mirror: &Target,
+    successor: &str,
+    at: Position,
+    fence: Option<v1::FenceStore>,
+) -> Outcome {
+    let cluster = &source.cluster;
+    let now = cluster.demote_volume(&source.volume, successor, true).await;
+    match now.map_err(|error| Failure::from(error).hint(way_back(source)))? {
+        now if now == at => Ok(()),
+        now => {
+            take_back(source, mirror, successor, now, fence).await?;
+            Err(
+                Failure::new("the source was taken back meanwhile, and has gone on: not promoted")
+                    .hint("is somebody else promoting it?"),
+            )
         }
     }
 }
 
 /// Fails unless the volume's successor, to which it was handed over at `at`, is a mirror still.
-pub(super) async fn expect_not_promoted(successor: &Target, at: Position) -> Result<(), NotKnown> {
-    let there = successor.cluster.get_volume(&successor.volume).await;
-    let there = there.map_err(|error| NotKnown::Unreachable(error.into()))?;
+pub(super) async fn expect_not_promoted(successor: &Target, at: Position) -> Outcome {
+    let there = successor.cluster.get_volume(&successor.volume).await?;
     let head = there.position.map(Position::from).unwrap_or_default();
     if there.mirror.is_none() || head.epoch > at.epoch {
-        let why = format!(
+        return Err(Failure::new(format!(
             "the volume was handed over to {}, and is written there",
             successor.url
-        );
-        return Err(NotKnown::Promoted(Failure::new(why).hint(
-            "`heliofs mirror rejoin` makes this one a mirror of it; then it can be promoted",
-        )));
+        ))
+        .hint("`heliofs mirror rejoin` makes this one a mirror of it; then it can be promoted"));
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
 use super::handover::{
-    expect_dead, expect_not_promoted, hand_over, other_side, take_back, way_back,
+    expect_dead, expect_handed_over, hand_over, other_side, take_back, way_back,
 };
 use crate::cli::Access;
 use crate::commands::config;
@@ -99,8 +99,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let mut fence =
         fence.filter(|_| !options.i_know_the_source_is_dead && !options.fence.is_none());
     let handed_over = mirror.was_handed_over();
-    // What can be done if it fails half-way.
-    let mut back = None;
+    // Who handed over: it can take the volume back if the rest fails.
+    let mut giver: Option<Target> = None;
     let (at, forced) = if options.force {
         if !options.i_know_the_source_is_dead && fence.is_none() {
             return Err(Failure::usage("--force needs --fence-store, or --i-know-the-source-is-dead")
@@ -121,33 +121,49 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         (None, true)
     } else if handed_over {
         let successor = source(PATIENT)?;
-        if let Err(unknown) = expect_not_promoted(&successor, known).await {
-            return Err(Failure::from(unknown));
-        }
-        take_back(&target, &successor, known).await?;
+        take_back(&target, &successor, &mirror.source, known, fence).await?;
         return taken_back(&target, known, json);
     } else {
         let source = source(PATIENT)?;
         let at = hand_over(&source, &target, options.timeout).await?;
-        back = Some(way_back(&source));
         // The source may have got another one, or none, after the mirror was loaded.
         fence = match options.fence.resolve()? {
-            None if !options.fence.is_none() => source.cluster.get_volume(&volume).await?.fence,
+            None if !options.fence.is_none() => {
+                let theirs = source.cluster.get_volume(&volume).await;
+                theirs
+                    .map_err(|error| Failure::from(error).hint(way_back(&source)))?
+                    .fence
+            }
             given => given,
         };
+        giver = Some(source);
         (Some(at), false)
     };
+    let or_back = |failure: Failure| match &giver {
+        Some(source) => failure.hint(way_back(source)),
+        None => failure,
+    };
     // A source that handed over and goes on without its successor leaves out the epoch that this may have begun.
-    let epoch = at.unwrap_or(known).epoch.0 + if handed_over { 2 } else { 1 };
+    let mut epoch = at.unwrap_or(known).epoch.0 + if handed_over { 2 } else { 1 };
     let mut waited = Duration::ZERO;
     if let Some(store) = &fence {
         let how = match options.force {
             true => How::LeaseOut,
             false => How::Demoted,
         };
-        waited = take_marker(&target, &here, store, epoch, how).await?;
+        let taken = take_marker(&target, &here, store, epoch, how).await;
+        (epoch, waited) = taken.map_err(or_back)?;
     }
-    tell_buckets(&here, epoch).await;
+    match (&giver, at) {
+        // Somebody may have had it taken back while the mirror was waited for.
+        (Some(source), Some(at)) => {
+            let successor = target.url.to_string();
+            let still = expect_handed_over(source, &target, &successor, at, fence.clone());
+            still.await?;
+        }
+        // A source that is alive after all goes on freeing objects.
+        _ => tell_buckets(&here, epoch).await,
+    }
     let fenced = fence.is_some();
     // What is known of the source is the leader's, and goes with the promotion.
     let status = match forced {
@@ -161,10 +177,10 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         forced,
         epoch,
     });
-    let first = promoted.await.map_err(|error| match back {
-        Some(back) => Failure::from(error).hint(back),
-        None => error.into(),
-    })?;
+    let first = promoted.await.map_err(|error| or_back(error.into()))?;
+    if !forced {
+        tell_buckets(&here, epoch).await;
+    }
     let last = Position {
         epoch: at.unwrap_or(known).epoch,
         seq: first.seq - 1,
@@ -329,25 +345,34 @@ impl std::fmt::Display for Loss {
     }
 }
 
-/// Makes the marker name this cluster at `epoch`; how long the source's lease was waited for.
+/// Makes the marker name this cluster at `epoch`, or behind the one that it names, if that is later; that epoch, and how long the
+/// source's lease was waited for.
 pub(super) async fn take_marker(
     target: &Target,
     volume: &v1::Volume,
     store: &v1::FenceStore,
     epoch: u32,
     how: How,
-) -> Outcome<Duration> {
+) -> Outcome<(u32, Duration)> {
     let status = target.cluster.status().await?;
+    let register = fence::open(store, fence::prefix(volume))?;
+    // A source that took its volume back may be in an epoch that the mirror has not heard of.
+    let epoch = match (how, fence::holder(&register, volume.id).await) {
+        (How::LeaseOut, Ok(Some(marker))) if marker.cluster == status.cluster_id => {
+            epoch.max(marker.epoch)
+        }
+        (How::LeaseOut, Ok(Some(marker))) => epoch.max(marker.epoch + 1),
+        _ => epoch,
+    };
     let me = Me {
         volume: volume.id,
         cluster: status.cluster_id,
         epoch,
     };
-    let register = fence::open(store, fence::prefix(volume))?;
     let lease = fence::lease(store);
     let taken = fence::take_over(&register, me, &fencing::url_of(&status), lease, how).await;
     match taken {
-        Ok(taken) => Ok(taken.waited),
+        Ok(taken) => Ok((epoch, taken.waited)),
         Err(error @ TakeError::Alive(_)) => {
             Err(Failure::new(error).hint("leave --force out: then nothing is lost"))
         }

@@ -281,11 +281,23 @@ impl AdminService {
         ask: v1::DemoteVolumeRequest,
     ) -> Answer<v1::DemoteVolumeResponse> {
         let volume = self.named_now(&ask.volume).await?;
+        if ask.undo
+            && !volume
+                .mirror
+                .as_ref()
+                .is_none_or(v1::MirrorOf::was_handed_over)
+        {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` is a mirror: there is nothing to take back",
+                ask.volume
+            )));
+        }
         let demote = v1::VolumeDemote {
             volume: volume.id,
             successor: ask.successor,
             hand_over: ask.hand_over,
             undo: ask.undo,
+            at: ask.at,
         };
         match self.propose_local(Op::VolumeDemote(demote)).await? {
             LocalReply::Replayed(position) => {

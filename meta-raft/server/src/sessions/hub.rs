@@ -225,9 +225,9 @@ impl Hub {
         let state = &self.shared.state;
         let mirror = state.mirror(id);
         let known = match &mirror {
-            // Those of the records are the source's.
-            Some(_) => Vec::new(),
-            None => state.snapshot_view(|view| known_sessions(view, id))?,
+            // Those of the records are the source's, unless this was the source.
+            Some(mirror) if !mirror.was_handed_over() => Vec::new(),
+            _ => state.snapshot_view(|view| known_sessions(view, id))?,
         };
         let grace = Grace::new(known.iter().copied(), began, self.shared.timings.timeout);
         let mut soft = Soft::new(&known, grace, INODES_TOLD_MAX);

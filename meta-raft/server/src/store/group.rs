@@ -278,10 +278,12 @@ impl<'e> Group<'_, 'e> {
         if applied.position == Position::START {
             return Ok(Outcome::Other(Box::new(Proposed::Reply(applied.reply))));
         }
-        if known
+        // A reader that begins at a promotion must see it: its epoch is not the log's to tell.
+        let opens_epoch = matches!(command.op, Some(v1::command::Op::EpochBegin(_)));
+        let due = known
             .placed
-            .is_none_or(|placed| index >= placed + ENTRIES_PER_PLACE)
-        {
+            .is_none_or(|placed| index >= placed + ENTRIES_PER_PLACE);
+        if due && !(opens_epoch && known.record.mirror.is_none()) {
             known.placed = Some(index);
             let place = Place {
                 seq: applied.position.seq,

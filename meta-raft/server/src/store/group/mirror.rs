@@ -129,10 +129,13 @@ impl<'e> Group<'_, 'e> {
             None if demote.undo => return LocalReply::Replayed(position),
             None => {}
             Some(mirror) if demote.undo => {
-                if !mirror.was_handed_over() {
-                    return invalid(
-                        "the volume was not handed over: there is nothing to take back",
-                    );
+                let at = demote.at.map(Position::from).unwrap_or_default();
+                let same = mirror.source == demote.successor && at == position;
+                if !mirror.was_handed_over() || !same {
+                    return invalid(format!(
+                        "the volume was not handed over to {} at {at}: there is nothing to take back",
+                        demote.successor
+                    ));
                 }
                 if mirror.prefix != known.record.name {
                     known.record.prefix.clone_from(&mirror.prefix);
