@@ -258,7 +258,7 @@ fn a_cut_link_shows_in_the_lag_and_costs_nothing_but_time() {
     let mount = source.mount("cut");
     let relay = Relay::start(&source.nodes[0].address(), Duration::from_millis(25));
     let url = format!("helio://{}", relay.address());
-    let mirror = mirror_of(&source, &url, 1, &[]);
+    let mut mirror = mirror_of(&source, &url, 1, &[]);
     wait_for_status(&mirror, "cut", "the first load", |status| {
         status["doing"] == "following"
     });
@@ -281,6 +281,17 @@ fn a_cut_link_shows_in_the_lag_and_costs_nothing_but_time() {
         lag + 1500 >= cut_for,
         "{lag} ms after {cut_for} ms: {during}"
     );
+    // Also when whoever leads the mirror has never heard of the source.
+    mirror.stop_node(0);
+    mirror.start_node(0);
+    let during = wait_for_status(&mirror, "cut", "trying again", |status| {
+        status["doing"] == "retrying"
+    });
+    let lag = during["lag_ms"].as_u64().unwrap();
+    assert!(
+        lag + 1500 >= cut_for,
+        "{lag} ms after {cut_for} ms: {during}"
+    );
     load.wait_for_more(20, Duration::from_secs(30));
     wait_for("tries during the cut", Duration::from_secs(30), || {
         (relay.refused() > 0).then_some(())
@@ -293,6 +304,7 @@ fn a_cut_link_shows_in_the_lag_and_costs_nothing_but_time() {
         status["doing"] == "following" && status["lag_ms"].as_u64() < Some(2500)
     });
     assert_eq!(after["loads"], 1, "{after}");
+    assert!(after["diverged_at"].is_null(), "{after}");
     mount.unmount();
 }
 

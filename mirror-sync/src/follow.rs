@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
@@ -535,14 +535,23 @@ impl Follower {
         }
         let now = Instant::now();
         let volume = VolumeId(self.says.volume);
-        let (applied, _) = self.target.head(volume).unwrap_or_default();
+        let (applied, time) = self.target.head(volume).unwrap_or_default();
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         self.says.source_head = self.lag.source_head().map(Into::into);
         self.says.lag_entries = self.lag.entries(applied);
-        self.says.lag_ms = self.lag.age(now).map_or(0, millis);
+        // A leader that has not heard of the source yet knows when what it shows was committed, by the source's clock, and no more.
+        let age = self.lag.age(now).unwrap_or_else(|| since(time));
+        self.says.lag_ms = millis(age);
         self.says.contact_ms = self.lag.contact(now).map_or(0, millis);
         self.target.publish(self.says.clone());
     }
+}
+
+/// From a time of the source's clock until now by ours.
+fn since(time: UnixNanos) -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let then = Duration::from_nanos(time.0.max(0).unsigned_abs());
+    now.unwrap_or_default().saturating_sub(then)
 }
 
 /// A proposal's end.

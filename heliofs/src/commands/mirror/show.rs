@@ -57,7 +57,7 @@ pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
         "stream_bytes": status.stream_bytes,
         "stream_plain_bytes": status.stream_plain_bytes,
         "digests_agreed": status.digests_agreed,
-        "diverged_at": show_position(status.diverged),
+        "diverged_at": status.diverged.map(|at| show_position(Some(at))),
         "loads": mirror.load,
         "bucket": status.copies.as_ref().map(copies_json),
         "copies_leased": status.copies_leased,
