@@ -70,7 +70,7 @@ impl Bucket {
     }
 
     /// Tells whoever still believes in an earlier epoch that what it holds for dead may live in this one: see
-    /// [`Bucket::check_epoch`]. It is never lowered.
+    /// [`Bucket::check_epoch`]. A later one that is there stays; two promotions at the same moment may still leave the earlier.
     pub async fn raise_epoch(&self, epoch: u32) -> Result<(), StoreError> {
         if self.epoch().await? >= epoch {
             return Ok(());

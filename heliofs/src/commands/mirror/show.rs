@@ -223,5 +223,8 @@ pub(super) async fn reload(at: At, json: bool) -> Outcome {
     if json {
         return output::print_json(&json!({ "volume": target.volume, "state": "loading" }));
     }
-    output::line(format_args!("{} is loaded anew", target.volume))
+    output::line(format_args!(
+        "{} is loaded anew when the source sends a copy; until then what it has is served",
+        target.volume
+    ))
 }
