@@ -143,8 +143,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         Some(source) => failure.hint(way_back(source)),
         None => failure,
     };
-    // A source that handed over and goes on without its successor leaves out the epoch that this may have begun.
-    let mut epoch = at.unwrap_or(known).epoch.0 + if handed_over { 2 } else { 1 };
+    // Never one that the source is known to have begun, though the mirror has not met its first entry. A source that handed over
+    // and goes on without its successor leaves out the one that this may have begun.
+    let heard = status.source_head.map_or(0, |head| head.epoch);
+    let last_epoch = at.unwrap_or(known).epoch.0.max(heard);
+    let mut epoch = last_epoch + if handed_over { 2 } else { 1 };
     let mut waited = Duration::ZERO;
     if let Some(store) = &fence {
         let how = match options.force {
