@@ -4,11 +4,13 @@
 //! - [`attr`]: getattr, setattr; [`namespace`]: lookup and everything that makes, moves or removes names; [`dir`]: listings
 //! - [`file`]: open, close; [`data`]: read, write, sync, truncate, fallocate, copy, seek
 //! - [`xattr`]: extended attributes and ACLs; [`lock`]: fcntl and flock locks
+//! - `ahead`: changes that are answered before the cluster has them
 //! - [`background`]: what runs beside: session events, deletion of dead segments
 //!
 //! Operations wait through failovers within the session's deadline.
 
 mod adopt;
+mod ahead;
 pub mod attr;
 pub mod background;
 pub mod data;
@@ -254,7 +256,9 @@ impl Fs {
             Op::SetAttr(change) => change.size.is_some(),
             _ => false,
         };
+        self.make_way(&op).await?;
         let reply = self.session().mutate(caller.into(), op).await?;
+        self.made_way(&reply).await;
         Ok(self.absorb(generation, reply, own_content))
     }
 
@@ -265,6 +269,10 @@ impl Fs {
     ) -> Result<(v1::Reply, Position), ClientError> {
         let generation = self.coherence.cache.generation();
         let caller = Caller::default().into();
+        // Programs wait for as long; the next flush tries again.
+        if self.make_way(&op).await.is_err() {
+            return Err(ClientError::Verdict(v1::FsError::Busy));
+        }
         let reply = self.session().mutate_raw(caller, op).await?;
         let at = reply.position.map(Position::from).unwrap_or_default();
         self.saw_epoch(at);
@@ -292,6 +300,7 @@ impl Fs {
         if let Some(attr) = &reply.attr {
             self.clock.saw(attr.ctime);
         }
+        self.coherence.ahead.lock().saw(at);
         for ino in &reply.forget {
             // As if somebody else had changed it: what the command did there is not in the reply.
             self.coherence.invalidated(&v1::Invalidation {
