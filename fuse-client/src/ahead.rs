@@ -170,7 +170,14 @@ impl Ahead {
         let mut state = self.lock();
         let directory = match state.directories.contains_key(&ino) {
             true => ino,
-            false => state.nodes.get(&ino)?.parent,
+            // Attributes that are asked for in the usual way change in the usual way, too.
+            false => {
+                state
+                    .nodes
+                    .get(&ino)
+                    .filter(|node| node.attr.is_some())?
+                    .parent
+            }
         };
         state.freeze();
         Some(directory)
@@ -443,6 +450,11 @@ impl State {
             }) => Plan::Answered(*attr),
             _ => Plan::Usual,
         }
+    }
+
+    /// As [`State::attr`], also while leases are being given back: nothing else is true before that is done.
+    pub fn known(&self, ino: u64) -> Option<v1::Attr> {
+        self.nodes.get(&ino)?.attr
     }
 
     /// What a leased directory's name stands for; the attributes are `None` when they are asked for in the usual way.

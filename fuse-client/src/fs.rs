@@ -236,8 +236,11 @@ impl Fs {
         }
     }
 
-    /// Attributes as this mount shows them: with uncommitted data.
+    /// Attributes as this mount shows them: with uncommitted data, and with what was answered ahead.
     fn show(&self, mut attr: v1::Attr) -> v1::Attr {
+        if let Some(ahead) = self.coherence.ahead.lock().known(attr.ino) {
+            attr = ahead;
+        }
         if attr.kind() == v1::FileKind::File
             && let Some(inode) = self.coherence.inodes.get(attr.ino)
         {
@@ -269,9 +272,12 @@ impl Fs {
     ) -> Result<(v1::Reply, Position), ClientError> {
         let generation = self.coherence.cache.generation();
         let caller = Caller::default().into();
-        // Programs wait for as long; the next flush tries again.
-        if self.make_way(&op).await.is_err() {
-            return Err(ClientError::Verdict(v1::FsError::Busy));
+        if let Err(errno) = self.make_way(&op).await {
+            // The next flush tries again.
+            return Err(ClientError::Unavailable {
+                waited: ahead::WAIT_MAX,
+                detail: format!("what was answered before has not taken effect: {errno}"),
+            });
         }
         let reply = self.session().mutate_raw(caller, op).await?;
         let at = reply.position.map(Position::from).unwrap_or_default();

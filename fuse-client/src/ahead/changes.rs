@@ -176,7 +176,7 @@ impl State {
         Plan::Answered(Ok(attr))
     }
 
-    fn next_ino(&mut self) -> Option<u64> {
+    pub(super) fn next_ino(&mut self) -> Option<u64> {
         loop {
             match self.inos.front_mut()?.next() {
                 Some(ino) => return Some(ino),

@@ -25,7 +25,7 @@ const INOS: u32 = 4096;
 const INOS_LOW: u64 = 2048;
 
 /// An operation waits no longer than this for changes to take effect: as long as for an answer.
-const WAIT_MAX: Duration = Duration::from_secs(30);
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// Dirty files of a directory that is given back are stored within this time.
 const STORE_MAX: Duration = Duration::from_secs(10);
@@ -129,7 +129,7 @@ impl Fs {
     }
 
     /// Before something is proposed in the usual way: gives back what is leased of the directories whose names it changes, and
-    /// waits for what was answered about everything that it names.
+    /// waits until all that was answered before has taken effect (data: what was answered about its files).
     pub(super) async fn make_way(&self, op: &Op) -> FsResult<()> {
         let (leased, inos, mark) = {
             let mut state = self.coherence.ahead.lock();
@@ -149,10 +149,10 @@ impl Fs {
             if let Some(errno) = directories.iter().find_map(|ino| state.failure_once(*ino)) {
                 return Err(errno);
             }
-            // What a name stands for may not be known.
-            let mark = match removes {
-                true => state.mark(),
-                false => state.mark_of(&inos).max(state.mark_of(&directories)),
+            // Changes of names take effect in the order in which they are answered, wherever they are. Data has its own order.
+            let mark = match op {
+                Op::Commit(_) => state.mark_of(&inos),
+                _ => state.mark(),
             };
             (state.in_the_way(&directories), inos, mark)
         };

@@ -139,6 +139,8 @@ pub struct Soft {
     leases: WriteLeases,
     /// Commands under way that remove or move directories whose names are in these, and whose they are.
     removals: Vec<(u64, u64)>,
+    /// The volume is about to be written elsewhere: no leases of directories are granted.
+    stopped: bool,
     locks: LockTable,
     interest: Interest,
     grace: Grace,
@@ -170,6 +172,7 @@ impl Soft {
             opens: Opens::default(),
             leases: WriteLeases::default(),
             removals: Vec::new(),
+            stopped: false,
             locks: LockTable::default(),
             interest: Interest::new(inodes_told_max),
             grace,
@@ -524,6 +527,17 @@ impl Soft {
             .collect()
     }
 
+    /// Recalls all leases of directories, and grants no more.
+    pub fn stop_directories(&mut self) -> Vec<Returned> {
+        self.stopped = true;
+        self.recall_directories(0)
+    }
+
+    /// After [`Soft::stop_directories`]: the volume goes on to be written here.
+    pub fn grant_directories_again(&mut self) {
+        self.stopped = false;
+    }
+
     /// Nobody but `by` holds a directory's lease.
     pub fn no_directories_against(&self, by: u64) -> bool {
         self.leases.no_directories_against(by)
@@ -554,7 +568,7 @@ impl Soft {
         let known = self.sessions.get(&session);
         let takes = known.is_some_and(|known| known.facts.takes_directories && !known.ending);
         let mut removals = self.removals.iter();
-        if takes && !removals.any(|(by, at)| *at == parent && *by != session) {
+        if takes && !self.stopped && !removals.any(|(by, at)| *at == parent && *by != session) {
             self.leases.grant_directory(session, ino);
         }
     }
