@@ -83,9 +83,16 @@ impl Fs {
             None => self.settled(&[parent]).await?,
         }
         if self.trusted() {
+            // Before the look: what has changed up to there is known to the cache by now.
+            let before = self.coherence.ahead.lock().at();
             match cache.lookup(parent, name) {
                 Found::Attr(attr, at) => {
                     self.metrics.cache_hits.inc();
+                    let ahead = self.coherence.ahead.lock().known(attr.ino);
+                    let (attr, at) = match ahead {
+                        Some(ahead) => (ahead, at.max(before)),
+                        None => (attr, at),
+                    };
                     return Ok(Looked::Found(Entry {
                         attr: self.show(attr),
                         at,
