@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
+use blockstore::segment::layout::PAGE_BYTES;
 use blockstore::segment::object::FrameEntry;
 use blockstore::{FrameNumber, FrameRange, Kind, SegmentBuilder, SegmentStore, StoreError};
 use bytes::Bytes;
@@ -17,6 +18,7 @@ use heliofs_proto::v1::{self, command::Op, maintain::Ask, maintained::Answer};
 use meta_client::{ClientError, Session};
 use tokio::sync::{Semaphore, mpsc};
 
+use crate::write::pieces::FILE_PAGE_BYTES;
 use crate::write::segment_ids::SegmentIds;
 
 /// Moves in one command: what the cluster takes.
@@ -283,7 +285,7 @@ impl Compactor<'_> {
                 .ok();
         }
         for (from, to) in &frame.ranges {
-            let (from, to) = (*from, *to);
+            let (from, to) = (aligned(*from, *to), *to);
             let inside =
                 |(_, extent): &&Placed| (from..to).contains(&u64::from(extent.frame_offset));
             let placed: Vec<Placed> = frame.placed.iter().filter(inside).cloned().collect();
@@ -526,6 +528,17 @@ fn union(placed: &[Placed]) -> Vec<(u64, u64)> {
         }
     }
     ranges
+}
+
+/// Where a copy of a frame's bytes `from..to` begins: where it had better be read from one page ([`Frame::lead`] saw to that), it
+/// stays where it is within that.
+///
+/// [`Frame::lead`]: crate::write::pieces::Frame::lead
+fn aligned(from: u64, to: u64) -> u64 {
+    match to - from > PAGE_BYTES as u64 {
+        true => from - from % FILE_PAGE_BYTES,
+        false => from,
+    }
 }
 
 /// Segments of which at most `live_percent_max` lives, of those listed.

@@ -52,8 +52,10 @@ pub enum Privileges {
     Some,
 }
 
-/// An upload's result: the segment and its frames, in the order of the batch.
-pub type Uploaded = Result<(Arc<Stored>, Vec<FrameNumber>), Errno>;
+/// An upload's result: the segment and its frames, in the order of the batch, each with its [`Frame::lead`].
+///
+/// [`Frame::lead`]: crate::write::pieces::Frame::lead
+pub type Uploaded = Result<(Arc<Stored>, Vec<(FrameNumber, u32)>), Errno>;
 
 /// Frozen data on its way.
 #[derive(Debug, Clone)]
