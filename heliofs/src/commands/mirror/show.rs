@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use clap::Args;
-use heliofs_proto::v1::{CheckCounts, CheckState, CopyState, MirrorState, MirrorStatus};
+use heliofs_proto::v1::{CheckCounts, CheckState, CopyState, MirrorOf, MirrorState, MirrorStatus};
+use meta_client::MetaUrl;
 use serde_json::json;
 
 use super::At;
@@ -190,6 +191,14 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     }
 }
 
+/// Where the volume is followed, or written; nothing when it is written here.
+fn from(mirror: &MirrorOf) -> String {
+    match mirror.source.parse::<MetaUrl>() {
+        Ok(url) if url.volume.is_none() => format!("{}/{}", mirror.source, mirror.volume),
+        _ => mirror.source.clone(),
+    }
+}
+
 fn print(mirrors: &[MirrorStatus]) -> Outcome {
     if mirrors.is_empty() {
         return output::line("this cluster mirrors nothing: see `heliofs meta --mirror-of`");
@@ -209,7 +218,7 @@ fn print(mirrors: &[MirrorStatus]) -> Outcome {
             show_position(status.complete),
             show_copies(status),
             format!("{} ago", show_millis(status.contact_ms)),
-            format!("{}/{}", mirror.source, mirror.volume),
+            from(&mirror),
             status.detail.clone(),
         ]);
     }
