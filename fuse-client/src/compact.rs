@@ -94,6 +94,8 @@ struct Filling {
     builder: SegmentBuilder,
     bytes: u64,
     moves: Vec<v1::Move>,
+    /// What was copied along for the sake of [`aligned`]: counted as data it would keep the segment sparse.
+    padding: u64,
 }
 
 /// What a frame of an old segment comes to.
@@ -285,10 +287,10 @@ impl Compactor<'_> {
                 .ok();
         }
         for (from, to) in &frame.ranges {
-            let (from, to) = (aligned(*from, *to), *to);
             let inside =
-                |(_, extent): &&Placed| (from..to).contains(&u64::from(extent.frame_offset));
+                |(_, extent): &&Placed| (*from..*to).contains(&u64::from(extent.frame_offset));
             let placed: Vec<Placed> = frame.placed.iter().filter(inside).cloned().collect();
+            let (from, to) = (aligned(*from, *to), *to);
             let data = match &whole {
                 Some(data) if to <= data.len() as u64 => {
                     let part = data.slice(from as usize..to as usize);
@@ -378,14 +380,20 @@ impl Compactor<'_> {
                     builder: self.store.builder(id),
                     bytes: 0,
                     moves: Vec::new(),
+                    padding: 0,
                 })
             }
+        };
+        let padding = match (&piece, placed.first()) {
+            (Piece::Range(_), Some((_, first))) => u64::from(first.frame_offset) - base,
+            _ => 0,
         };
         let new_frame = match piece {
             Piece::Verbatim(entry, encoded) => target.builder.add_relocated(&entry, encoded)?,
             Piece::Range(data) => target.builder.add_frame(vec![data])?,
         };
         target.bytes += bytes;
+        target.padding += padding;
         let to_segment = target.builder.id().0;
         target
             .moves
@@ -414,7 +422,8 @@ impl Compactor<'_> {
             }
         }
         let segment = filling.builder.finish();
-        let (record, length) = (segment.record(), segment.length);
+        let (mut record, length) = (segment.record(), segment.length);
+        record.data_bytes -= filling.padding;
         self.store.put(segment).await?;
         for moves in filling.moves.chunks(MOVES) {
             let op = Op::Relocate(v1::Relocate {

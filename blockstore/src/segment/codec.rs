@@ -233,6 +233,12 @@ pub struct FrameHead {
 }
 
 impl FrameHead {
+    /// Bytes of the prelude that begins like this.
+    pub fn prelude_bytes(front: &[u8]) -> Option<usize> {
+        let length = u16::from_le_bytes(*front.first_chunk()?);
+        Some(usize::from(length).max(PRELUDE_BYTES))
+    }
+
     /// As [`FrameHead::parse`], from the first bytes of the first page, whose checksum was not looked at. `None`: the prelude has
     /// no checksum of its own, or a wrong one, or goes on behind them.
     pub fn parse_front(
@@ -242,8 +248,7 @@ impl FrameHead {
         stored_bytes: u32,
         key: Option<&VolumeKey>,
     ) -> Option<Result<Self, FrameFault>> {
-        let length = u16::from_le_bytes(*front.first_chunk()?);
-        let prelude = front.get(..usize::from(length).max(PRELUDE_BYTES))?;
+        let prelude = front.get(..Self::prelude_bytes(front)?)?;
         let sum = u32::from_le_bytes(*prelude[SUM].first_chunk()?);
         if sum != prelude_sum(&identity, codec, stored_bytes, prelude) {
             return None;

@@ -23,10 +23,10 @@ use crate::segment::codec::{FrameEncoder, FrameFault, FrameHead};
 use crate::segment::layout::PAGE_BYTES;
 use crate::segment::object::FrameEntry;
 use crate::segment::page::Page;
-use crate::{FrameNumber, FrameRange, StoreError, StoreOptions};
+use crate::{FrameNumber, FrameRange, Kind, StoreError, StoreOptions};
 
-/// Pages per request and per cache file: 4 MiB. More is fetched in parallel.
-pub(super) const RUN_PAGES_MAX: u32 = 64;
+/// Pages per request and per cache file: 4 MiB, and one for what leads the data of a frame. More is fetched in parallel.
+pub(super) const RUN_PAGES_MAX: u32 = 65;
 
 /// Frame tables of compacted segments kept in memory.
 const TABLES_MAX: usize = 256;
@@ -111,6 +111,11 @@ impl Shared {
     #[cfg(test)]
     pub(super) fn expect_plain(&self) {
         self.mixed.store(false, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn expect_codecs(&self) {
+        self.mixed.store(true, Ordering::Relaxed);
     }
 
     /// The pages `wanted` of a frame, in order.
@@ -319,6 +324,12 @@ impl Shared {
         if codec(&stored).is_none() && likely_plain && wanted.start > 0 {
             // Nothing of it is there: perhaps it is encoded and ends before. Another mount may write with a codec by now.
             stored.extend(self.front_pages(segment, frame, 1).await);
+        }
+        if codec(&stored).is_none() {
+            // How long the pages are was a guess: what is wrong is found out again by who wants to know it of a certain page.
+            let corrupt = |error: &StoreError| error.kind() == Kind::Corrupt;
+            stored
+                .retain(|(_, page)| !matches!(page, Err(Missed::Failed(error)) if corrupt(error)));
         }
         if codec(&stored).is_none_or(|codec| codec.is_plain()) {
             let several = |page: &Page| page.frame_bytes as usize > page.codec.page_bytes();

@@ -96,7 +96,10 @@ impl Shared {
                 .copied()
                 .collect(),
         };
-        let stored = &stored[range.start as usize..range.end as usize];
+        // Two pages that contradict each other, though each is sound.
+        let Some(stored) = stored.get(range.start as usize..range.end as usize) else {
+            return;
+        };
         for (page, data) in blocks.clone().zip(head.decode(blocks, stored)) {
             if let Ok(data) = data {
                 let key = PageKey {

@@ -159,20 +159,29 @@ impl Shared {
         {
             return Ok(Front::Untold);
         }
-        let part = Part::Range(frame.start()..frame.start() + FRONT_BYTES);
-        let (bytes, _) = self.part(segment, part, 0).await?;
-        let identity = PageIdentity {
+        let first = |bytes: u64| Part::Range(frame.start()..frame.start() + bytes);
+        let (mut bytes, _) = self.part(segment, first(FRONT_BYTES), 0).await?;
+        let Some((identity, codec, stored_bytes)) = peek(&bytes) else {
+            return Ok(Front::Untold);
+        };
+        let own = PageIdentity {
             volume: self.volume,
             segment,
             frame,
         };
-        let Some((codec, stored_bytes)) = peek(&bytes, &identity) else {
+        // One that compaction has moved carries the name that it had before.
+        if identity != own && self.origin_of(segment, frame).await? != Some(identity) {
             return Ok(Front::Untold);
-        };
+        }
         if codec.is_plain() {
             return Ok(Front::Plain);
         }
-        let front = &bytes[PAGE_HEADER_BYTES..];
+        let whole = FrameHead::prelude_bytes(&bytes[PAGE_HEADER_BYTES..]);
+        let whole = (PAGE_HEADER_BYTES + whole.unwrap_or_default()) as u64;
+        if whole > FRONT_BYTES {
+            (bytes, _) = self.part(segment, first(whole), 0).await?;
+        }
+        let front = bytes.get(PAGE_HEADER_BYTES..).unwrap_or_default();
         let key = self.encoder.key.as_deref();
         match FrameHead::parse_front(front, identity, codec, stored_bytes, key) {
             None => Ok(Front::Untold),
@@ -229,16 +238,14 @@ impl Shared {
                 segment,
                 frame,
             };
-            if guessed
-                && wanted.start == 0
-                && let Some(found) = page_bytes_at(&bytes)
-                && found != page_bytes
-            {
-                page_bytes = found;
-                let whole = (own.end - own.start) / (PAGE_HEADER_BYTES + page_bytes) as u64;
-                wanted = 0..whole.max(1) as u32;
-                good = vec![None; wanted.len()];
-                faults = vec![None; wanted.len()];
+            if guessed && wanted.start == 0 {
+                let found = likely_page_bytes(&bytes, &origin, page_bytes, own.end - own.start);
+                if found != page_bytes {
+                    page_bytes = found;
+                    wanted = 0..whole_pages(own.end - own.start, page_bytes);
+                    good = vec![None; wanted.len()];
+                    faults = vec![None; wanted.len()];
+                }
             }
             let mut decoded = decode(&bytes, &origin, wanted.clone(), page_bytes);
             if guessed
@@ -408,6 +415,40 @@ impl Shared {
         };
         let detail = fault.map_or_else(String::new, |fault| fault.to_string());
         Err(self.corrupt(&at, 0, detail))
+    }
+}
+
+/// How many pages of `page_bytes` each `bytes` have, at least one.
+fn whole_pages(bytes: u64, page_bytes: usize) -> u32 {
+    (bytes / (PAGE_HEADER_BYTES + page_bytes) as u64).max(1) as u32
+}
+
+/// Stored bytes per page of the frame that `bytes` begin with: as its first page says if that is sound, otherwise what makes more
+/// of the pages in the first `wanted` bytes sound, and `guess` if nothing does. One wrong bit in a header must not spoil others.
+fn likely_page_bytes(bytes: &Bytes, origin: &PageIdentity, guess: usize, wanted: u64) -> usize {
+    let is_sound =
+        |page: &Result<Page, PageFault>| matches!(page, Ok(_) | Err(PageFault::Foreign { .. }));
+    if is_sound(&take_page(&mut bytes.clone(), origin, 0)) {
+        return page_bytes_at(bytes).unwrap_or(guess);
+    }
+    let sound = |page_bytes: usize| {
+        let pages = decode(
+            bytes,
+            origin,
+            0..whole_pages(wanted, page_bytes),
+            page_bytes,
+        );
+        pages.iter().filter(|page| is_sound(page)).count() * page_bytes
+    };
+    let other = if guess == PAGE_BYTES {
+        FINE_PAGE_BYTES
+    } else {
+        PAGE_BYTES
+    };
+    if sound(other) > sound(guess) {
+        other
+    } else {
+        guess
     }
 }
 

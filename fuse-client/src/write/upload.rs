@@ -102,7 +102,8 @@ impl Fs {
             loaded.push(pieces);
         }
         let (segment, numbers) = self.store().build(id, loaded).await?;
-        let (record, bytes) = (segment.record(), segment.length);
+        let (mut record, bytes) = (segment.record(), segment.length);
+        record.data_bytes -= leads.iter().map(|lead| u64::from(*lead)).sum::<u64>();
         self.store().put(segment).await.map_err(|error| {
             tracing::warn!(segment = id.0, %error, "upload failed");
             Errno::from(error)
