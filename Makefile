@@ -30,8 +30,8 @@ install: build ## Copies the command to $(PREFIX)/bin (default /usr/local), with
 	install -D -m 755 $(CARGO_TARGET_DIR)/release/heliofs $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/heliofs
 	ln -sf $(or $(PREFIX),/usr/local)/bin/heliofs $(DESTDIR)/sbin/mount.heliofs
 
-suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes; WRITEBACK=1: with --writeback
-	@.ci/suites $(if $(REDUCED),--reduced) $(if $(WRITEBACK),--writeback) $(SUITES)
+suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes; WRITEBACK=1, ENCODED=1: with --writeback, with codecs
+	@.ci/suites $(if $(REDUCED),--reduced) $(if $(WRITEBACK),--writeback) $(if $(ENCODED),--encoded) $(SUITES)
 
 faults: ## Each fault of an S3 server for a minute, under fsx and a checked load
 	@.ci/faults

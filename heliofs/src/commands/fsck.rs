@@ -114,6 +114,25 @@ struct Check<'a> {
     volume: VolumeId,
 }
 
+/// How far an interrupted check came.
+#[derive(Clone, Copy)]
+enum StoppedAt {
+    /// The metadata's records were not all compared.
+    Records,
+    /// Everything up to this segment is checked.
+    Segment(u64),
+}
+
+impl StoppedAt {
+    /// What `--from` goes on with.
+    fn from(self) -> Option<String> {
+        match self {
+            Self::Records => None,
+            Self::Segment(id) => Some(format!("{id:016x}")),
+        }
+    }
+}
+
 /// What a check came to.
 #[derive(Default)]
 struct Report {
@@ -124,7 +143,7 @@ struct Report {
     /// Per damaged segment: (inode, extent).
     users: BTreeMap<u64, Vec<(u64, v1::Extent)>>,
     /// Where to go on, when it was interrupted.
-    stopped_at: Option<u64>,
+    stopped_at: Option<StoppedAt>,
     repaired_bytes: u64,
 }
 
@@ -251,25 +270,27 @@ async fn check(
 impl Check<'_> {
     async fn run(&self, volume: &str, places: &[Place]) -> Outcome<Verdict> {
         let mut report = Report::default();
+        // From here on, not only while something is waited for: a signal that comes in between is not to be lost.
+        let mut stop = Stop::catch()?;
         let only = match places {
             [] => None,
             places => Some(self.segments_below(places).await?),
         };
         if only.is_none() && self.options.from.is_none() {
-            self.records(&mut report).await?;
+            self.records(&mut stop, &mut report).await?;
         }
-        if self.options.level > Level::Meta {
+        if self.options.level > Level::Meta && report.stopped_at.is_none() {
             let mut live = segments::live(self.session, self.options.from.unwrap_or(0)).await?;
             if let Some(only) = &only {
                 live.retain(|segment| only.contains(&segment.id));
             }
             report.segments = live.len() as u64;
             report.bytes = live.iter().map(|segment| segment.length).sum();
-            self.exists(&live, &mut report).await?;
-            if self.options.level == Level::Data {
+            self.exists(&live, &mut stop, &mut report).await?;
+            if self.options.level == Level::Data && report.stopped_at.is_none() {
                 let missing: BTreeSet<u64> = report.damages.iter().map(|it| it.id).collect();
                 live.retain(|segment| !missing.contains(&segment.id));
-                self.data(&live, &mut report).await?;
+                self.data(&live, &mut stop, &mut report).await?;
             }
         }
         if let Some(second) = &self.second {
@@ -336,12 +357,20 @@ impl Check<'_> {
     }
 
     /// The records of the node that is asked, against each other.
-    async fn records(&self, report: &mut Report) -> Outcome {
+    async fn records(&self, stop: &mut Stop, report: &mut Report) -> Outcome {
         let bar = progress::bar("records", 1, false, self.json);
         let (mut part, mut parts) = (0, 0);
         loop {
             let ask = Ask::CheckRecords(v1::CheckRecords { part, parts });
-            let Answer::Records(checked) = self.session.maintain(ask).await? else {
+            let answer = tokio::select! {
+                biased;
+                _ = stop.wait() => {
+                    report.stopped_at = Some(StoppedAt::Records);
+                    break;
+                }
+                answer = self.session.maintain(ask) => answer?,
+            };
+            let Answer::Records(checked) = answer else {
                 return Err(Failure::new(
                     "the cluster gave another answer than was asked for",
                 ));
@@ -367,13 +396,24 @@ impl Check<'_> {
     }
 
     /// Every object is listed, with the length that metadata knows.
-    async fn exists(&self, live: &[v1::Segment], report: &mut Report) -> Outcome {
+    async fn exists(&self, live: &[v1::Segment], stop: &mut Stop, report: &mut Report) -> Outcome {
         let groups: BTreeSet<u8> = live.iter().map(|segment| segment.id as u8).collect();
         let bar = progress::bar("exists", groups.len() as u64, false, self.json);
         let mut listings = futures::stream::iter(groups)
             .map(|group| async move { (group, self.bucket.list(&format!("{group:02x}")).await) })
             .buffered(LISTS);
-        while let Some((group, listed)) = listings.next().await {
+        loop {
+            let next = tokio::select! {
+                biased;
+                _ = stop.wait() => {
+                    report.stopped_at = Some(StoppedAt::Segment(self.options.from.unwrap_or(0)));
+                    break;
+                }
+                next = listings.next() => next,
+            };
+            let Some((group, listed)) = next else {
+                break;
+            };
             let listed: BTreeMap<String, u64> = listed?.into_iter().collect();
             for segment in live.iter().filter(|segment| segment.id as u8 == group) {
                 let what = match listed.get(&SegmentId(segment.id).object_name()) {
@@ -421,20 +461,18 @@ impl Check<'_> {
     }
 
     /// Every byte of every object. `live` is in order of id.
-    async fn data(&self, live: &[v1::Segment], report: &mut Report) -> Outcome {
+    async fn data(&self, live: &[v1::Segment], stop: &mut Stop, report: &mut Report) -> Outcome {
         let bytes = live.iter().map(|segment| segment.length).sum();
         let bar = progress::bar("data", bytes, true, self.json);
         let mut checks = futures::stream::iter(live)
             .map(|segment| async move { (segment, self.object(segment).await) })
             .buffered(self.options.threads.max(1));
         let mut last = self.options.from.unwrap_or(0);
-        // From here on, not only while something is waited for: a signal that comes in between is not to be lost.
-        let mut stop = Stop::catch()?;
         loop {
             let next = tokio::select! {
                 biased;
                 _ = stop.wait() => {
-                    report.stopped_at = Some(last);
+                    report.stopped_at = Some(StoppedAt::Segment(last));
                     break;
                 }
                 next = checks.next() => next,
@@ -442,6 +480,11 @@ impl Check<'_> {
             let Some((segment, outcome)) = next else {
                 break;
             };
+            let outcome = outcome.map_err(|error: Failure| {
+                error.hint(format!(
+                    "what was checked so far need not be again: --from {last:016x}"
+                ))
+            });
             if let Some(what) = outcome? {
                 self.found(segment.id, what, report).await?;
             }
@@ -451,7 +494,7 @@ impl Check<'_> {
                 tokio::select! {
                     () = tokio::time::sleep(Duration::from_millis(wait)) => {}
                     _ = stop.wait() => {
-                        report.stopped_at = Some(last);
+                        report.stopped_at = Some(StoppedAt::Segment(last));
                         break;
                     }
                 }
@@ -610,14 +653,18 @@ impl Check<'_> {
                 "bytes": report.bytes,
                 "damages": damages,
                 "repaired_bytes": report.repaired_bytes,
-                "stopped_at": report.stopped_at.map(|id| format!("{id:016x}")),
+                "interrupted": report.stopped_at.is_some(),
+                "stopped_at": report.stopped_at.and_then(StoppedAt::from),
             }));
         }
         for problem in &report.problems {
             output::line(format_args!("metadata: {problem}"))?;
         }
-        if let Some(id) = report.stopped_at {
-            output::line(format_args!("interrupted; go on with --from {id:016x}"))?;
+        if let Some(stopped) = report.stopped_at {
+            output::line(match stopped.from() {
+                Some(from) => format!("interrupted; go on with --from {from}"),
+                None => "interrupted before the records were compared: begin anew".to_owned(),
+            })?;
         }
         if self.options.level == Level::Meta {
             return output::line(format_args!(
