@@ -573,8 +573,8 @@ impl Projection {
                     self.promote(item.time, promote.clone(), found);
                 }
                 Some(Item::Local(v1::LocalCommand {
-                    op: Some(local_command::Op::MirrorLoadBegin(begin)),
-                })) if begin.volume == self.volume.0 => {
+                    op: Some(local_command::Op::MirrorLoadEnd(end)),
+                })) if end.volume == self.volume.0 => {
                     self.reloaded = true;
                     return;
                 }
