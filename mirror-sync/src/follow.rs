@@ -233,7 +233,7 @@ impl Follower {
             let volume = self.load().await?;
             // What was heard before may be of another history.
             self.lag = Lag::default();
-            self.overruns.loaded();
+            self.overruns.loaded(Instant::now());
             volume
         } else {
             VolumeId(slot.volume)
@@ -496,7 +496,8 @@ impl Follower {
         }
         let (applied, time) = self.head(volume)?;
         self.lag.applied(applied, time);
-        self.overruns.at(applied, self.lag.source_head());
+        self.overruns
+            .at(Instant::now(), applied, self.lag.source_head());
         let silence = self.lag.silence(Instant::now());
         match (paused, silence) {
             (true, _) => self.say("paused", "by an operator at the source"),
@@ -554,8 +555,8 @@ impl Follower {
 /// What an operator reads when copies come too late.
 fn overrun(slot: &v1::MirrorSlot, rest: Duration) -> String {
     format!(
-        "while a copy was loaded the source wrote more than its log may keep for this mirror ({} bytes), more than once: it needs a \
-         larger --mirror-log-cap; what was loaded is served, and another copy is loaded in {} s",
+        "the source wrote more than its log may keep for this mirror ({} bytes) while a copy was loaded or soon after, more than \
+         once: it needs a larger --mirror-log-cap; what was loaded is served, and another copy is loaded in {} s",
         slot.log_bytes_max,
         rest.as_secs() + 1
     )

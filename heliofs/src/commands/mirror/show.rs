@@ -59,6 +59,7 @@ pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
         "digests_agreed": status.digests_agreed,
         "diverged_at": status.diverged.map(|at| show_position(Some(at))),
         "loads": mirror.load,
+        "loading": mirror.loading != 0,
         "bucket": status.copies.as_ref().map(copies_json),
         "copies_leased": status.copies_leased,
         "copiers": status.copiers,
