@@ -13,7 +13,8 @@ use std::time::Duration;
 use rand::{RngCore, SeedableRng};
 use serde_json::Value;
 use support::mirror::{
-    assert_mirror_equal, catch_up, mirror_of, mirror_status, tree, wait_for_status,
+    assert_mirror_equal, catch_up, give_bucket, mirror_of, mirror_status, tree, wait_complete,
+    wait_for_status,
 };
 use support::{Cluster, Load, Mount, Relay, S3, scratch, wait_for};
 
@@ -67,16 +68,9 @@ fn a_source_that_dies_while_a_copy_is_loaded_costs_nothing_that_was_there() {
     }
     catch_up(&source, &mirror, VOLUME);
     let far = mirror.volume_url(VOLUME);
-    let bucket = ours.path().join("bucket");
-    let bucket = ["--storage", "file", "--bucket", bucket.to_str().unwrap()];
-    let mut ask = vec!["mirror", "bucket", &far];
-    ask.extend(bucket);
-    mirror.run(&ask).success();
+    give_bucket(&mirror, VOLUME, &ours.path().join("bucket"), &[]).success();
     mirror.run(&["mirror", "worker", &far, "--once"]).success();
-    let token = catch_up(&source, &mirror, VOLUME);
-    mirror
-        .run(&["mirror", "wait", &far, &token, "--data", "--timeout", "60s"])
-        .success();
+    wait_complete(&source, &mirror, VOLUME);
 
     let expected = tree(&mount.path);
     let latest = Mount::of(&mirror, VOLUME, &[]);

@@ -705,6 +705,66 @@ fn a_mirror_equals_its_commands_applied_one_by_one() {
 }
 
 #[test]
+fn of_an_undo_and_a_seal_of_a_hand_over_the_first_in_the_log_counts() {
+    for undone_first in [false, true] {
+        let mut source = Source::new();
+        source.create(0..10);
+        let mut mirror = Region::new();
+        load(&mut mirror, &source);
+        let last = source.region.head();
+        let demote = |undo, seal, at| {
+            local_command::Op::VolumeDemote(v1::VolumeDemote {
+                volume: VOLUME.0,
+                successor: "helio://far/far".to_owned(),
+                hand_over: true,
+                undo,
+                seal,
+                at: Some(Position::into(at)),
+            })
+        };
+        let invalid =
+            |reply: LocalReply| assert!(matches!(reply, LocalReply::Invalid(_)), "{reply:?}");
+        // Nothing was handed over.
+        invalid(source.region.local(demote(false, true, last)));
+        let handed_over = source.region.local(demote(false, false, last));
+        assert_eq!(handed_over, LocalReply::Replayed(last));
+        if undone_first {
+            let undone = source.region.local(demote(true, false, last));
+            assert_eq!(undone, LocalReply::Replayed(last));
+            invalid(source.region.local(demote(false, true, last)));
+            assert_eq!(source.region.head(), last);
+            continue;
+        }
+        let time = 5_000;
+        let seal = v1::LogItem {
+            time,
+            item: Some(Item::Local(v1::LocalCommand {
+                op: Some(demote(false, true, last)),
+            })),
+        };
+        source.region.apply(vec![seal]);
+        let sealed = last.next();
+        assert_eq!(source.region.head(), sealed);
+        // Asked twice.
+        let again = source.region.local(demote(false, true, last));
+        assert_eq!(again, LocalReply::Replayed(sealed));
+        invalid(source.region.local(demote(true, false, last)));
+        assert!(source.region.state.is_mirror(VOLUME));
+        assert!(source.region.mirror().sealed);
+        // The mirror is told the same.
+        let entry = v1::ChangelogEntry {
+            position: Some(sealed.into()),
+            time,
+            command: Some(meta_server::store::group::sealed(VOLUME)),
+        };
+        let replayed = replay(&mut mirror, vec![entry]);
+        assert_eq!(replayed, LocalReply::Replayed(sealed));
+        assert_eq!(mirror.digest(), source.region.digest());
+        assert_eq!(mirror.state.head(VOLUME), source.region.state.head(VOLUME));
+    }
+}
+
+#[test]
 fn a_demoted_volume_takes_no_commands_and_a_promoted_mirror_takes_them_in_a_new_epoch() {
     let mut source = Source::new();
     source.create(0..10);

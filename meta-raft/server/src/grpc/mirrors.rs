@@ -286,16 +286,32 @@ impl AdminService {
                 ask.volume
             )));
         }
+        if ask.seal
+            && !volume
+                .mirror
+                .as_ref()
+                .is_some_and(v1::MirrorOf::was_handed_over)
+        {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` is not handed over: somebody has taken it back",
+                ask.volume
+            )));
+        }
         let demote = v1::VolumeDemote {
             volume: volume.id,
             successor: ask.successor,
             hand_over: ask.hand_over,
             undo: ask.undo,
             at: ask.at,
+            seal: ask.seal,
         };
         match self.propose_local(Op::VolumeDemote(demote)).await? {
             LocalReply::Replayed(position) => {
-                let done = if ask.undo { "taken back" } else { "demoted" };
+                let done = match (ask.undo, ask.seal) {
+                    (true, _) => "taken back",
+                    (false, true) => "handed over for good",
+                    (false, false) => "demoted",
+                };
                 tracing::warn!(volume = ask.volume, %position, "the volume was {done}");
                 Ok(Response::new(v1::DemoteVolumeResponse {
                     position: Some(position.into()),

@@ -4,6 +4,8 @@ mod copies;
 mod mirror;
 mod slots;
 
+pub use mirror::sealed;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -413,7 +415,7 @@ impl<'e> Group<'_, 'e> {
             Some(Op::MirrorLoad(load)) => self.load(load),
             Some(Op::MirrorLoadEnd(end)) => self.load_end(end),
             Some(Op::MirrorStop(stop)) => self.mirror_stop(stop),
-            Some(Op::VolumeDemote(demote)) => self.demote(demote),
+            Some(Op::VolumeDemote(demote)) => self.demote(index, time, demote)?,
             Some(Op::MirrorPromote(promote)) => self.promote(index, time, promote)?,
             Some(Op::SlotCreate(create)) => self.slot_create(time, create),
             Some(Op::SlotReport(report)) => self.slot_report(time, report),

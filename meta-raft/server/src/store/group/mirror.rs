@@ -122,8 +122,56 @@ impl<'e> Group<'_, 'e> {
         LocalReply::Done
     }
 
+    /// What was handed over is not taken back any more: an undo names the position before.
+    fn seal(
+        &mut self,
+        index: u64,
+        time: UnixNanos,
+        demote: &v1::VolumeDemote,
+    ) -> Result<LocalReply, ApplyError> {
+        let volume = VolumeId(demote.volume);
+        let Some(known) = self.memory.volumes.get_mut(&volume) else {
+            return Ok(LocalReply::NoSuchVolume);
+        };
+        let position = known.digest.position;
+        let at = demote.at.map(Position::from).unwrap_or_default();
+        let handed_over = |mirror: &&mut v1::MirrorOf| {
+            mirror.was_handed_over() && mirror.source == demote.successor
+        };
+        let Some(mirror) = known.record.mirror.as_mut().filter(handed_over) else {
+            return Ok(invalid("the volume was taken back"));
+        };
+        if at != position {
+            return Ok(match mirror.sealed && at < position {
+                // Asked twice.
+                true => LocalReply::Replayed(position),
+                false => invalid(format!("the volume was handed over at {position}")),
+            });
+        }
+        mirror.sealed = true;
+        let record = known.record.clone();
+        self.put_volume(&record);
+        self.command(index, time, Cow::Owned(sealed(volume)))?;
+        let known = self.memory.volumes.get(&volume);
+        Ok(LocalReply::Replayed(
+            known.map_or(position, |known| known.digest.position),
+        ))
+    }
+
     /// No command of the volume takes effect from here on; the answer is the position that it stays at.
-    pub(super) fn demote(&mut self, demote: &v1::VolumeDemote) -> LocalReply {
+    pub(super) fn demote(
+        &mut self,
+        index: u64,
+        time: UnixNanos,
+        demote: &v1::VolumeDemote,
+    ) -> Result<LocalReply, ApplyError> {
+        match demote.seal {
+            true => self.seal(index, time, demote),
+            false => Ok(self.hand_over(demote)),
+        }
+    }
+
+    fn hand_over(&mut self, demote: &v1::VolumeDemote) -> LocalReply {
         let volume = VolumeId(demote.volume);
         let Some(known) = self.memory.volumes.get_mut(&volume) else {
             return LocalReply::NoSuchVolume;
@@ -459,6 +507,15 @@ impl<'e> Group<'_, 'e> {
         self.put_volume(&record);
         self.walk_after_load(volume);
         LocalReply::Replayed(head.position)
+    }
+}
+
+/// The command that a final hand-over takes a position with: it opens no epoch, and changes nothing but how far the volume is.
+pub fn sealed(volume: VolumeId) -> v1::Command {
+    v1::Command {
+        volume: volume.0,
+        op: Some(v1::command::Op::EpochBegin(v1::EpochBegin { epoch: 0 })),
+        ..v1::Command::default()
     }
 }
 
