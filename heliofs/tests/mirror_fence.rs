@@ -340,7 +340,7 @@ fn take_marker_for(mirror: &Cluster, source: &Cluster, volume: &str, epoch: u32)
         let store = record.fence.clone().unwrap();
         let register = fence::open(&store, fence::prefix(&record)).unwrap();
         let me = Me {
-            volume: record.id.into(),
+            volume: record.id,
             cluster: ask(mirror).status().await.unwrap().cluster_id,
             epoch,
         };
