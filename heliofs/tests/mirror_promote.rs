@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use support::cluster::HELIOFS;
-use support::mirror::{assert_mirror_equal, catch_up, mirror_of, wait_for_status};
+use support::mirror::{assert_mirror_equal, catch_up, mirror_of, mirror_status, wait_for_status};
 use support::{Clocked, Cluster, Load, Mount, Process, Relay, wait_for};
 
 #[test]
@@ -63,6 +63,12 @@ fn a_planned_promotion_loses_nothing_and_can_be_undone_the_same_way() {
     drop(file);
     fs::create_dir(moved.join("directory")).unwrap();
     mirror.assert_replicas_equal("moved");
+    let left = mirror_status(&source, "moves").unwrap();
+    assert_eq!(left["doing"], "handed-over", "{left}");
+    assert!(
+        left["detail"].as_str().unwrap().contains("demoted at"),
+        "{left}"
+    );
     // A second promotion finds no mirror.
     let again = mirror.run(&["mirror", "promote", &far]);
     assert_ne!(again.code, 0, "{again:?}");

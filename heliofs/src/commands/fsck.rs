@@ -129,38 +129,47 @@ struct Report {
 }
 
 pub(crate) async fn run(options: Options, json: bool) -> Outcome {
-    let mut worst = Verdict::Sound;
+    let mut verdict = Verdict::default();
     let whole = options.paths.len() == 1 && options.paths[0].starts_with("helio://");
     if whole {
         let target = options.access.target(&options.paths[0], None)?;
-        worst = check(&options, &target, &[], json).await?;
+        verdict = check(&options, &target, &[], json).await?;
     } else {
-        for (target, places) in places(&options.access, &options.paths)? {
-            worst = worst.max(check(&options, &target, &places, json).await?);
-            if worst == Verdict::Interrupted {
+        let volumes = places(&options.access, &options.paths)?;
+        if options.from.is_some() && volumes.len() > 1 {
+            return Err(Failure::usage(
+                "--from goes on with one volume, and the paths lie in several",
+            )
+            .hint("check each volume by itself"));
+        }
+        for (target, places) in volumes {
+            let of_this = check(&options, &target, &places, json).await?;
+            verdict.damaged |= of_this.damaged;
+            if of_this.interrupted {
+                verdict.interrupted = true;
                 break;
             }
         }
     }
-    match worst {
-        Verdict::Sound => Ok(()),
-        Verdict::Interrupted => Err(Failure::new("the check was interrupted")
-            .hint("nothing is wrong as far as it came; --from goes on")),
-        Verdict::Damaged => Err(Failure::damaged("the volume is damaged").hint(
+    match verdict {
+        Verdict { damaged: true, .. } => Err(Failure::damaged("the volume is damaged").hint(
             "--repair saves what can still be read; other files must be restored or removed",
         )),
+        Verdict {
+            interrupted: true, ..
+        } => Err(Failure::new("the check was interrupted")
+            .hint("nothing is wrong as far as it came; --from goes on")),
+        Verdict { .. } => Ok(()),
     }
 }
 
 /// What a check has found.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Verdict {
-    /// Nothing is wrong, or all of it was repaired.
-    Sound,
-    /// As far as it came.
-    Interrupted,
-    /// Damage is left.
-    Damaged,
+#[derive(Clone, Copy, Default)]
+struct Verdict {
+    /// Damage is left; otherwise nothing is wrong as far as it came, or all of it was repaired.
+    damaged: bool,
+    /// It did not come to the end.
+    interrupted: bool,
 }
 
 /// The other bucket, if one is named.
@@ -283,10 +292,9 @@ impl Check<'_> {
             .damages
             .iter()
             .any(|damage| report.users.contains_key(&damage.id));
-        Ok(match report.stopped_at {
-            _ if left || !report.problems.is_empty() => Verdict::Damaged,
-            Some(_) => Verdict::Interrupted,
-            None => Verdict::Sound,
+        Ok(Verdict {
+            damaged: left || !report.problems.is_empty(),
+            interrupted: report.stopped_at.is_some(),
         })
     }
 

@@ -104,3 +104,22 @@ pub fn need_root_and_fuse() {
         "/dev/fuse is missing: run .ci/setup test"
     );
 }
+
+/// What a process that serves metrics at `address` says of the sum or gauge `name`.
+pub fn metric(address: &str, name: &str) -> u64 {
+    let shown = cluster::run(std::process::Command::new("curl").args([
+        "-s",
+        "-f",
+        &format!("http://{address}/metrics"),
+    ]));
+    let shown = shown.success().out;
+    // A label follows the name.
+    let start = format!("{name}{{");
+    let line = shown.lines().find(|line| line.starts_with(&start));
+    line.unwrap_or_else(|| panic!("no {name} in\n{shown}"))
+        .rsplit(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap()
+}

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use clap::Args;
-use heliofs_proto::v1::{CheckCounts, CheckState, CopyState, MirrorState, MirrorStatus, Rot};
-use meta_client::Cluster;
+use heliofs_proto::v1::{
+    CheckCounts, CheckState, CopyState, MirrorOf, MirrorState, MirrorStatus, Rot,
+};
+use meta_client::{Cluster, MetaUrl};
 use serde_json::{Value, json};
 
 use super::At;
@@ -202,6 +204,14 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     }
 }
 
+/// Where the volume is followed, or written; nothing when it is written here.
+fn from(mirror: &MirrorOf) -> String {
+    match mirror.source.parse::<MetaUrl>() {
+        Ok(url) if url.volume.is_none() => format!("{}/{}", mirror.source, mirror.volume),
+        _ => mirror.source.clone(),
+    }
+}
+
 /// What a node found wrong with its own records.
 struct Rotten {
     node: u64,
@@ -290,7 +300,7 @@ fn print(mirrors: &[MirrorStatus], rotten: &[Rotten]) -> Outcome {
             show_position(status.complete),
             show_copies(status),
             format!("{} ago", show_millis(status.contact_ms)),
-            format!("{}/{}", mirror.source, mirror.volume),
+            from(&mirror),
             status.detail.clone(),
         ]);
     }

@@ -160,18 +160,22 @@ impl AdminService {
             if volume.mirror.is_none() && volume.second.is_none() {
                 return None;
             }
-            let told = match volume.mirror {
-                Some(_) => self.ctx.mirrors.status(id),
-                // It is written here, and its bucket may still lack something.
-                None => Some(v1::MirrorStatus {
-                    doing: "promoted".to_owned(),
-                    ..Default::default()
-                }),
-            };
-            let told = told.unwrap_or_else(|| v1::MirrorStatus {
-                doing: "starting".to_owned(),
+            let said = |doing: &str, detail: &str| v1::MirrorStatus {
+                doing: doing.to_owned(),
+                detail: detail.to_owned(),
                 ..Default::default()
-            });
+            };
+            let told = match &volume.mirror {
+                Some(mirror) if mirror.was_handed_over() => said("handed-over", &mirror.reason),
+                Some(_) => self.ctx.mirrors.status(id).unwrap_or_else(|| {
+                    said(
+                        "starting",
+                        "no node follows it yet: they must run with --mirror-of",
+                    )
+                }),
+                // It is written here, and its bucket may still lack something.
+                None => said("promoted", ""),
+            };
             let (applied, time) = self.ctx.state.head(id).unwrap_or_default();
             // Records that can't be read are told by whoever reads them.
             let sessions = self.ctx.hub.volume(id).ok().flatten();
