@@ -4,7 +4,7 @@
 //! - [`process`]: a process and its log; [`spawner`]: who starts it; [`cluster`]: metadata nodes; [`mount`]: a mounted volume
 //! - [`s3`]: SeaweedFS; [`disk`]: ext4 on a loop device; [`net`]: replies that get lost; [`lan`]: links that are cut
 //! - [`mirror`]: a second region; [`relay`]: the link between
-//! - [`load`]: writers that know what was acknowledged, and check it later
+//! - [`load`]: writers that know what was acknowledged, and check it later; [`clocked`]: one that knows when
 
 // Each test file uses a part of it.
 #![allow(
@@ -15,6 +15,7 @@
     clippy::unwrap_used
 )]
 
+pub mod clocked;
 pub mod cluster;
 pub mod disk;
 pub mod faults;
@@ -28,6 +29,7 @@ pub mod relay;
 pub mod s3;
 pub mod spawner;
 
+pub use clocked::Clocked;
 pub use cluster::{Cluster, Ran};
 pub use disk::Disk;
 pub use faults::{Fault, FaultyS3};

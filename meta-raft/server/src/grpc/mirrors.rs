@@ -14,9 +14,6 @@ use crate::drivers::slots::bytes_from;
 use crate::proposer::{LocalReply, now};
 use crate::sessions::Context;
 
-/// Bytes of log that are kept for a mirror unless its slot says otherwise.
-pub const LOG_BYTES_MAX: u64 = 1 << 30;
-
 /// While a bucket is waited for it is looked at this often.
 const COPIES_LOOK: Duration = Duration::from_millis(50);
 
@@ -54,10 +51,7 @@ impl AdminService {
             slot: Some(v1::MirrorSlot {
                 volume: volume.id,
                 name: ask.mirror.clone(),
-                log_bytes_max: match ask.log_bytes_max {
-                    0 => LOG_BYTES_MAX,
-                    bytes => bytes,
-                },
+                log_bytes_max: ask.log_bytes_max,
                 cluster_id: ask.cluster_id,
                 ..Default::default()
             }),
@@ -296,16 +290,32 @@ impl AdminService {
                 ask.volume
             )));
         }
+        if ask.seal
+            && !volume
+                .mirror
+                .as_ref()
+                .is_some_and(v1::MirrorOf::was_handed_over)
+        {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` is not handed over: somebody has taken it back",
+                ask.volume
+            )));
+        }
         let demote = v1::VolumeDemote {
             volume: volume.id,
             successor: ask.successor,
             hand_over: ask.hand_over,
             undo: ask.undo,
             at: ask.at,
+            seal: ask.seal,
         };
         match self.propose_local(Op::VolumeDemote(demote)).await? {
             LocalReply::Replayed(position) => {
-                let done = if ask.undo { "taken back" } else { "demoted" };
+                let done = match (ask.undo, ask.seal) {
+                    (true, _) => "taken back",
+                    (false, true) => "handed over for good",
+                    (false, false) => "demoted",
+                };
                 tracing::warn!(volume = ask.volume, %position, "the volume was {done}");
                 Ok(Response::new(v1::DemoteVolumeResponse {
                     position: Some(position.into()),
@@ -415,7 +425,7 @@ impl AdminService {
                 ask.volume
             )));
         };
-        if mirror.state() == v1::MirrorState::Loading {
+        if mirror.loading != 0 {
             return Ok(Response::new(v1::MirrorReloadResponse {}));
         }
         // What was applied is served until the source sends a copy.

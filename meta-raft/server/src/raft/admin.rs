@@ -389,6 +389,7 @@ impl RaftAdmin {
                 Ok(()) => String::new(),
                 Err(fatal) => fatal.to_string(),
             },
+            rot: self.state.rot(),
             ..v1::StatusResponse::default()
         }
     }

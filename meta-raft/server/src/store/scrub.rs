@@ -2,6 +2,7 @@
 //! records that rotted at rest differ.
 
 use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::v1;
 use meta_core::{Corruption, Sums, View, keys, query};
 
 use super::state::State;
@@ -70,10 +71,26 @@ impl State {
         }))
     }
 
-    /// This node's records of a volume are not what they should be from `position` on.
-    pub fn note_divergence(&self, volume: VolumeId, position: Position) {
+    /// A scrub found that this node's records of a volume are not what they should be.
+    pub fn note_rot(&self, volume: VolumeId, scrubbed: &Scrubbed) {
+        let sums = u32::try_from(scrubbed.differing.len()).unwrap_or(u32::MAX);
         if let Some(known) = self.memory().volumes.get_mut(&volume) {
-            known.digest.diverged.get_or_insert(position);
+            known.digest.diverged.get_or_insert(scrubbed.position);
+            known.digest.rotted = known.digest.rotted.max(sums);
         }
+    }
+
+    /// What is known to be wrong with this node's records.
+    pub fn rot(&self) -> Vec<v1::Rot> {
+        let memory = self.memory();
+        let wrong = memory.volumes.iter().filter_map(|(volume, known)| {
+            Some(v1::Rot {
+                volume: volume.0,
+                name: known.record.name.clone(),
+                position: Some(known.digest.diverged?.into()),
+                records_min: known.digest.rotted,
+            })
+        });
+        wrong.collect()
     }
 }
