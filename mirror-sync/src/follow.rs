@@ -174,7 +174,7 @@ impl Follower {
         }
     }
 
-    fn found(&self) -> Option<v1::Volume> {
+    pub(crate) fn found(&self) -> Option<v1::Volume> {
         let mut mirrors = self.target.mirrors().into_iter();
         mirrors.find(|volume| volume.name == self.names.local)
     }
@@ -463,7 +463,7 @@ impl Follower {
         }
     }
 
-    fn head(&self, volume: VolumeId) -> Result<(Position, UnixNanos), Failed> {
+    pub(crate) fn head(&self, volume: VolumeId) -> Result<(Position, UnixNanos), Failed> {
         let head = self.target.head(volume);
         head.ok_or_else(|| Failed::retry("the volume is gone from the mirror"))
     }
@@ -556,9 +556,9 @@ impl Follower {
 fn overrun(slot: &v1::MirrorSlot, rest: Duration) -> String {
     format!(
         "the source wrote more than its log may keep for this mirror ({} bytes) while a copy was loaded or soon after, more than \
-         once: it needs a larger --mirror-log-cap; what was loaded is served, and another copy is loaded in {} s",
+         once: it needs a larger --mirror-log-cap; what was loaded is served, and another copy is loaded within {} min",
         slot.log_bytes_max,
-        rest.as_secs() + 1
+        rest.as_secs() / 60 + 1
     )
 }
 

@@ -4,11 +4,11 @@
 //! stored anew, and the files are let follow. A volume may be in use meanwhile: whatever looks wrong is asked for again, and
 //! what was deleted in between is no damage.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use blockstore::segment::object::check_object;
+use blockstore::segment::object::{FrameEntry, check_object};
 use blockstore::{Bucket, DiskCacheOptions, Kind, SegmentStore, StoreOptions};
 use clap::{Args, ValueEnum};
 use fuse_client::compact::Compactor;
@@ -114,6 +114,28 @@ struct Check<'a> {
     volume: VolumeId,
 }
 
+/// An object's frames: number and bytes of data, by number.
+type Frames = Vec<(u32, u32)>;
+
+/// What is wrong with where an extent says that its bytes lie.
+fn misplaced(frames: &Frames, extent: &v1::Extent) -> Option<String> {
+    let end = u64::from(extent.frame_offset) + extent.length;
+    let at = frames.binary_search_by_key(&extent.frame, |(number, _)| *number);
+    let what = match at.map(|at| u64::from(frames[at].1)) {
+        Ok(bytes) if end <= bytes => return None,
+        Ok(bytes) => format!("which has {bytes} bytes"),
+        Err(_) => "which is none".to_owned(),
+    };
+    Some(format!(
+        "its bytes {}..{} are said to be those from {} on of frame {} of segment {:016x}, {what}",
+        extent.offset,
+        extent.offset + extent.length,
+        extent.frame_offset,
+        extent.frame,
+        extent.segment
+    ))
+}
+
 /// How far an interrupted check came.
 #[derive(Clone, Copy)]
 enum StoppedAt {
@@ -142,6 +164,8 @@ struct Report {
     damages: Vec<Damage>,
     /// Per damaged segment: (inode, extent).
     users: BTreeMap<u64, Vec<(u64, v1::Extent)>>,
+    /// Per sound object that was read its frames.
+    frames: HashMap<u64, Frames>,
     /// Where to go on, when it was interrupted.
     stopped_at: Option<StoppedAt>,
     repaired_bytes: u64,
@@ -291,6 +315,9 @@ impl Check<'_> {
                 let missing: BTreeSet<u64> = report.damages.iter().map(|it| it.id).collect();
                 live.retain(|segment| !missing.contains(&segment.id));
                 self.data(&live, &mut stop, &mut report).await?;
+                if report.stopped_at.is_none() {
+                    self.places(&mut stop, &mut report).await?;
+                }
             }
         }
         if let Some(second) = &self.second {
@@ -485,8 +512,11 @@ impl Check<'_> {
                     "what was checked so far need not be again: --from {last:016x}"
                 ))
             });
-            if let Some(what) = outcome? {
-                self.found(segment.id, what, report).await?;
+            match outcome? {
+                Ok(frames) => {
+                    report.frames.insert(segment.id, frames);
+                }
+                Err(what) => self.found(segment.id, what, report).await?,
             }
             last = segment.id;
             bar.inc(segment.length);
@@ -504,36 +534,60 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// What is wrong with an object, every time that it is read; nothing: `None`.
-    async fn object(&self, segment: &v1::Segment) -> Outcome<Option<String>> {
-        let mut wrong = None;
+    /// Every extent names bytes that its frame has. Segments never change: that extents come and go meanwhile is no matter.
+    async fn places(&self, stop: &mut Stop, report: &mut Report) -> Outcome {
+        let (frames, problems) = (&report.frames, &mut report.problems);
+        let any = BTreeSet::new();
+        let looking = segments::each_extent(self.session, &any, |ino, extent| {
+            let wrong = frames
+                .get(&extent.segment)
+                .and_then(|frames| misplaced(frames, &extent));
+            if let Some(wrong) = wrong {
+                problems.push(format!("inode {ino}: {wrong}"));
+            }
+        });
+        tokio::select! {
+            biased;
+            _ = stop.wait() => {
+                let last = frames.keys().max().copied();
+                report.stopped_at = Some(StoppedAt::Segment(last.unwrap_or(0)));
+                Ok(())
+            }
+            looked = looking => looked,
+        }
+    }
+
+    /// The frames of an object, or what is wrong with it, every time that it is read.
+    async fn object(&self, segment: &v1::Segment) -> Outcome<Result<Frames, String>> {
+        let mut found = Err("it was not read".to_owned());
         // What a connection damaged is no damage of the object.
         for _ in 0..READS_MAX {
-            wrong = self.object_once(segment).await?;
-            if wrong.is_none() {
+            found = self.object_once(segment).await?;
+            if found.is_ok() {
                 break;
             }
         }
-        Ok(wrong)
+        Ok(found)
     }
 
-    async fn object_once(&self, segment: &v1::Segment) -> Outcome<Option<String>> {
+    async fn object_once(&self, segment: &v1::Segment) -> Outcome<Result<Frames, String>> {
         let id = SegmentId(segment.id);
         let object = match self.bucket.get(&id.object_name()).await {
             Ok(object) => object,
             Err(error) if error.kind() == Kind::NotFound => {
-                return Ok(Some("the object is missing".to_owned()));
+                return Ok(Err("the object is missing".to_owned()));
             }
             Err(error) => return Err(error.into()),
         };
         let (volume, checksum) = (self.volume, segment.checksum);
         let checked = tokio::task::spawn_blocking(move || {
-            if let Err(fault) = check_object(&object, volume, id) {
-                return Some(fault.to_string());
-            }
+            let frames = check_object(&object, volume, id).map_err(|fault| fault.to_string())?;
             let found = crc32fast::hash(&object);
-            (found != checksum)
-                .then(|| format!("checksum is {found:08x}, should be {checksum:08x}"))
+            if found != checksum {
+                return Err(format!("checksum is {found:08x}, should be {checksum:08x}"));
+            }
+            let frame = |entry: &FrameEntry| (entry.frame.0, entry.decoded_bytes);
+            Ok(frames.iter().map(frame).collect())
         });
         checked.await.map_err(Failure::new)
     }
@@ -679,5 +733,37 @@ impl Check<'_> {
             report.damages.len(),
             show_size(report.repaired_bytes)
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_lie_in_frames_that_are_there() {
+        let frames = vec![(4, 100), (20, 70_000)];
+        let extent = |frame, frame_offset, length| v1::Extent {
+            frame,
+            frame_offset,
+            length,
+            segment: 1,
+            ..v1::Extent::default()
+        };
+        for sound in [
+            extent(4, 0, 100),
+            extent(4, 99, 1),
+            extent(20, 4095, 65_905),
+        ] {
+            assert_eq!(misplaced(&frames, &sound), None);
+        }
+        for (wrong, what) in [
+            (extent(4, 1, 100), "which has 100 bytes"),
+            (extent(5, 0, 1), "which is none"),
+            (extent(20, u32::MAX, 1), "which has 70000 bytes"),
+        ] {
+            let said = misplaced(&frames, &wrong).unwrap();
+            assert!(said.ends_with(what), "{said}");
+        }
     }
 }

@@ -229,6 +229,37 @@ fn replay(mirror: &mut Region, entries: Vec<v1::ChangelogEntry>) -> LocalReply {
 }
 
 #[test]
+fn what_was_destroyed_right_before_takes_nothing_of_the_next_copy_along() {
+    let mut source = Source::new();
+    source.create(0..50);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    source.create(50..80);
+    // As a node does it that is behind, or restarted: all of it at once.
+    let (parts, end) = source.copy();
+    let load = 1;
+    let destroy = v1::VolumeDestroy { volume: VOLUME.0 };
+    let mut ops = vec![local_command::Op::VolumeDestroy(destroy), begin()];
+    ops.extend((0..).zip(parts).map(|(part, records)| {
+        local_command::Op::MirrorLoad(v1::MirrorLoad {
+            volume: VOLUME.0,
+            load,
+            part,
+            records,
+        })
+    }));
+    ops.push(local_command::Op::MirrorLoadEnd(v1::MirrorLoadEnd {
+        load,
+        ..end
+    }));
+    let item = |op| stamped(Item::Local(v1::LocalCommand { op: Some(op) }));
+    let mut answers = mirror.apply(ops.into_iter().map(item).collect());
+    let ended = Proposed::Local(LocalReply::Replayed(source.region.head()));
+    assert_eq!(answers.pop(), Some(ended));
+    assert_eq!(mirror.digest(), source.region.digest());
+}
+
+#[test]
 fn a_mirror_is_loaded_and_replays_each_entry_once_and_in_order() {
     let mut source = Source::new();
     source.create(0..50);

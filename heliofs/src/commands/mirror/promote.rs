@@ -168,8 +168,17 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     match (&giver, at) {
         // Somebody may have had it taken back while the mirror was waited for, or be about to.
         (Some(source), Some(given)) => {
-            let successor = target.url.to_string();
-            at = Some(seal(source, &target, &successor, given, options.timeout).await?);
+            // A node of an earlier release would not count the position that this takes.
+            let all = source.cluster.status_all().await;
+            let mut answered = all.iter().filter_map(|(_, status)| status.as_ref().ok());
+            if answered.all(|status| status.seals) {
+                let successor = target.url.to_string();
+                at = Some(seal(source, &target, &successor, given, options.timeout).await?);
+            } else {
+                tracing::warn!(
+                    "a node of the source is of an earlier release: nobody else may take the volume back now"
+                );
+            }
         }
         // A source that is alive after all goes on freeing objects.
         _ => tell(buckets, epoch).await,

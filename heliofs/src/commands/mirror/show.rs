@@ -244,12 +244,17 @@ impl std::fmt::Display for Rotten {
     }
 }
 
-/// What the nodes know to be wrong with their records. One that does not answer says nothing.
+/// What the nodes know to be wrong with their records. Of one that does not answer it is said that nothing is known.
 async fn rotten(cluster: &Cluster) -> Vec<Rotten> {
-    let all = tokio::time::timeout(NODES_WITHIN, cluster.status_all()).await;
-    let answered = all.unwrap_or_default().into_iter();
-    answered
-        .filter_map(|(peer, status)| Some((peer, status.ok()?)))
+    let all = cluster.status_all_within(NODES_WITHIN).await;
+    all.into_iter()
+        .filter_map(|(peer, status)| match status {
+            Ok(status) => Some((peer, status)),
+            Err(error) => {
+                tracing::warn!(peer, %error, "whether this node's records are sound is not known");
+                None
+            }
+        })
         .flat_map(|(peer, status)| {
             let node = status.node;
             let found = move |rot| Rotten {

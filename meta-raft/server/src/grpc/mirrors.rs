@@ -290,6 +290,12 @@ impl AdminService {
                 ask.volume
             )));
         }
+        if ask.undo && volume.mirror.as_ref().is_some_and(|mirror| mirror.sealed) {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` was handed over for good",
+                ask.volume
+            )));
+        }
         if ask.seal
             && !volume
                 .mirror
@@ -425,7 +431,8 @@ impl AdminService {
                 ask.volume
             )));
         };
-        if mirror.loading != 0 {
+        // A load that broke off goes on with the same source only: that another one is right must be said.
+        if mirror.state() == v1::MirrorState::Loading || mirror.reload {
             return Ok(Response::new(v1::MirrorReloadResponse {}));
         }
         // What was applied is served until the source sends a copy.

@@ -112,7 +112,7 @@ impl AppliedGroup<'_> {
 }
 
 /// Whether an entry must be a group of its own: it puts a volume's records elsewhere, and reads of the same group would still see
-/// those of before.
+/// those of before; or it begins to, and what the same group destroys goes last.
 pub fn stands_alone(entry: &Entry) -> bool {
     let EntryPayload::Normal(data) = &entry.payload else {
         return false;
@@ -123,7 +123,7 @@ pub fn stands_alone(entry: &Entry) -> bool {
             matches!(
                 &item.item,
                 Some(Item::Local(v1::LocalCommand {
-                    op: Some(Op::MirrorLoadEnd(_))
+                    op: Some(Op::MirrorLoadBegin(_) | Op::MirrorLoadEnd(_))
                 }))
             )
         })

@@ -21,6 +21,13 @@ pub struct Scrubbed {
     pub records: u64,
     /// Sums, of 256, that are not those that were kept.
     pub differing: Vec<u8>,
+    /// Which load of a mirrored volume the records are of.
+    load: u64,
+}
+
+/// Which load of a mirrored volume is served.
+fn load_of(record: &v1::Volume) -> u64 {
+    record.mirror.as_ref().map_or(0, |mirror| mirror.load)
 }
 
 impl State {
@@ -34,14 +41,15 @@ impl State {
         mut pace: impl FnMut(usize) -> bool,
     ) -> Result<Option<Scrubbed>, Corruption> {
         let generation;
-        let (view, kept) = {
+        let (view, kept, load) = {
             // Groups are applied, and received states switched to, under this lock: sums and records are of one moment.
             let memory = self.memory();
             generation = self.generation();
             let Some(known) = memory.volumes.get(&volume) else {
                 return Ok(None);
             };
-            (SnapshotView::new(&generation), known.digest.sums.clone())
+            let sums = known.digest.sums.clone();
+            (SnapshotView::new(&generation), sums, load_of(&known.record))
         };
         let mut sums = Sums::default();
         let mut records = 0;
@@ -68,13 +76,17 @@ impl State {
                 .collect(),
             sums,
             records,
+            load,
         }))
     }
 
     /// A scrub found that this node's records of a volume are not what they should be.
     pub fn note_rot(&self, volume: VolumeId, scrubbed: &Scrubbed) {
         let sums = u32::try_from(scrubbed.differing.len()).unwrap_or(u32::MAX);
-        if let Some(known) = self.memory().volumes.get_mut(&volume) {
+        if let Some(known) = self.memory().volumes.get_mut(&volume)
+            // What was wrong may have been replaced meanwhile.
+            && load_of(&known.record) == scrubbed.load
+        {
             known.digest.diverged.get_or_insert(scrubbed.position);
             known.digest.rotted = known.digest.rotted.max(sums);
         }

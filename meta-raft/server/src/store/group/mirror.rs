@@ -135,23 +135,29 @@ impl<'e> Group<'_, 'e> {
         };
         let position = known.digest.position;
         let at = demote.at.map(Position::from).unwrap_or_default();
-        let handed_over = |mirror: &&mut v1::MirrorOf| {
-            mirror.was_handed_over() && mirror.source == demote.successor
-        };
+        let handed_over = |mirror: &&mut v1::MirrorOf| mirror.was_handed_over();
         let Some(mirror) = known.record.mirror.as_mut().filter(handed_over) else {
             return Ok(invalid("the volume was taken back"));
         };
+        let same = mirror.source == demote.successor;
+        let other = format!("the volume was handed over to {}", mirror.source);
         if at != position {
-            return Ok(match mirror.sealed && at < position {
+            return Ok(match same && mirror.sealed && at < position {
                 // Asked twice.
                 true => LocalReply::Replayed(position),
-                false => invalid(format!("the volume was handed over at {position}")),
+                false => invalid(format!("{other} at {position}")),
             });
         }
-        mirror.sealed = true;
-        let record = known.record.clone();
-        self.put_volume(&record);
+        if same {
+            mirror.sealed = true;
+            let record = known.record.clone();
+            self.put_volume(&record);
+        }
+        // Whoever reads the log knows the position and not to whom the volume was handed over: it is taken either way.
         self.command(index, time, Cow::Owned(sealed(volume)))?;
+        if !same {
+            return Ok(invalid(other));
+        }
         let known = self.memory.volumes.get(&volume);
         Ok(LocalReply::Replayed(
             known.map_or(position, |known| known.digest.position),
@@ -297,6 +303,10 @@ impl<'e> Group<'_, 'e> {
         }
         if !halves::has_halves(volume) {
             return invalid(format!("volume id {volume} is too large to be mirrored"));
+        }
+        if self.destroyed.contains(&volume) || self.swapped.contains(&volume) {
+            // By the same entry: its records are removed behind everything else that the group writes.
+            return invalid("the volume has just been destroyed or loaded: ask again");
         }
         if let Some(other) = self.named_so(begin) {
             return LocalReply::VolumeExists(other);
