@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites faults churn chaos caps fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy fill token-trials lint install
+.PHONY: help build demo test suites faults churn chaos caps fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy fill token-trials promotion-pause lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -30,8 +30,8 @@ install: build ## Copies the command to $(PREFIX)/bin (default /usr/local), with
 	install -D -m 755 $(CARGO_TARGET_DIR)/release/heliofs $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/heliofs
 	ln -sf $(or $(PREFIX),/usr/local)/bin/heliofs $(DESTDIR)/sbin/mount.heliofs
 
-suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes; WRITEBACK=1: with --writeback
-	@.ci/suites $(if $(REDUCED),--reduced) $(if $(WRITEBACK),--writeback) $(SUITES)
+suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes; WRITEBACK=1, ENCODED=1: with --writeback, with codecs
+	@.ci/suites $(if $(REDUCED),--reduced) $(if $(WRITEBACK),--writeback) $(if $(ENCODED),--encoded) $(SUITES)
 
 faults: ## Each fault of an S3 server for a minute, under fsx and a checked load
 	@.ci/faults
@@ -63,6 +63,9 @@ bench-failover: ## How long creates stand still when the leader is killed, or fr
 
 token-trials: ## A thousand times: what was written before a token is in the mirror's own bucket after it was waited for
 	HELIOFS_TOKEN_TRIALS=1000 cargo nextest run --release --workspace --config-file .ci/nextest.toml -P trials --test mirror_copy a_token
+
+promotion-pause: ## How long nobody writes while three nodes hand over to three that are 100 ms away; at most 5 s
+	HELIOFS_PAUSE_MAX_MS=5000 cargo test --release --workspace --test mirror_promote three_nodes -- --nocapture
 
 bench-copy: ## How fast objects are copied into a mirror's own bucket by one worker and by two, over a link
 	@benches/copy

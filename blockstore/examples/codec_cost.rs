@@ -40,7 +40,7 @@ fn main() {
             let mut encoded = None;
             for _ in 0..ROUNDS {
                 encoded = encoder
-                    .encode(&identity, std::slice::from_ref(&data))
+                    .encode(encoder.codec(), &identity, std::slice::from_ref(&data))
                     .expect("random numbers");
             }
             let encode = begin.elapsed();

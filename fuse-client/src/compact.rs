@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
+use blockstore::segment::layout::PAGE_BYTES;
 use blockstore::segment::object::FrameEntry;
 use blockstore::{FrameNumber, FrameRange, Kind, SegmentBuilder, SegmentStore, StoreError};
 use bytes::Bytes;
@@ -17,6 +18,7 @@ use heliofs_proto::v1::{self, command::Op, maintain::Ask, maintained::Answer};
 use meta_client::{ClientError, Session};
 use tokio::sync::{Semaphore, mpsc};
 
+use crate::write::pieces::FILE_PAGE_BYTES;
 use crate::write::segment_ids::SegmentIds;
 
 /// Moves in one command: what the cluster takes.
@@ -92,6 +94,8 @@ struct Filling {
     builder: SegmentBuilder,
     bytes: u64,
     moves: Vec<v1::Move>,
+    /// What was copied along for the sake of [`aligned`]: counted as data it would keep the segment sparse.
+    padding: u64,
 }
 
 /// What a frame of an old segment comes to.
@@ -283,10 +287,10 @@ impl Compactor<'_> {
                 .ok();
         }
         for (from, to) in &frame.ranges {
-            let (from, to) = (*from, *to);
             let inside =
-                |(_, extent): &&Placed| (from..to).contains(&u64::from(extent.frame_offset));
+                |(_, extent): &&Placed| (*from..*to).contains(&u64::from(extent.frame_offset));
             let placed: Vec<Placed> = frame.placed.iter().filter(inside).cloned().collect();
+            let (from, to) = (aligned(*from, *to), *to);
             let data = match &whole {
                 Some(data) if to <= data.len() as u64 => {
                     let part = data.slice(from as usize..to as usize);
@@ -376,14 +380,20 @@ impl Compactor<'_> {
                     builder: self.store.builder(id),
                     bytes: 0,
                     moves: Vec::new(),
+                    padding: 0,
                 })
             }
+        };
+        let padding = match (&piece, placed.first()) {
+            (Piece::Range(_), Some((_, first))) => u64::from(first.frame_offset) - base,
+            _ => 0,
         };
         let new_frame = match piece {
             Piece::Verbatim(entry, encoded) => target.builder.add_relocated(&entry, encoded)?,
             Piece::Range(data) => target.builder.add_frame(vec![data])?,
         };
         target.bytes += bytes;
+        target.padding += padding;
         let to_segment = target.builder.id().0;
         target
             .moves
@@ -412,7 +422,8 @@ impl Compactor<'_> {
             }
         }
         let segment = filling.builder.finish();
-        let (record, length) = (segment.record(), segment.length);
+        let (mut record, length) = (segment.record(), segment.length);
+        record.data_bytes -= filling.padding;
         self.store.put(segment).await?;
         for moves in filling.moves.chunks(MOVES) {
             let op = Op::Relocate(v1::Relocate {
@@ -526,6 +537,17 @@ fn union(placed: &[Placed]) -> Vec<(u64, u64)> {
         }
     }
     ranges
+}
+
+/// Where a copy of a frame's bytes `from..to` begins: where it had better be read from one page ([`Frame::lead`] saw to that), it
+/// stays where it is within that.
+///
+/// [`Frame::lead`]: crate::write::pieces::Frame::lead
+fn aligned(from: u64, to: u64) -> u64 {
+    match to - from > PAGE_BYTES as u64 {
+        true => from - from % FILE_PAGE_BYTES,
+        false => from,
+    }
 }
 
 /// Segments of which at most `live_percent_max` lives, of those listed.

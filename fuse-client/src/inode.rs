@@ -1,12 +1,14 @@
 //! An inode that this mount has open or holds uncommitted data of.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockstore::FrameNumber;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
+use lru::LruCache;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
@@ -52,8 +54,10 @@ pub enum Privileges {
     Some,
 }
 
-/// An upload's result: the segment and its frames, in the order of the batch.
-pub type Uploaded = Result<(Arc<Stored>, Vec<FrameNumber>), Errno>;
+/// An upload's result: the segment and its frames, in the order of the batch, each with its [`Frame::lead`].
+///
+/// [`Frame::lead`]: crate::write::pieces::Frame::lead
+pub type Uploaded = Result<(Arc<Stored>, Vec<(FrameNumber, u32)>), Errno>;
 
 /// Frozen data on its way.
 #[derive(Debug, Clone)]
@@ -89,7 +93,7 @@ pub struct InodeState {
     pub dirty_since: Option<Instant>,
     /// The last flush failed; its data is still here, and the next flush tries again.
     pub failure: Option<Errno>,
-    /// Data was lost for good: every flush says so, as long as the inode is open.
+    /// Data was lost for good: every flush and open says so, until the file is opened with O_TRUNC.
     pub lost: Option<Errno>,
     /// It has no name any more: once nobody here has it open, what is not stored yet can be forgotten.
     pub unlinked: bool,
@@ -367,24 +371,34 @@ impl InodeState {
 pub struct InodeTable {
     shards: Vec<Mutex<HashMap<u64, Arc<Inode>>>>,
     budget: Arc<Budget>,
+    /// [`InodeState::lost`] of inodes that have left the table: whoever opens the file later is told as well.
+    lost: Mutex<LruCache<u64, Errno>>,
 }
+
+/// Files whose data was lost that are remembered after their last close.
+const LOST_MAX: NonZeroUsize = NonZeroUsize::new(65_536).expect("the number is not 0");
 
 const SHARDS: usize = 16;
 
-/// Takes this very inode out. Another one of its number may be in there by now: while this one was being flushed, its last handle
-/// was closed and the file opened again.
-fn remove(shard: &mut HashMap<u64, Arc<Inode>>, inode: &Inode) {
-    if shard.get(&inode.ino).is_some_and(|known| inode.is(known)) {
-        shard.remove(&inode.ino);
-    }
-}
-
 impl InodeTable {
+    /// Takes this very inode out; that its data was lost stays. Another one of its number may be in there by now: while this one
+    /// was being flushed, its last handle was closed and the file opened again.
+    fn leave(&self, shard: &mut HashMap<u64, Arc<Inode>>, inode: &Inode, lost: Option<Errno>) {
+        if !shard.get(&inode.ino).is_some_and(|known| inode.is(known)) {
+            return;
+        }
+        shard.remove(&inode.ino);
+        if let Some(error) = lost {
+            self.lost.lock().put(inode.ino, error);
+        }
+    }
+
     /// An empty table whose inodes share `budget`.
     pub fn new(budget: Arc<Budget>) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             budget,
+            lost: Mutex::new(LruCache::new(LOST_MAX)),
         }
     }
 
@@ -400,9 +414,11 @@ impl InodeTable {
     /// The inode with one more handle.
     pub fn acquire(&self, ino: u64) -> Arc<Inode> {
         let mut shard = self.shard(ino).lock();
-        let inode = shard
-            .entry(ino)
-            .or_insert_with(|| Arc::new(Inode::new(ino, self.budget.clone())));
+        let inode = shard.entry(ino).or_insert_with(|| {
+            let inode = Inode::new(ino, self.budget.clone());
+            inode.lock().lost = self.lost.lock().pop(&ino);
+            Arc::new(inode)
+        });
         inode.lock().handles += 1;
         inode.clone()
     }
@@ -417,8 +433,9 @@ impl InodeTable {
         if !safe {
             state.owed_releases += 1;
         } else if state.handles == 0 {
+            let lost = state.lost;
             drop(state);
-            remove(&mut shard, inode);
+            self.leave(&mut shard, inode, lost);
         }
         safe
     }
@@ -429,8 +446,9 @@ impl InodeTable {
         let mut state = inode.lock();
         state.handles -= 1;
         if state.handles == 0 && state.pieces.is_empty() {
+            let lost = state.lost;
             drop(state);
-            remove(&mut shard, inode);
+            self.leave(&mut shard, inode, lost);
         }
     }
 
@@ -443,8 +461,9 @@ impl InodeTable {
         }
         let owed = std::mem::take(&mut state.owed_releases);
         if state.handles == 0 {
+            let lost = state.lost;
             drop(state);
-            remove(&mut shard, inode);
+            self.leave(&mut shard, inode, lost);
         }
         owed
     }

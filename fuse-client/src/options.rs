@@ -52,6 +52,8 @@ pub struct CompactionOptions {
     pub live_percent_max: u32,
     /// Bytes written per second at most, unless it is urgent.
     pub bytes_per_second: u64,
+    /// … and when it is.
+    pub urgent_bytes_per_second: u64,
     /// It is urgent when what is dead in sparse segments is more than this part of what lives in all.
     pub urgent_dead_percent: u64,
 }
@@ -62,6 +64,7 @@ impl Default for CompactionOptions {
             pause: Duration::from_secs(60),
             live_percent_max: 70,
             bytes_per_second: 32 << 20,
+            urgent_bytes_per_second: 256 << 20,
             urgent_dead_percent: 20,
         }
     }

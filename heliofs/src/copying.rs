@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use blockstore::{Bucket, CopyNews, SegmentStore, StoreError, StoreOptions};
 use fuse_client::fs::Fs;
-use heliofs_proto::ids::{SegmentId, VolumeId};
+use heliofs_proto::ids::SegmentId;
 use heliofs_proto::v1::StorageConfig;
 use meta_client::Session;
 use mirror_sync::check::Checker;
@@ -89,23 +89,26 @@ impl Host for MountHost {
 
 /// Both buckets, opened for copying: apart from those that reads wait for.
 pub(crate) fn open(
-    volume: VolumeId,
+    session: &Session,
     storage: &StorageConfig,
     second: &StorageConfig,
-    prefix: &str,
     options: &StoreOptions,
 ) -> Outcome<Buckets> {
+    let welcome = session.welcome();
+    let prefix = &welcome.prefix;
+    let recorded = welcome.second.as_ref();
     let options = StoreOptions {
         registry: None,
         hedge_after: None,
         ..options.clone()
     };
     Ok(Buckets {
-        volume,
+        volume: session.volume_id(),
         own: Bucket::open(storage, prefix, &options)?,
         second: Bucket::open(second, prefix, &options)?,
         own_uuid: storage.uuid.clone(),
         second_uuid: second.uuid.clone(),
+        second_recorded: recorded.is_some_and(|recorded| recorded.bucket == second.bucket),
     })
 }
 

@@ -98,6 +98,95 @@ fn compressed_volumes_are_smaller_and_may_change_their_codec() {
     assert!(stored() - before >= 5 << 20);
 }
 
+/// Bytes that nothing compresses.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut bytes: Vec<u8> = (0..length.div_ceil(8))
+        .flat_map(|_| next().to_le_bytes())
+        .collect();
+    bytes.truncate(length);
+    bytes
+}
+
+/// Also where a file was written in pieces whose lengths are no multiple of anything.
+#[test]
+fn a_random_read_of_a_cold_file_fetches_128_kib_at_most() {
+    const PIECE: usize = 300_001;
+    const PIECES: usize = 60;
+    const PAGE: usize = 4096;
+    let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
+    let phrase = secret_file(&cluster, "phrase", "open sesame\n");
+    cluster.format_file("plain", &[]);
+    let encrypted = [
+        "--encrypt",
+        "--compress",
+        "zstd",
+        "--passphrase-file",
+        &phrase,
+    ];
+    cluster.format_file("encoded", &encrypted);
+    let data = noise(PIECE * PIECES);
+    for (volume, flags) in [
+        ("plain", vec![]),
+        ("encoded", vec!["--passphrase-file", &phrase]),
+    ] {
+        let mount = Mount::of(&cluster, volume, &flags);
+        let file = fs::File::create(mount.join("pieces")).unwrap();
+        for (n, piece) in data.chunks(PIECE).enumerate() {
+            file.write_all_at(piece, (n * PIECE) as u64).unwrap();
+            file.sync_all().unwrap();
+        }
+        fs::write(mount.join("whole"), &data).unwrap();
+        drop(file);
+        mount.unmount();
+
+        let address = format!("127.0.0.1:{}", support::free_ports(1)[0]);
+        let flags = [&flags[..], &["--metrics", &address, "--cache-size", "0"]].concat();
+        let mount = Mount::of(&cluster, volume, &flags);
+        let counter = |name| support::metric(&address, &format!("heliofs_blockstore_{name}_total"));
+        let mut fetched = Vec::new();
+        for name in ["whole", "pieces"] {
+            let file = fs::File::open(mount.join(name)).unwrap();
+            // Here and there: a multiple of a number that has no common factor with the number of pages.
+            let pages = data.len() / PAGE;
+            for n in 1..50 {
+                let at = n * 1999 % pages * PAGE;
+                if name == "pieces" && at / PIECE != (at + PAGE - 1) / PIECE {
+                    continue;
+                }
+                let (bytes, hedged) = (counter("get_bytes"), counter("hedged_gets"));
+                let mut page = [0; PAGE];
+                file.read_exact_at(&mut page, at as u64).unwrap();
+                assert!(page[..] == data[at..at + PAGE], "{name} at {at}");
+                // What was asked for twice, since the machine is slow, says nothing.
+                if counter("hedged_gets") == hedged {
+                    fetched.push(counter("get_bytes") - bytes);
+                }
+            }
+        }
+        let (most, cold) = (
+            fetched.iter().max().unwrap(),
+            fetched.iter().filter(|n| **n > 0),
+        );
+        println!(
+            "{volume}: {most} bytes at most, {} reads from the bucket",
+            cold.clone().count()
+        );
+        assert!(cold.count() > 50);
+        assert!(
+            *most <= 128 << 10,
+            "{volume}: {most} bytes for one page: {fetched:?}"
+        );
+        mount.unmount();
+    }
+}
+
 fn openssl(arguments: &[&str]) -> String {
     let made = std::process::Command::new("openssl")
         .args(arguments)

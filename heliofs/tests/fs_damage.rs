@@ -8,10 +8,8 @@ mod support;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use support::cluster::run;
 use support::{Cluster, Mount};
 
 /// Several pages and a part of one.
@@ -65,20 +63,6 @@ fn flip_a_bit_in_the_middle(path: &Path) {
     fs::write(path, bytes).unwrap();
 }
 
-fn metric(address: &str, name: &str) -> u64 {
-    let shown = run(Command::new("curl").args(["-s", "-f", &format!("http://{address}/metrics")]));
-    let shown = shown.success().out;
-    // A label follows the name.
-    let start = format!("{name}{{");
-    let line = shown.lines().find(|line| line.starts_with(&start));
-    line.unwrap_or_else(|| panic!("no {name} in\n{shown}"))
-        .rsplit(' ')
-        .next()
-        .unwrap()
-        .parse()
-        .unwrap()
-}
-
 #[test]
 fn a_corrupt_cache_file_is_replaced_from_the_bucket() {
     let cluster = Cluster::with_dirs(1, |_, _| None, &[]);
@@ -99,10 +83,10 @@ fn a_corrupt_cache_file_is_replaced_from_the_bucket() {
     let mount = Mount::with_cache(&cluster, "cached", Some(&cache), &["--metrics", &address]);
     // What lies in the cache is found in the background.
     support::wait_for("the cache to be found", Duration::from_secs(20), || {
-        (metric(&address, "heliofs_blockstore_disk_cache_bytes") > 0).then_some(())
+        (support::metric(&address, "heliofs_blockstore_disk_cache_bytes") > 0).then_some(())
     });
     assert_eq!(fs::read(mount.join("file")).unwrap(), text);
-    assert!(metric(&address, "heliofs_blockstore_corrupt_cache_files_total") > 0);
+    assert!(support::metric(&address, "heliofs_blockstore_corrupt_cache_files_total") > 0);
     assert!(mount.process.log().contains("corrupt cache file"));
     mount.unmount();
 

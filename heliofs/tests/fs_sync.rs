@@ -6,6 +6,7 @@ mod support;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::IntoRawFd;
 use std::time::{Duration, Instant};
 
 use support::Cluster;
@@ -43,6 +44,10 @@ fn without_a_bucket_fsync_fails_again_and_again_until_the_data_is_stored() {
             began.elapsed()
         );
     }
+    // close(2) of another descriptor says it, too. Only the number is given away: nothing else closes it.
+    let other = file.try_clone().unwrap().into_raw_fd();
+    let closed = nix::unistd::close(other);
+    assert_eq!(closed, Err(nix::errno::Errno::EIO));
     assert_eq!(
         fs::read(&path)
             .expect_err("an open that hides lost data")

@@ -23,7 +23,7 @@ use nix::sys::signal::Signal;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use support::cluster::HELIOFS;
-use support::mirror::{assert_mirror_equal, catch_up, mirror_of, tree};
+use support::mirror::{assert_mirror_equal, catch_up, give_s3_bucket, mirror_of, tree};
 use support::{Cluster, Fault, FaultyS3, Lan, Mount, Process, Relay, S3, scratch};
 
 const VOLUME: &str = "history";
@@ -306,13 +306,9 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         .replace(&theirs.url, &format!("http://{}", bucket.address()));
     links.push(bucket);
     catch_up(&source, &mirror, VOLUME);
-    let url = mirror.volume_url(VOLUME);
     let own = ours.bucket_url("ours").replace(&ours.url, &faulty[1].url());
-    mirror
-        .run_with(&["mirror", "bucket", &url, "--bucket", &own], |command| {
-            ours.keys(command)
-        })
-        .success();
+    let url = mirror.volume_url(VOLUME);
+    give_s3_bucket(&mirror, VOLUME, &ours, &own);
     let written = source.mount(VOLUME);
     let flags = ["--bucket2", &theirs_from_here];
     let latest = Mount::of(&mirror, VOLUME, &flags);

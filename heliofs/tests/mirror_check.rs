@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use support::cluster::HELIOFS;
-use support::mirror::{catch_up, mirror_of, mirror_status, tree};
+use support::mirror::{catch_up, give_bucket, mirror_of, mirror_status, tree, wait_complete};
 use support::{Cluster, Mount, Process, S3, scratch, wait_for};
 
 const VOLUME: &str = "photos";
@@ -42,15 +42,6 @@ fn write_files(root: &Path, prefix: &str, count: usize) {
             .unwrap();
         file.sync_all().unwrap();
     }
-}
-
-fn wait_complete(source: &Cluster, mirror: &Cluster) {
-    let url = mirror.volume_url(VOLUME);
-    let token = source.run(&["mirror", "token", &source.volume_url(VOLUME)]);
-    let token = token.success().out.trim().to_owned();
-    mirror
-        .run(&["mirror", "wait", &url, &token, "--data", "--timeout", "60s"])
-        .success();
 }
 
 fn check(mirror: &Cluster) -> Value {
@@ -97,23 +88,11 @@ fn regions() -> Regions {
         .success();
     let mirror = mirror_of(&source, &source.url(), 1, &[]);
     catch_up(&source, &mirror, VOLUME);
-    let url = mirror.volume_url(VOLUME);
-    let bucket = there.to_str().unwrap();
-    mirror
-        .run(&[
-            "mirror",
-            "bucket",
-            &url,
-            "--storage",
-            "file",
-            "--bucket",
-            bucket,
-        ])
-        .success();
+    give_bucket(&mirror, VOLUME, &there, &[]).success();
     let mount = source.mount(VOLUME);
     write_files(&mount.path, "kept", 24);
     let mut copying = worker(&mirror, &["--sync-interval", "0s"]);
-    wait_complete(&source, &mirror);
+    wait_complete(&source, &mirror, VOLUME);
     copying.kill();
     Regions {
         source,
@@ -137,7 +116,7 @@ fn what_either_bucket_lost_comes_back_from_the_other_and_what_was_removed_does_n
     let removed: Vec<PathBuf> = objects(&regions.here).difference(&whole).cloned().collect();
     assert!(!removed.is_empty());
     let mut copying = worker(mirror, &["--sync-interval", "0s"]);
-    wait_complete(source, mirror);
+    wait_complete(source, mirror, VOLUME);
     copying.kill();
     for number in 0..5 {
         fs::remove_file(regions.mount.join(format!("removed-{number}"))).unwrap();
@@ -166,7 +145,7 @@ fn what_either_bucket_lost_comes_back_from_the_other_and_what_was_removed_does_n
     assert_eq!(found["own_lost"], 4, "{found}");
     assert_eq!(found["segments"], whole.len(), "{found}");
     assert_eq!(found["reason"], "", "{found}");
-    wait_complete(source, mirror);
+    wait_complete(source, mirror, VOLUME);
     wait_for("whole buckets", Duration::from_secs(30), || {
         let same = |bucket: &Path| {
             let other = if bucket == regions.here {
@@ -235,6 +214,49 @@ fn an_emptied_source_bucket_is_filled_from_the_mirrors_and_readers_notice_nothin
 }
 
 #[test]
+fn a_source_bucket_that_lost_its_marker_too_is_filled_if_it_is_known_to_be_the_one() {
+    let regions = regions();
+    let (source, mirror) = (&regions.source, &regions.mirror);
+    let whole = objects(&regions.here);
+    fs::remove_dir_all(regions.here.join(VOLUME)).unwrap();
+    fs::create_dir(regions.here.join(VOLUME)).unwrap();
+    // Somebody else's word for where it is may be wrong.
+    let word = regions.here.to_str().unwrap().to_owned() + "/";
+    let flags = ["--sync-interval", "1s", "--bucket2", &word];
+    let mut told = worker(mirror, &flags);
+    let found = next_check(mirror);
+    let why = found["reason"].as_str().unwrap();
+    assert!(why.contains("nothing is put into it"), "{found}");
+    assert!(why.contains("fsck --repair"), "{found}");
+    assert_eq!(found["source_healed"], 0, "{found}");
+    assert_eq!(objects(&regions.here), BTreeSet::new());
+    told.kill();
+    let mut checking = worker(mirror, &["--sync-interval", "1s"]);
+    wait_for("the objects", Duration::from_secs(60), || {
+        (objects(&regions.here) == whole).then_some(())
+    });
+    let found = next_check(mirror);
+    assert_eq!(found["reason"], "", "{found}");
+    checking.kill();
+    // New mounts of the source look for the marker.
+    let url = source.volume_url(VOLUME);
+    source.run(&["fsck", &url, "--level", "data"]).success();
+    let mount = source.mount(VOLUME);
+    assert_eq!(tree(&mount.path), tree(&regions.mount.path));
+    mount.unmount();
+    // One of another volume stays as it is.
+    let marker = regions.here.join(VOLUME).join(".heliofs-volume");
+    let text = fs::read_to_string(&marker).unwrap();
+    let another = text.replace(|c: char| c.is_ascii_digit(), "0");
+    assert_ne!(another, text);
+    fs::write(&marker, &another).unwrap();
+    fs::remove_file(regions.here.join(whole.first().unwrap())).unwrap();
+    let refused = mirror.run(&["mirror", "worker", &mirror.volume_url(VOLUME), "--once"]);
+    refused.failure(1, "the second bucket is not the source's");
+    assert_eq!(fs::read_to_string(&marker).unwrap(), another);
+}
+
+#[test]
 fn keys_that_may_only_read_report_what_the_source_lost() {
     let s3 = S3::start();
     let source = Cluster::with_dirs(1, |_, _| None, &[]);
@@ -242,18 +264,7 @@ fn keys_that_may_only_read_report_what_the_source_lost() {
     let mirror = mirror_of(&source, &source.url(), 1, &[]);
     catch_up(&source, &mirror, VOLUME);
     let own = mirror.directory.join("own");
-    let url = mirror.volume_url(VOLUME);
-    mirror
-        .run(&[
-            "mirror",
-            "bucket",
-            &url,
-            "--storage",
-            "file",
-            "--bucket",
-            own.to_str().unwrap(),
-        ])
-        .success();
+    give_bucket(&mirror, VOLUME, &own, &[]).success();
     let mount = source.mount(VOLUME);
     write_files(&mount.path, "kept", 6);
     let reader = [
@@ -265,7 +276,7 @@ fn keys_that_may_only_read_report_what_the_source_lost() {
     let mut flags = reader.to_vec();
     flags.extend(["--sync-interval", "0s"]);
     let mut copying = worker(&mirror, &flags);
-    wait_complete(&source, &mirror);
+    wait_complete(&source, &mirror, VOLUME);
     copying.kill();
     let lost = objects(&own).first().unwrap().clone();
     let status = support::cluster::run(
@@ -297,5 +308,5 @@ fn keys_that_may_only_read_report_what_the_source_lost() {
     assert_eq!(found["own_lost"], 1, "{found}");
     let why = found["reason"].as_str().unwrap();
     assert!(why.contains("can't be put back"), "{found}");
-    wait_complete(&source, &mirror);
+    wait_complete(&source, &mirror, VOLUME);
 }

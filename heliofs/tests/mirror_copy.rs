@@ -16,7 +16,10 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 use support::cluster::{HELIOFS, Ran};
-use support::mirror::{catch_up, mirror_of, mirror_status, tree, wait_for_status};
+use support::mirror::{
+    catch_up, give_bucket, give_s3_bucket, mirror_of, mirror_status, token, tree, wait_complete,
+    wait_for_status,
+};
 use support::{Cluster, Mount, Process, S3, scratch, wait_for};
 
 /// Source and mirror, each of one node, with a directory each for their objects.
@@ -66,17 +69,11 @@ impl Regions {
     }
 
     fn give_bucket(&self, flags: &[&str]) -> Ran {
-        let (url, own) = (self.mirror_url(), self.bucket("mirror"));
-        let mut all = vec!["mirror", "bucket", &url, "--storage", "file"];
-        all.extend(["--bucket", own.to_str().unwrap()]);
-        all.extend(flags);
-        self.mirror.run(&all)
+        give_bucket(&self.mirror, VOLUME, &self.bucket("mirror"), flags)
     }
 
     fn token(&self) -> String {
-        let url = self.source.volume_url(VOLUME);
-        let token = self.source.run(&["mirror", "token", &url]).success();
-        token.out.trim().to_owned()
+        token(&self.source, VOLUME)
     }
 
     /// Waits until the mirror's bucket has everything that the source has acknowledged.
@@ -167,30 +164,11 @@ fn a_complete_mirror_lives_on_without_the_source_region() {
     let written = source.mount(VOLUME);
     write_files(&written.path, 1, 20);
     catch_up(&source, &mirror, VOLUME);
-    let url = mirror.volume_url(VOLUME);
-    let own = ours.bucket_url("ours");
-    mirror
-        .run_with(&["mirror", "bucket", &url, "--bucket", &own], |command| {
-            ours.keys(command)
-        })
-        .success();
+    give_s3_bucket(&mirror, VOLUME, &ours, &ours.bucket_url("ours"));
     // A mount copies in the background, what was there and what comes.
     let seen = mirror.mount(VOLUME);
     write_files(&written.path, 2, 20);
-    let token = source
-        .run(&["mirror", "token", &source.volume_url(VOLUME)])
-        .success();
-    mirror
-        .run(&[
-            "mirror",
-            "wait",
-            &url,
-            token.out.trim(),
-            "--data",
-            "--timeout",
-            "120s",
-        ])
-        .success();
+    wait_complete(&source, &mirror, VOLUME);
     let status = mirror_status(&mirror, VOLUME).unwrap();
     assert_eq!(status["complete"], status["applied"], "{status}");
     assert_eq!(status["bucket"]["quarantined_segments"], 0, "{status}");
@@ -576,40 +554,16 @@ fn a_promoted_mirror_writes_into_its_own_bucket_and_failback_copies_differences_
 fn bad_ways_to_give_a_bucket_are_refused() {
     let regions = Regions::start(1);
     let (url, theirs) = (regions.mirror_url(), regions.bucket("source"));
-    let theirs = theirs.to_str().unwrap();
     regions
         .mirror
         .run(&["mirror", "bucket", &url])
         .failure(2, "nothing to change");
-    regions
-        .mirror
-        .run(&[
-            "mirror",
-            "bucket",
-            &url,
-            "--storage",
-            "file",
-            "--bucket",
-            theirs,
-        ])
-        .failure(1, "is the source's bucket");
+    give_bucket(&regions.mirror, VOLUME, &theirs, &[]).failure(1, "is the source's bucket");
     regions
         .mirror
         .run(&["mirror", "worker", &url, "--once"])
         .failure(1, "has no bucket of its own");
-    let at_source = regions.source.volume_url(VOLUME);
-    regions
-        .source
-        .run(&[
-            "mirror",
-            "bucket",
-            &at_source,
-            "--storage",
-            "file",
-            "--bucket",
-            theirs,
-        ])
-        .failure(1, "is no mirror");
+    give_bucket(&regions.source, VOLUME, &theirs, &[]).failure(1, "is no mirror");
     let point = scratch();
     regions
         .mirror

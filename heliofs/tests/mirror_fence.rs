@@ -8,66 +8,16 @@ mod support;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use heliofs_proto::v1;
+use meta_client::{ClusterOptions, MetaUrl};
+use mirror_sync::fence::{self, How, marker::Me};
+use support::cluster::HELIOFS;
 use support::mirror::{catch_up, mirror_of, mirror_status, wait_for_status};
-use support::{Cluster, Load, Relay, S3, wait_for};
+use support::{Clocked, Cluster, Load, Process, Relay, S3, wait_for};
 
 const EROFS: i32 = 30;
-
-/// A writer that notes when each file was acknowledged.
-struct Clocked {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Noted>,
-}
-
-#[derive(Default)]
-struct Noted {
-    acknowledged: Vec<(String, Instant)>,
-    refused: Vec<Instant>,
-    others: Vec<String>,
-}
-
-impl Clocked {
-    fn start(root: &Path, name: &'static str) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let root = root.to_owned();
-        let thread = std::thread::spawn(move || {
-            let mut noted = Noted::default();
-            for turn in 0.. {
-                if stopped.load(Ordering::Relaxed) {
-                    break;
-                }
-                let file = format!("{name}-{turn}");
-                let write = || -> std::io::Result<()> {
-                    let mut out = File::create_new(root.join(&file))?;
-                    out.write_all(file.as_bytes())?;
-                    out.sync_all()
-                };
-                match write() {
-                    Ok(()) => noted.acknowledged.push((file, Instant::now())),
-                    Err(error) if error.raw_os_error() == Some(EROFS) => {
-                        noted.refused.push(Instant::now());
-                        // Others need the processors, too.
-                        std::thread::sleep(Duration::from_millis(5));
-                    }
-                    Err(error) => noted.others.push(format!("{file}: {error}")),
-                }
-            }
-            noted
-        });
-        Self { stop, thread }
-    }
-
-    fn stop(self) -> Noted {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap()
-    }
-}
 
 /// Whether a file can be created now.
 fn refused(root: &Path) -> bool {
@@ -372,6 +322,145 @@ fn a_planned_promotion_hands_the_marker_over_at_once() {
         || fs::write(here.join("third"), "x").ok(),
     );
     assert!(refused(&there.path));
+}
+
+/// How the library asks a cluster.
+fn ask(cluster: &Cluster) -> meta_client::Cluster {
+    let url: MetaUrl = cluster.url().parse().unwrap();
+    let token = fs::read_to_string(&cluster.token_file).unwrap();
+    let token = meta_client::Token::new(token.trim()).unwrap();
+    meta_client::Cluster::new(url.peers, token, ClusterOptions::default())
+}
+
+/// The part of a promotion that comes right before the last: the marker names the mirror.
+fn take_marker_for(mirror: &Cluster, source: &Cluster, volume: &str, epoch: u32) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let record: v1::Volume = ask(source).get_volume(volume).await.unwrap();
+        let store = record.fence.clone().unwrap();
+        let register = fence::open(&store, fence::prefix(&record)).unwrap();
+        let me = Me {
+            volume: record.id,
+            cluster: ask(mirror).status().await.unwrap().cluster_id,
+            epoch,
+        };
+        let lease = fence::lease(&store);
+        let url = mirror.url();
+        let taken = fence::take_over(&register, me, &url, lease, How::Demoted);
+        taken.await.unwrap();
+    });
+}
+
+#[test]
+fn a_planned_promotion_that_came_to_nothing_is_undone_with_or_without_the_marker() {
+    let s3 = S3::start();
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    let store = format!("{}/fence", s3.url);
+    format_fenced(&source, "fenced", &s3, &store, "2s");
+    let link = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    let through = format!("helio://{}", link.address());
+    let mut mirror = mirror_of(&source, &through, 1, &["--mirror-name", "east"]);
+    let here = source.mount("fenced");
+    let write = |name: &str| {
+        let mut file = File::create_new(here.join(name))?;
+        file.write_all(name.as_bytes())?;
+        file.sync_all()
+    };
+    let writes_again = |name: &str| {
+        wait_for("the source's next change", Duration::from_secs(30), || {
+            // Of one that was refused for the moment the name may be there.
+            write(name)
+                .ok()
+                .or_else(|| fs::remove_file(here.join(name)).ok().and(None))
+        });
+    };
+    write("first").unwrap();
+    catch_up(&source, &mirror, "fenced");
+    let (near, far) = (source.volume_url("fenced"), mirror.volume_url("fenced"));
+    let epoch = |region: &Cluster| {
+        let volume = region.volume("fenced");
+        let (epoch, _) = volume["position"]
+            .as_str()
+            .unwrap()
+            .split_once(':')
+            .unwrap();
+        epoch.parse::<u32>().unwrap()
+    };
+    let promote = ["mirror", "promote", &far, "--source", &near, "--timeout"];
+    let source_token = source.token_file.to_str().unwrap().to_owned();
+
+    let follows = |mirror: &Cluster| {
+        wait_for_status(mirror, "fenced", "its following", |status| {
+            status["doing"] == "following"
+        });
+    };
+    // The mirror does not get there, and has not touched the marker: the same epoch goes on under it.
+    follows(&mirror);
+    link.cut();
+    write("not-at-the-mirror").unwrap();
+    let late = [&promote[..], &["2s", "--source-token-file", &source_token]].concat();
+    let late = mirror.run_with(&late, |command| s3.keys(command));
+    late.failure(1, "the source is written again");
+    writes_again("after-the-first");
+    assert_eq!(epoch(&source), 0);
+    link.heal();
+    catch_up(&source, &mirror, "fenced");
+
+    // It has taken the marker, and then everything stops.
+    follows(&mirror);
+    link.cut();
+    write("not-there-either").unwrap();
+    let log = source.directory.join("killed.log");
+    let mut killed = Process::start("promote", &log, Path::new(HELIOFS), |command| {
+        command.args(promote).arg("60s");
+        command.arg("--token-file").arg(&mirror.token_file);
+        command.arg("--source-token-file").arg(&source.token_file);
+        s3.keys(command);
+    });
+    wait_for("the hand-over", Duration::from_secs(30), || {
+        refused(&here.path).then_some(())
+    });
+    killed.kill();
+    take_marker_for(&mirror, &source, "fenced", 1);
+    let back = ["mirror", "promote", &near];
+    // From a mirror that nobody can ask, nothing is taken.
+    mirror.stop_node(0);
+    let nobody = source.run_with(&back, |command| s3.keys(command));
+    assert_ne!(nobody.code, 0, "{nobody:?}");
+    assert!(refused(&here.path));
+    mirror.start_node(0);
+    source.run_with(&back, |command| s3.keys(command)).success();
+    // Behind the epoch that the mirror may believe in.
+    assert_eq!(epoch(&source), 2);
+    writes_again("after-the-second");
+
+    // The mirror has not met that epoch, and hears of it: paused, it takes nothing.
+    source.run(&["mirror", "pause", &near, "east"]).success();
+    mirror.stop_node(0);
+    link.heal();
+    mirror.start_node(0);
+    let paused = wait_for_status(&mirror, "fenced", "the source's epoch", |status| {
+        let head = status["source_head"].as_str();
+        status["doing"] == "paused" && head.is_some_and(|head| head.starts_with("2:"))
+    });
+    assert!(
+        paused["applied"].as_str().unwrap().starts_with("0:"),
+        "{paused}"
+    );
+    // By force, and without the marker, which would tell: never in an epoch that is the source's.
+    source.kill_node(0);
+    let force = ["--force", "--i-know-the-source-is-dead", "--json"];
+    let promoted = mirror.run(&[&["mirror", "promote", &far], &force[..]].concat());
+    let promoted = promoted.success().json();
+    assert_eq!(promoted["last_position"], paused["applied"], "{promoted}");
+    let first = promoted["first_position"].as_str().unwrap();
+    assert!(first.starts_with("3:"), "{promoted}");
+    let there = mirror.mount("fenced");
+    assert_eq!(fs::read(there.join("first")).unwrap(), b"first");
+    assert!(!there.join("after-the-second").exists());
+    fs::write(there.join("new"), "x").unwrap();
+    there.unmount();
+    drop(here);
 }
 
 #[test]

@@ -7,11 +7,11 @@ mod support;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::cluster::HELIOFS;
-use support::mirror::{assert_mirror_equal, catch_up, mirror_of, wait_for_status};
-use support::{Cluster, Load, Mount, Process, Relay, wait_for};
+use support::mirror::{assert_mirror_equal, catch_up, mirror_of, mirror_status, wait_for_status};
+use support::{Clocked, Cluster, Load, Mount, Process, Relay, wait_for};
 
 #[test]
 fn a_planned_promotion_loses_nothing_and_can_be_undone_the_same_way() {
@@ -63,6 +63,12 @@ fn a_planned_promotion_loses_nothing_and_can_be_undone_the_same_way() {
     drop(file);
     fs::create_dir(moved.join("directory")).unwrap();
     mirror.assert_replicas_equal("moved");
+    let left = mirror_status(&source, "moves").unwrap();
+    assert_eq!(left["doing"], "handed-over", "{left}");
+    assert!(
+        left["detail"].as_str().unwrap().contains("demoted at"),
+        "{left}"
+    );
     // A second promotion finds no mirror.
     let again = mirror.run(&["mirror", "promote", &far]);
     assert_ne!(again.code, 0, "{again:?}");
@@ -394,4 +400,140 @@ fn a_mount_that_follows_takes_changes_once_the_mirror_is_promoted() {
     assert_eq!(fs::read(there.join("sparse")).unwrap(), vec![8; 3_000_000]);
     fresh.unmount();
     there.unmount();
+}
+
+#[test]
+fn of_two_who_promote_and_take_back_in_the_same_moment_one_is_refused() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file("both", &[]);
+    let mount = source.mount("both");
+    // Every question to the other region takes its time: there are moments between them.
+    let link = Relay::start(&source.nodes[0].address(), Duration::from_millis(50));
+    let through = format!("helio://{}", link.address());
+    let mirror = mirror_of(&source, &through, 1, &[]);
+    catch_up(&source, &mirror, "both");
+    let (near, far) = (source.volume_url("both"), mirror.volume_url("both"));
+    let (mut promoted, mut refused) = (0, 0);
+    for round in 0..6 {
+        wait_for_status(&mirror, "both", "its following", |status| {
+            status["doing"] == "following"
+        });
+        // The other operator does not give up until one of them has it; at last there is none.
+        let (one, taken_back) = std::thread::scope(|scope| {
+            let one = scope.spawn(|| mirror.run(&["mirror", "promote", &far]));
+            let mut taken_back = false;
+            while round < 5 && !taken_back && !one.is_finished() {
+                taken_back = source.run(&["mirror", "promote", &near]).code == 0;
+            }
+            (one.join().unwrap(), taken_back)
+        });
+        let there = mirror.volume("both");
+        let is_promoted = there["position"].as_str().unwrap().starts_with("1:");
+        assert_eq!(one.code == 0, is_promoted, "{one:?} {there}");
+        assert!(!(is_promoted && taken_back), "both were told yes: {one:?}");
+        let name = format!("round-{round}");
+        let write = || {
+            let mut file = File::create_new(mount.join(&name))?;
+            file.write_all(b"x")?;
+            file.sync_all()
+        };
+        if is_promoted {
+            let written = write();
+            assert_eq!(written.unwrap_err().raw_os_error(), Some(30));
+            promoted += 1;
+            break;
+        }
+        refused += 1;
+        wait_for(
+            "the source's next change",
+            Duration::from_secs(30),
+            || match write() {
+                Err(error) if error.raw_os_error() == Some(17) => Some(()),
+                other => other.ok(),
+            },
+        );
+        catch_up(&source, &mirror, "both");
+    }
+    println!("{refused} promotions were refused, {promoted} was not");
+    assert_eq!(promoted, 1, "whoever promotes at last must succeed");
+    // It is over: nobody takes the volume back.
+    let back = source.run(&["mirror", "promote", &near]);
+    back.failure(1, "is written there");
+    let mut mount = mount;
+    mount.process.kill();
+}
+
+/// A planned promotion may keep both regions from writing for as long; set, a longer one fails.
+const PAUSE_MAX_MS: &str = "HELIOFS_PAUSE_MAX_MS";
+
+#[test]
+fn three_nodes_hand_over_to_three_far_away_under_load_and_nothing_is_lost() {
+    let source = Cluster::start();
+    source.format_file("far", &[]);
+    let mount = source.mount("far");
+    // A round trip of 100 ms.
+    let links: Vec<Relay> = source
+        .nodes
+        .iter()
+        .map(|node| Relay::start(&node.address(), Duration::from_millis(50)))
+        .collect();
+    let peers: Vec<String> = links.iter().map(Relay::address).collect();
+    let through = format!("helio://{}", peers.join(","));
+    let mirror = mirror_of(&source, &through, 3, &[]);
+    let load = Load::start(&mount.path, 2);
+    load.wait_for_more(30, Duration::from_secs(60));
+    catch_up(&source, &mirror, "far");
+    let there = Mount::of(&mirror, "far", &["--follow-promotion"]);
+    let (before, after) = (
+        Clocked::start(&mount.path, "source"),
+        Clocked::start(&there.path, "mirror"),
+    );
+    load.wait_for_more(100, Duration::from_secs(60));
+    let begun = Instant::now();
+    let far = mirror.volume_url("far");
+    let promoted = mirror.run(&["mirror", "promote", &far, "--json"]);
+    let promoted = promoted.success().json();
+    assert_eq!(promoted["lost_entries_known"], 0, "{promoted}");
+    wait_for("changes at the mirror", Duration::from_secs(60), || {
+        fs::read_dir(&there.path)
+            .unwrap()
+            .any(|entry| {
+                entry
+                    .unwrap()
+                    .file_name()
+                    .to_string_lossy()
+                    .starts_with("mirror-")
+            })
+            .then_some(())
+    });
+    wait_for("refusals at the source", Duration::from_secs(30), || {
+        let refused = File::create(mount.join("late")).err()?;
+        (refused.raw_os_error() == Some(30)).then_some(())
+    });
+    let (before, after, written) = (before.stop(), after.stop(), load.stop());
+    let last_here = before.acknowledged.last().unwrap().1;
+    let first_there = after.acknowledged.first().unwrap().1;
+    assert!(last_here < first_there, "both regions acknowledged");
+    assert!(after.others.is_empty(), "{:?}", after.others);
+    // What was acknowledged at the source is at the mirror, all of it.
+    written.verify(&there.path);
+    for (file, _) in before.acknowledged.iter().chain(&after.acknowledged) {
+        assert_eq!(fs::read(there.join(file)).unwrap(), file.as_bytes());
+    }
+    mirror.assert_replicas_equal("far");
+    let pause = first_there - last_here;
+    println!(
+        "planned promotion, three nodes each, 100 ms apart: {} ms without writes, the command took {promoted_seconds} s, {:.1} s until the first write at the mirror",
+        pause.as_millis(),
+        (first_there - begun).as_secs_f64(),
+        promoted_seconds = promoted["seconds"],
+    );
+    if let Ok(max) = std::env::var(PAUSE_MAX_MS) {
+        let max = Duration::from_millis(max.parse().unwrap());
+        assert!(pause <= max, "{pause:?} without writes, more than {max:?}");
+    }
+    there.unmount();
+    let mut mount = mount;
+    // It holds what it was never told to be stored.
+    mount.process.kill();
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
-use support::mirror::{catch_up, mirror_of, mirror_status, tree};
+use support::mirror::{catch_up, give_bucket, mirror_of, mirror_status, tree};
 use support::{Cluster, Mount, scratch};
 
 const VOLUME: &str = "photos";
@@ -38,20 +38,7 @@ impl Regions {
         all.extend(format);
         source.run(&all).success();
         catch_up(&source, &mirror, VOLUME);
-        let ours = buckets.path().join("mirror");
-        let url = mirror.volume_url(VOLUME);
-        let ours = ours.to_str().unwrap();
-        mirror
-            .run(&[
-                "mirror",
-                "bucket",
-                &url,
-                "--storage",
-                "file",
-                "--bucket",
-                ours,
-            ])
-            .success();
+        give_bucket(&mirror, VOLUME, &buckets.path().join("mirror"), &[]).success();
         Self {
             source,
             mirror,

@@ -9,7 +9,7 @@ mod support;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -193,24 +193,26 @@ fn no_fault_of_the_store_costs_a_byte_or_hangs() {
     let s3 = S3::start();
     let relay = FaultyS3::start(&s3.url, 1);
     let cluster = Cluster::with_dirs(1, |_, _| None, &["--session-timeout", "3s"]);
-    let bucket = format!("{}/faults", relay.url());
-    let url = cluster.url();
-    let format = [
-        "format",
-        &url,
-        "faults",
-        "--storage",
-        "s3",
-        "--bucket",
-        &bucket,
-    ];
-    let grace = ["--trash-days", "0", "--deletion-grace", "0s"];
-    cluster
-        .run_with(&[&format[..], &grace[..]].concat(), |command| {
-            s3.keys(command)
-        })
-        .success();
-    let volume = cluster.volume_url("faults");
+    // What is stored as it is, and what is compressed and encrypted, lies elsewhere and is read in other ways.
+    let format = |name: &str, codec: &[&str]| {
+        let (url, bucket) = (cluster.url(), format!("{}/{name}", relay.url()));
+        let format = ["format", &url, name, "--storage", "s3", "--bucket", &bucket];
+        let grace = ["--trash-days", "0", "--deletion-grace", "0s"];
+        cluster
+            .run_with(&[&format[..], &grace, codec].concat(), |command| {
+                s3.keys(command)
+            })
+            .success();
+    };
+    let phrase = cluster.directory.join("phrase");
+    fs::write(&phrase, "open sesame\n").unwrap();
+    fs::set_permissions(&phrase, fs::Permissions::from_mode(0o600)).unwrap();
+    let phrase = ["--passphrase-file", phrase.to_str().unwrap()];
+    format("plain", &[]);
+    format(
+        "encoded",
+        &[&["--encrypt", "--compress", "zstd"], &phrase[..]].concat(),
+    );
     // Little is cached, so that reads reach the bucket.
     let flags = [
         "--cache-size",
@@ -221,9 +223,20 @@ fn no_fault_of_the_store_costs_a_byte_or_hangs() {
         IO_TIMEOUT,
     ];
 
-    for (number, fault) in (0u64..).zip(Fault::ALL) {
+    // Each fault with both in the long run, in turns in the short one.
+    let both = |(number, fault)| [(number, fault, "plain"), (number + 100, fault, "encoded")];
+    let rounds = (0u64..).zip(Fault::ALL).flat_map(both);
+    let chosen = |(number, _, name): &(u64, Fault, &str)| {
+        full.is_some() || (number % 2 == 1) == (*name == "encoded")
+    };
+    for (number, fault, name) in rounds.filter(chosen) {
         relay.set(None);
-        let mut mount = Mount::of(&cluster, "faults", &flags);
+        let volume = cluster.volume_url(name);
+        let flags = match name {
+            "plain" => flags.to_vec(),
+            _ => [&flags[..], &phrase].concat(),
+        };
+        let mut mount = Mount::of(&cluster, name, &flags);
         let place = mount.join(format!("{fault:?}"));
         fs::create_dir(&place).unwrap();
         relay.take_counts();
@@ -289,7 +302,7 @@ fn no_fault_of_the_store_costs_a_byte_or_hangs() {
         let (requests, faults) = relay.take_counts();
         relay.set(None);
 
-        let other = Mount::of(&cluster, "faults", &flags);
+        let other = Mount::of(&cluster, name, &flags);
         for load in &loads {
             let place = other.join(load.directory.strip_prefix(&mount.path).unwrap());
             for file in 0..FILES {
@@ -307,7 +320,7 @@ fn no_fault_of_the_store_costs_a_byte_or_hangs() {
             .map(|done| done.slowest_ms.load(Ordering::Relaxed))
             .max();
         println!(
-            "{fault:?}: {} operations, {rounds} rounds of fsx, {requests} requests, {faults} faults, {} times EIO, slowest operation {} ms",
+            "{fault:?}, {name}: {} operations, {rounds} rounds of fsx, {requests} requests, {faults} faults, {} times EIO, slowest operation {} ms",
             sum(|done| &done.operations),
             sum(|done| &done.refused),
             slowest.unwrap_or(0),

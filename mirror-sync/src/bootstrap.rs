@@ -1,8 +1,8 @@
 //! Loads a volume from a copy at one position, in parts, while the source goes on. What was loaded by halves is never served
 //! and is loaded anew.
 
-use heliofs_proto::ids::VolumeId;
-use heliofs_proto::v1::{self, local_command::Op, log_item::Item};
+use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::v1::{self, MirrorState, local_command::Op, log_item::Item};
 use meta_core::keys::Tag;
 use meta_core::limits::core_level_known;
 use meta_core::records::{Record, SettingsRecord};
@@ -42,6 +42,17 @@ impl Follower {
         known(record.settings.as_ref())?;
         let volume = VolumeId(record.id);
         let source_cluster = self.source.status().await?.cluster_id;
+        let position = begin.position.map(Position::from).unwrap_or_default();
+        let served = self.found().and_then(|served| served.mirror);
+        if served.is_some_and(|mirror| mirror.state() == MirrorState::Following) {
+            let (ours, _) = self.head(volume)?;
+            if position < ours {
+                return Err(Failed::Refused(format!(
+                    "the source's copy is of position {position}, and {ours} is here already: was it set back? `heliofs mirror \
+                     reload` takes it all the same"
+                )));
+            }
+        }
         tracing::info!(
             volume = self.names.local, peer = copy.peer(), position = ?begin.position,
             "loading a copy of the volume"

@@ -238,21 +238,56 @@ impl Check<'_> {
 
     /// Whether the source's bucket is to be looked at.
     async fn look_at_source(&mut self, following: bool) {
-        let buckets = &self.checker.buckets;
         let why = match following {
             false => {
                 "the mirror does not follow its source now: what is missing there may not be needed"
                     .to_owned()
             }
-            true => match buckets.second.check_marker(&buckets.second_uuid).await {
+            true => match self.marked().await {
                 Ok(()) => {
                     self.counts.reason.clear();
                     return;
                 }
-                Err(error) => format!("the source's bucket: {error}"),
+                Err(why) => why,
             },
         };
         self.without_source(why);
+    }
+
+    /// Whether the source's bucket has the marker of the volume's. One that lost it gets it back, if it is known to be the right
+    /// bucket: it is where the source's own metadata says, and nobody else has claimed it.
+    async fn marked(&self) -> Result<(), String> {
+        let Buckets {
+            second,
+            second_uuid,
+            second_recorded,
+            ..
+        } = &self.checker.buckets;
+        let missing = match second.check_marker(second_uuid).await {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == Kind::NotFound => error,
+            Err(error) => return Err(format!("the source's bucket: {error}")),
+        };
+        if !second_recorded {
+            return Err(format!(
+                "the bucket that --bucket2 names has lost the marker of the source's, or is another one ({missing}): nothing is put \
+                 into it; `heliofs fsck --repair` at the source makes a lost marker anew"
+            ));
+        }
+        // A volume that is destroyed goes from the metadata first.
+        let lease = self.checker.ask(None, Vec::new()).await;
+        if !lease.is_ok_and(|lease| lease.leased && lease.following) {
+            return Err("the mirror does not follow its source any more".to_owned());
+        }
+        match second.claim_marker(second_uuid).await {
+            Ok(()) => {
+                tracing::warn!("the source's bucket had lost its marker: it was made anew");
+                Ok(())
+            }
+            Err(error) => Err(format!(
+                "the source's bucket has lost its marker, which can't be put back: {error}"
+            )),
+        }
     }
 
     /// The source's bucket is left as it is from here on.

@@ -52,6 +52,8 @@ pub struct Buckets {
     pub own_uuid: String,
     /// See `own_uuid`.
     pub second_uuid: String,
+    /// The source region's is where the metadata says that it is, and not where somebody else says.
+    pub second_recorded: bool,
 }
 
 /// What a copier has done.

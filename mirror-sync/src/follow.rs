@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bootstrap::unexpected;
 use crate::lag::Lag;
+use crate::overruns::Overruns;
 use crate::plan::{Plan, UpgradeMe};
 use crate::report::{self, SlotNews};
 use crate::target::{Answered, Target, TargetError};
@@ -115,6 +116,7 @@ pub(crate) struct Follower {
     pub(crate) says: v1::MirrorStatus,
     pub(crate) loads: u64,
     lag: Lag,
+    overruns: Overruns,
 }
 
 impl Follower {
@@ -126,6 +128,7 @@ impl Follower {
             says: v1::MirrorStatus::default(),
             loads: 0,
             lag: Lag::default(),
+            overruns: Overruns::default(),
         }
     }
 
@@ -171,7 +174,7 @@ impl Follower {
         }
     }
 
-    fn found(&self) -> Option<v1::Volume> {
+    pub(crate) fn found(&self) -> Option<v1::Volume> {
         let mut mirrors = self.target.mirrors().into_iter();
         mirrors.find(|volume| volume.name == self.names.local)
     }
@@ -216,21 +219,21 @@ impl Follower {
         }
         let slot = self.slot(cluster_id, false).await?;
         let lost = !slot.invalid.is_empty();
-        let volume = if must_load || following.is_none() || lost {
-            if lost && self.loads > 0 {
-                tracing::warn!(
-                    volume = self.names.local,
-                    why = slot.invalid,
-                    "the slot was lost, and the volume was loaded before: if that goes on, the source writes more than its log may \
-                     keep for this mirror while a copy is loaded: raise --mirror-log-cap"
-                );
-            }
+        // By another leader, or by this one before the source went away.
+        let broken_off = mirror.is_some_and(|mirror| mirror.loading != 0);
+        let volume = if must_load || following.is_none() || lost || broken_off {
             if lost || must_load {
+                if following.is_some()
+                    && let Some(rest) = self.overruns.must_load(Instant::now())
+                {
+                    return Err(Failed::Refused(overrun(&slot, rest)));
+                }
                 self.slot(cluster_id, true).await?;
             }
             let volume = self.load().await?;
             // What was heard before may be of another history.
             self.lag = Lag::default();
+            self.overruns.loaded(Instant::now());
             volume
         } else {
             VolumeId(slot.volume)
@@ -460,7 +463,7 @@ impl Follower {
         }
     }
 
-    fn head(&self, volume: VolumeId) -> Result<(Position, UnixNanos), Failed> {
+    pub(crate) fn head(&self, volume: VolumeId) -> Result<(Position, UnixNanos), Failed> {
         let head = self.target.head(volume);
         head.ok_or_else(|| Failed::retry("the volume is gone from the mirror"))
     }
@@ -493,6 +496,8 @@ impl Follower {
         }
         let (applied, time) = self.head(volume)?;
         self.lag.applied(applied, time);
+        self.overruns
+            .at(Instant::now(), applied, self.lag.source_head());
         let silence = self.lag.silence(Instant::now());
         match (paused, silence) {
             (true, _) => self.say("paused", "by an operator at the source"),
@@ -545,6 +550,16 @@ impl Follower {
         self.says.contact_ms = self.lag.contact(now).map_or(0, millis);
         self.target.publish(self.says.clone());
     }
+}
+
+/// What an operator reads when copies come too late.
+fn overrun(slot: &v1::MirrorSlot, rest: Duration) -> String {
+    format!(
+        "the source wrote more than its log may keep for this mirror ({} bytes) while a copy was loaded or soon after, more than \
+         once: it needs a larger --mirror-log-cap; what was loaded is served, and another copy is loaded within {} min",
+        slot.log_bytes_max,
+        rest.as_secs() / 60 + 1
+    )
 }
 
 /// From a time of the source's clock until now by ours.

@@ -16,6 +16,7 @@ pub mod copy;
 pub mod fence;
 pub mod follow;
 pub mod lag;
+mod overruns;
 pub mod plan;
 mod repack;
 pub mod report;

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use blockstore::segment::layout::{HEADER_BYTES, TRAILER_BYTES, frame_extent_bytes};
+use blockstore::segment::layout::{HEADER_BYTES, TRAILER_BYTES};
 use blockstore::segment::object::{self, FrameEntry};
 use blockstore::{Bucket, Kind, StoreError};
 use bytes::{Bytes, BytesMut};
@@ -217,7 +217,7 @@ async fn build(
     let mut there = Vec::new();
     let mut to_pull = 0;
     for entry in &table {
-        let length = frame_extent_bytes(u64::from(entry.stored_bytes));
+        let length = entry.extent_bytes();
         let to = entry.frame.start();
         if to < HEADER_BYTES as u64 || to + length > footer_at {
             return Ok(None);

@@ -16,11 +16,11 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use heliofs_proto::ids::{SegmentId, VolumeId};
-use lru::LruCache;
 use nix::sys::statvfs::statvfs;
 use parking_lot::Mutex;
 
 use super::disk_file::{self, Found, RunKey};
+use super::two_lists::TwoLists;
 use crate::metrics::Metrics;
 use crate::segment::page::{Page, PageIdentity};
 use crate::store::options::DiskCacheOptions;
@@ -63,9 +63,8 @@ struct Inner {
 struct Index {
     /// Runs by place; runs of one frame may overlap.
     runs: HashMap<SegmentId, BTreeMap<(FrameNumber, u32), u32>>,
-    /// File lengths, least recently used first.
-    files: LruCache<RunKey, u64>,
-    bytes: u64,
+    /// File lengths.
+    files: TwoLists<RunKey, u64>,
     /// What the gauge, which tiers on several disks share, counts of them.
     shown_bytes: u64,
 }
@@ -103,8 +102,7 @@ impl DiskTier {
             options: options.clone(),
             index: Mutex::new(Index {
                 runs: HashMap::new(),
-                files: LruCache::unbounded(),
-                bytes: 0,
+                files: TwoLists::new(options.bytes_max, |length| *length),
                 shown_bytes: 0,
             }),
             pending_bytes: AtomicU64::new(0),
@@ -234,8 +232,8 @@ impl Drop for DiskTier {
 
 impl Index {
     fn show(&mut self, metrics: &Metrics) {
-        let by = self.bytes as i64 - self.shown_bytes as i64;
-        self.shown_bytes = self.bytes;
+        let by = self.files.bytes() as i64 - self.shown_bytes as i64;
+        self.shown_bytes = self.files.bytes();
         metrics.disk_bytes.add(by);
     }
 
@@ -255,7 +253,7 @@ impl Index {
 
     fn find(&mut self, segment: SegmentId, frame: FrameNumber, page: u32) -> Option<RunKey> {
         let key = self.peek(segment, frame, page)?;
-        self.files.promote(&key);
+        self.files.get(&key);
         Some(key)
     }
 
@@ -264,18 +262,13 @@ impl Index {
         let replaced = runs
             .insert((key.frame, key.first), key.count)
             .filter(|old| *old != key.count);
-        self.bytes += length;
-        if let Some(old) = self.files.put(key, length) {
-            self.bytes -= old;
-        }
+        self.files.insert(key, length);
         // A run of another length from the same page: its file has another name and would be forgotten.
         replaced.map(|count| RunKey { count, ..key })
     }
 
     fn remove(&mut self, key: &RunKey) {
-        if let Some(length) = self.files.pop(key) {
-            self.bytes -= length;
-        }
+        self.files.remove(key);
         if let Some(runs) = self.runs.get_mut(&key.segment) {
             if runs.get(&(key.frame, key.first)) == Some(&key.count) {
                 runs.remove(&(key.frame, key.first));
@@ -368,12 +361,12 @@ impl Inner {
     }
 
     fn evict(&self) {
-        while self.index.lock().bytes > self.options.bytes_max && self.evict_one() {}
+        while self.index.lock().files.bytes() > self.options.bytes_max && self.evict_one() {}
         self.index.lock().show(&self.metrics);
     }
 
     fn evict_one(&self) -> bool {
-        let oldest = self.index.lock().files.peek_lru().map(|(key, _)| *key);
+        let oldest = self.index.lock().files.first_out();
         let Some(key) = oldest else {
             return false;
         };

@@ -11,8 +11,8 @@ use bytes::Bytes;
 use heliofs_proto::ids::SegmentId;
 
 use crate::FrameNumber;
-use crate::segment::layout::PAGE_STRIDE;
-use crate::segment::page::{Page, PageIdentity, take_page};
+use crate::segment::layout::PAGE_HEADER_BYTES;
+use crate::segment::page::{Page, PageIdentity, page_bytes_at, take_page};
 
 /// The file's first bytes.
 const MAGIC: [u8; 8] = *b"HELIOPG1";
@@ -128,8 +128,10 @@ pub(super) fn read(
 ) -> Found {
     let read = || -> io::Result<Found> {
         let file = File::open(key.path(directory))?;
-        let mut header = [0; HEADER_BYTES];
-        file.read_exact_at(&mut header, 0)?;
+        // The first page's header comes along: it says how long the pages are.
+        let mut front = [0; HEADER_BYTES + PAGE_HEADER_BYTES];
+        file.read_exact_at(&mut front, 0)?;
+        let (header, page_header) = front.split_at(HEADER_BYTES);
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
         let mut sum = crc32fast::Hasher::new();
         sum.update(&header[..28]);
@@ -144,8 +146,14 @@ pub(super) fn read(
             segment: SegmentId(u64::from(word(12)) << 32 | u64::from(word(8))),
             frame: FrameNumber(word(16)),
         };
-        let at = HEADER_BYTES as u64 + u64::from(pages.start - key.first) * PAGE_STRIDE as u64;
-        let want = (pages.end - pages.start) as usize * PAGE_STRIDE;
+        let Some(page_bytes) = page_bytes_at(page_header) else {
+            return Ok(Found::Corrupt(
+                "no page begins behind its header".to_owned(),
+            ));
+        };
+        let stride = PAGE_HEADER_BYTES + page_bytes;
+        let at = HEADER_BYTES as u64 + u64::from(pages.start - key.first) * stride as u64;
+        let want = (pages.end - pages.start) as usize * stride;
         let left = file.metadata()?.len().saturating_sub(at).min(want as u64) as usize;
         let mut raw = vec![0; left];
         file.read_exact_at(&mut raw, at)?;

@@ -1,14 +1,11 @@
 //! The memory tier: pages, bounded by bytes.
-//!
-//! Two lists: a page enters on probation and is protected by a second use; protected pages may fill three quarters, and fall
-//! back on probation when they are more. So a scan, which uses each page once, cannot drive out what is used often.
 
 use bytes::Bytes;
-use lru::LruCache;
 use parking_lot::Mutex;
 use prometheus::IntGauge;
 
 use super::PageKey;
+use super::two_lists::TwoLists;
 
 /// What a page costs beside its bytes: map, list and allocation.
 const ENTRY_BYTES: u64 = 160;
@@ -26,10 +23,7 @@ pub struct MemoryTier {
 
 #[derive(Debug)]
 struct Shard {
-    probation: LruCache<PageKey, Bytes>,
-    protected: LruCache<PageKey, Bytes>,
-    probation_bytes: u64,
-    protected_bytes: u64,
+    pages: TwoLists<PageKey, Bytes>,
     bytes_max: u64,
 }
 
@@ -43,10 +37,7 @@ impl MemoryTier {
         let shards = (bytes_max / SHARD_BYTES_MIN).clamp(1, SHARDS_MAX);
         let shard = || {
             Mutex::new(Shard {
-                probation: LruCache::unbounded(),
-                protected: LruCache::unbounded(),
-                probation_bytes: 0,
-                protected_bytes: 0,
+                pages: TwoLists::new(bytes_max / shards, cost),
                 bytes_max: bytes_max / shards,
             })
         };
@@ -66,52 +57,29 @@ impl MemoryTier {
 
     /// The page, if it is here; counts as a use.
     pub fn get(&self, key: &PageKey) -> Option<Bytes> {
-        let mut shard = self.shard(key).lock();
-        if let Some(page) = shard.protected.get(key) {
-            return Some(page.clone());
-        }
-        let page = shard.probation.pop(key)?;
-        shard.probation_bytes -= cost(&page);
-        shard.protected_bytes += cost(&page);
-        shard.protected.put(*key, page.clone());
-        while shard.protected_bytes > shard.bytes_max / 4 * 3
-            && let Some((key, page)) = shard.protected.pop_lru()
-        {
-            shard.protected_bytes -= cost(&page);
-            shard.probation_bytes += cost(&page);
-            shard.probation.put(key, page);
-        }
-        Some(page)
+        self.shard(key).lock().pages.get(key).cloned()
     }
 
     /// Whether the page is here; no use of it.
     pub fn contains(&self, key: &PageKey) -> bool {
-        let shard = self.shard(key).lock();
-        shard.protected.contains(key) || shard.probation.contains(key)
+        self.shard(key).lock().pages.contains(key)
     }
 
     /// Adds a page, which must not share its memory with much more than itself.
     pub fn insert(&self, key: PageKey, page: Bytes) {
         let mut guard = self.shard(&key).lock();
         let shard = &mut *guard;
-        if cost(&page) > shard.bytes_max || shard.protected.contains(&key) {
+        if cost(&page) > shard.bytes_max || shard.pages.contains(&key) {
             return;
         }
-        let before = shard.probation_bytes + shard.protected_bytes;
-        shard.probation_bytes += cost(&page);
-        if let Some(old) = shard.probation.put(key, page) {
-            shard.probation_bytes -= cost(&old);
+        let before = shard.pages.bytes();
+        shard.pages.insert(key, page);
+        while shard.pages.bytes() > shard.bytes_max
+            && let Some(oldest) = shard.pages.first_out()
+        {
+            shard.pages.remove(&oldest);
         }
-        while shard.probation_bytes + shard.protected_bytes > shard.bytes_max {
-            if let Some((_, page)) = shard.probation.pop_lru() {
-                shard.probation_bytes -= cost(&page);
-            } else if let Some((_, page)) = shard.protected.pop_lru() {
-                shard.protected_bytes -= cost(&page);
-            } else {
-                break;
-            }
-        }
-        let after = shard.probation_bytes + shard.protected_bytes;
+        let after = shard.pages.bytes();
         self.gauge.add(after as i64 - before as i64);
     }
 }

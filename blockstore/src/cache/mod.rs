@@ -1,14 +1,16 @@
 //! The cache tiers in front of the bucket.
 //!
-//! - [`memory`]: pages, by bytes, least recently used first; one scan does not drive out what is used often
+//! - [`memory`]: pages, by bytes
 //! - [`disk`]: runs of pages as they lie in the object, verified whenever they are read, kept over a restart
 //! - [`disks`]: several of them as one
 //! - `disk_file`: one file of the disk tier
+//! - `two_lists`: what both tiers evict first; one scan does not drive out what is used often
 
 pub mod disk;
 mod disk_file;
 pub mod disks;
 pub mod memory;
+mod two_lists;
 
 use heliofs_proto::ids::SegmentId;
 

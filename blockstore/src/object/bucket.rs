@@ -259,10 +259,6 @@ impl Bucket {
     ) -> Result<(), StoreError> {
         let found = self.get(name).await?;
         if found.len() as u64 != length || crc32fast::hash(&found) != checksum {
-            tracing::error!(
-                key = self.key(name),
-                "an object with other bytes lies there already"
-            );
             self.metrics.failures.inc();
             return Err(exists);
         }

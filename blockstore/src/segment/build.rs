@@ -6,7 +6,7 @@ use heliofs_proto::limits::FRAME_BYTES_MAX;
 use heliofs_proto::v1;
 
 use super::codec::FrameEncoder;
-use super::layout::{FRAME_ALIGN, FrameNumber, PAGE_BYTES, PAGE_HEADER_BYTES, frame_extent_bytes};
+use super::layout::{FRAME_ALIGN, FrameNumber, PAGE_HEADER_BYTES, frame_extent_bytes};
 use super::object::{self, FrameEntry};
 use super::page::{Codec, PageIdentity};
 use crate::StoreError;
@@ -66,6 +66,9 @@ pub struct SegmentBuilder {
     frames: Vec<FrameEntry>,
     plain: Vec<(FrameNumber, Vec<Bytes>)>,
     encoder: FrameEncoder,
+    /// As earlier releases wrote encoded frames.
+    #[cfg(test)]
+    pub(crate) coarse: bool,
 }
 
 impl SegmentBuilder {
@@ -78,6 +81,8 @@ impl SegmentBuilder {
     pub fn encoding(volume: VolumeId, id: SegmentId, encoder: FrameEncoder) -> Self {
         let mut builder = Self {
             encoder,
+            #[cfg(test)]
+            coarse: false,
             plain: Vec::new(),
             volume,
             id,
@@ -117,16 +122,22 @@ impl SegmentBuilder {
                 "a frame of {decoded} bytes; 1..={FRAME_BYTES_MAX} are allowed"
             )));
         }
-        let frame = self.begin_frame(decoded)?;
+        let frame = self.begin_frame(frame_extent_bytes(decoded, Codec::PLAIN.page_bytes()))?;
         let identity = PageIdentity {
             volume: self.volume,
             segment: self.id,
             frame,
         };
-        match self.encoder.encode(&identity, &pieces)? {
+        let codec = self.encoder.codec();
+        #[cfg(test)]
+        let codec = Codec {
+            fine: codec.fine && !self.coarse,
+            ..codec
+        };
+        match self.encoder.encode(codec, &identity, &pieces)? {
             Some((codec, stored)) => {
                 // Again, with the length that it really has.
-                self.begin_frame(stored.len() as u64)?;
+                self.begin_frame(frame_extent_bytes(stored.len() as u64, codec.page_bytes()))?;
                 self.append_pages(codec, identity, decoded, stored.len() as u64, vec![stored]);
                 self.plain.push((frame, pieces));
             }
@@ -146,8 +157,9 @@ impl SegmentBuilder {
         pieces: Vec<Bytes>,
     ) {
         let mut pieces = Pieces::new(pieces);
-        for page in 0..stored.div_ceil(PAGE_BYTES as u64) as u32 {
-            let mut left = PAGE_BYTES.min((stored - u64::from(page) * PAGE_BYTES as u64) as usize);
+        let page_bytes = codec.page_bytes();
+        for page in 0..stored.div_ceil(page_bytes as u64) as u32 {
+            let mut left = page_bytes.min((stored - u64::from(page) * page_bytes as u64) as usize);
             let mut data = crc32fast::Hasher::new();
             let header_at = self.chunks.len();
             self.chunks.push(Bytes::new());
@@ -184,14 +196,14 @@ impl SegmentBuilder {
         entry: &FrameEntry,
         encoded: Bytes,
     ) -> Result<FrameNumber, StoreError> {
-        let stored = u64::from(entry.stored_bytes);
-        if encoded.len() as u64 != frame_extent_bytes(stored) || stored == 0 {
+        if encoded.len() as u64 != entry.extent_bytes() || encoded.is_empty() {
             return Err(StoreError::Invalid(format!(
-                "a frame of {stored} stored bytes cannot be {} bytes encoded",
+                "a frame of {} stored bytes cannot be {} bytes encoded",
+                entry.stored_bytes,
                 encoded.len()
             )));
         }
-        let frame = self.begin_frame(stored)?;
+        let frame = self.begin_frame(encoded.len() as u64)?;
         self.append(encoded);
         self.data_bytes += u64::from(entry.decoded_bytes);
         self.frames.push(FrameEntry { frame, ..*entry });
@@ -221,9 +233,10 @@ impl SegmentBuilder {
         }
     }
 
-    fn begin_frame(&mut self, stored: u64) -> Result<FrameNumber, StoreError> {
+    /// Where a frame of `bytes`, page headers included, begins.
+    fn begin_frame(&mut self, bytes: u64) -> Result<FrameNumber, StoreError> {
         let start = self.length.next_multiple_of(FRAME_ALIGN);
-        let end = start + frame_extent_bytes(stored);
+        let end = start + bytes;
         match (
             FrameNumber::at(start),
             FrameNumber::at(end.next_multiple_of(FRAME_ALIGN)),

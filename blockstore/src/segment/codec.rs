@@ -9,7 +9,7 @@ use heliofs_proto::limits::FRAME_BYTES_MAX;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
 
-use super::layout::PAGE_BYTES;
+use super::layout::{FINE_PAGE_BYTES, PAGE_BYTES};
 use super::page::{Codec, Compression, PageIdentity};
 use crate::StoreError;
 use crate::keys::VolumeKey;
@@ -36,8 +36,9 @@ const INCOMPRESSIBLE: u32 = 1 << 31;
 const ZSTD_LEVEL: i32 = 1;
 
 /// A frame's prelude must fit its first page, which readers fetch to find a block.
-const _: () =
-    assert!(PRELUDE_BYTES + SALT_BYTES + 4 * (FRAME_BYTES_MAX as usize / BLOCK_BYTES) < PAGE_BYTES);
+const _: () = assert!(
+    PRELUDE_BYTES + SALT_BYTES + 4 * (FRAME_BYTES_MAX as usize / BLOCK_BYTES) < FINE_PAGE_BYTES
+);
 
 /// The prelude's checksum, with what the page header says of the frame. Never 0.
 fn prelude_sum(identity: &PageIdentity, codec: Codec, stored_bytes: u32, prelude: &[u8]) -> u32 {
@@ -92,11 +93,22 @@ impl FrameEncoder {
         self.compression == Compression::None && self.key.is_none()
     }
 
-    /// Encodes the frame `identity`, whose data is `pieces` end to end; `None`: it is better stored as it is.
+    /// What the headers of its frames' pages say.
+    pub fn codec(&self) -> Codec {
+        Codec {
+            compression: self.compression,
+            encrypted: self.key.is_some(),
+            fine: !self.is_plain(),
+        }
+    }
+
+    /// Encodes the frame `identity`, whose data is `pieces` end to end; `None`: it is better stored as it is. `codec` is
+    /// [`Self::codec`].
     ///
     /// Errors: `Invalid` when the system gives no random numbers.
     pub fn encode(
         &self,
+        codec: Codec,
         identity: &PageIdentity,
         pieces: &[Bytes],
     ) -> Result<Option<(Codec, Bytes)>, StoreError> {
@@ -104,10 +116,6 @@ impl FrameEncoder {
             return Ok(None);
         }
         let decoded: usize = pieces.iter().map(Bytes::len).sum();
-        let codec = Codec {
-            compression: self.compression,
-            encrypted: self.key.is_some(),
-        };
         let no_random = |_| StoreError::Invalid("the system gives no random numbers".to_owned());
         let (salt, sealer) = match &self.key {
             Some(key) => {
@@ -225,6 +233,12 @@ pub struct FrameHead {
 }
 
 impl FrameHead {
+    /// Bytes of the prelude that begins like this.
+    pub fn prelude_bytes(front: &[u8]) -> Option<usize> {
+        let length = u16::from_le_bytes(*front.first_chunk()?);
+        Some(usize::from(length).max(PRELUDE_BYTES))
+    }
+
     /// As [`FrameHead::parse`], from the first bytes of the first page, whose checksum was not looked at. `None`: the prelude has
     /// no checksum of its own, or a wrong one, or goes on behind them.
     pub fn parse_front(
@@ -234,8 +248,7 @@ impl FrameHead {
         stored_bytes: u32,
         key: Option<&VolumeKey>,
     ) -> Option<Result<Self, FrameFault>> {
-        let length = u16::from_le_bytes(*front.first_chunk()?);
-        let prelude = front.get(..usize::from(length).max(PRELUDE_BYTES))?;
+        let prelude = front.get(..Self::prelude_bytes(front)?)?;
         let sum = u32::from_le_bytes(*prelude[SUM].first_chunk()?);
         if sum != prelude_sum(&identity, codec, stored_bytes, prelude) {
             return None;
@@ -317,6 +330,11 @@ impl FrameHead {
     /// Number of blocks, which are the frame's pages of data.
     pub fn blocks(&self) -> u32 {
         self.incompressible.len() as u32
+    }
+
+    /// Stored bytes of each of its pages but the last.
+    pub fn page_bytes(&self) -> usize {
+        self.codec.page_bytes()
     }
 
     /// Stored bytes of the whole frame.

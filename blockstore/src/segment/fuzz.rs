@@ -157,7 +157,8 @@ fn pages_and_frames_of_any_bytes_are_refused_or_read() {
         let entry = segment.frames[if round % 32 == 0 { 2 } else { random.below(2) }];
         let identity: PageIdentity = entry.identity(VOLUME);
         let from = entry.frame.start() as usize;
-        let until = from + PAGE_HEADER_BYTES + (entry.stored_bytes as usize).min(PAGE_BYTES);
+        let until =
+            from + PAGE_HEADER_BYTES + (entry.stored_bytes as usize).min(entry.codec.page_bytes());
         let mut page = objects[which][from..until].to_vec();
         random.mutate(&mut page);
         if round % 2 == 0 && page.len() > PAGE_HEADER_BYTES {

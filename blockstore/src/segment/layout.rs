@@ -6,14 +6,18 @@ use heliofs_proto::ids::SegmentId;
 use heliofs_proto::limits::FRAME_BYTES_MAX;
 use heliofs_proto::v1;
 
-/// Stored bytes per page: the unit of checksum and of caching. Small enough that a random read of 4 KiB costs little, large
-/// enough that the page headers stay below 0.05 %.
+/// Data per page, as memory caches it, and stored bytes per page of a frame without a codec: the unit of checksum. Small enough
+/// that a random read of 4 KiB costs little, large enough that the page headers stay below 0.05 %.
 pub const PAGE_BYTES: usize = 64 << 10;
+
+/// Stored bytes per page of a frame with a codec, whose pages of data lie across the borders of stored ones: a random read fetches
+/// three of these, less than two of [`PAGE_BYTES`]. Frames of earlier releases have pages of [`PAGE_BYTES`].
+pub const FINE_PAGE_BYTES: usize = 32 << 10;
 
 /// The header in front of each page.
 pub const PAGE_HEADER_BYTES: usize = 32;
 
-/// From the start of one page's header to the next.
+/// From the start of one page's header to the next, in frames without a codec.
 pub const PAGE_STRIDE: usize = PAGE_HEADER_BYTES + PAGE_BYTES;
 
 /// Frames start at multiples of this, so that 32 bits name a place within 64 GiB.
@@ -32,6 +36,7 @@ pub const FRAME_ENTRY_BYTES: usize = 32;
 pub const TRAILER_BYTES: usize = 48;
 
 const _: () = assert!((PAGE_STRIDE as u64).is_multiple_of(FRAME_ALIGN));
+const _: () = assert!((FINE_PAGE_BYTES as u64).is_multiple_of(FRAME_ALIGN));
 const _: () = assert!((HEADER_BYTES as u64).is_multiple_of(FRAME_ALIGN));
 
 /// A frame of a segment, as extents name it: the place of its first page header in the object, in units of
@@ -54,9 +59,10 @@ impl FrameNumber {
             .map(Self)
     }
 
-    /// Where pages `pages` lie in the object if all of them are whole; the frame's last page may be shorter.
-    pub fn byte_range(self, pages: Range<u32>) -> Range<u64> {
-        let place = |page: u32| self.start() + u64::from(page) * PAGE_STRIDE as u64;
+    /// Where pages `pages` of `page_bytes` each lie in the object if all of them are whole; the frame's last may be shorter.
+    pub fn byte_range(self, pages: Range<u32>, page_bytes: usize) -> Range<u64> {
+        let stride = (PAGE_HEADER_BYTES + page_bytes) as u64;
+        let place = |page: u32| self.start() + u64::from(page) * stride;
         place(pages.start)..place(pages.end)
     }
 }
@@ -98,7 +104,7 @@ impl FrameRange {
         })
     }
 
-    /// The pages that it touches; empty when it has no length.
+    /// The pages of data that it touches; empty when it has no length.
     pub fn pages(&self) -> Range<u32> {
         if self.length == 0 {
             return 0..0;
@@ -109,9 +115,9 @@ impl FrameRange {
     }
 }
 
-/// Bytes that a frame of `stored` bytes occupies, page headers included, alignment not.
-pub fn frame_extent_bytes(stored: u64) -> u64 {
-    stored + stored.div_ceil(PAGE_BYTES as u64) * PAGE_HEADER_BYTES as u64
+/// Bytes that a frame of `stored` bytes in pages of `page_bytes` occupies, page headers included, alignment not.
+pub fn frame_extent_bytes(stored: u64, page_bytes: usize) -> u64 {
+    stored + stored.div_ceil(page_bytes as u64) * PAGE_HEADER_BYTES as u64
 }
 
 #[cfg(test)]
@@ -142,6 +148,13 @@ mod tests {
         assert_eq!(FrameNumber::at(64), Some(FrameNumber(4)));
         assert_eq!(FrameNumber::at(65), None);
         assert_eq!(FrameNumber::at(u64::from(u32::MAX) * 16 + 16), None);
-        assert_eq!(FrameNumber(4).byte_range(1..2), 64 + 65568..64 + 2 * 65568);
+        assert_eq!(
+            FrameNumber(4).byte_range(1..2, PAGE_BYTES),
+            64 + 65568..64 + 2 * 65568
+        );
+        assert_eq!(
+            FrameNumber(4).byte_range(1..2, FINE_PAGE_BYTES),
+            64 + 32800..64 + 2 * 32800
+        );
     }
 }

@@ -5,7 +5,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use heliofs_proto::ids::{SegmentId, VolumeId};
 
 use super::layout::{
-    FRAME_ENTRY_BYTES, FrameNumber, HEADER_BYTES, PAGE_BYTES, TRAILER_BYTES, frame_extent_bytes,
+    FRAME_ENTRY_BYTES, FrameNumber, HEADER_BYTES, TRAILER_BYTES, frame_extent_bytes,
 };
 use super::page::{Codec, PageFault, PageIdentity, take_pages};
 
@@ -41,6 +41,16 @@ impl FrameEntry {
             segment: self.origin_segment,
             frame: self.origin_frame,
         }
+    }
+
+    /// Number of its pages.
+    pub fn pages(&self) -> u32 {
+        self.stored_bytes.div_ceil(self.codec.page_bytes() as u32)
+    }
+
+    /// Bytes that it occupies in the object, page headers included, alignment not.
+    pub fn extent_bytes(&self) -> u64 {
+        frame_extent_bytes(u64::from(self.stored_bytes), self.codec.page_bytes())
     }
 }
 
@@ -250,11 +260,11 @@ pub fn check_object(
     let mut data_bytes = 0;
     for entry in &frames {
         zeros(object, at, entry.frame.start())?;
-        let end = entry.frame.start() + frame_extent_bytes(u64::from(entry.stored_bytes));
+        let end = entry.frame.start() + entry.extent_bytes();
         if end > footer_at {
             return Err(ObjectFault::Impossible("a frame runs into the footer"));
         }
-        let count = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
+        let count = entry.pages();
         let mut rest = object.slice(entry.frame.start() as usize..end as usize);
         let pages =
             take_pages(&mut rest, &entry.identity(volume), 0, count).map_err(|(page, fault)| {

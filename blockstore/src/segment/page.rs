@@ -6,7 +6,9 @@
 use bytes::{Buf, Bytes};
 use heliofs_proto::ids::{SegmentId, VolumeId};
 
-use super::layout::{FrameNumber, PAGE_BYTES, PAGE_HEADER_BYTES, STORED_BYTES_MAX};
+use super::layout::{
+    FINE_PAGE_BYTES, FrameNumber, PAGE_BYTES, PAGE_HEADER_BYTES, STORED_BYTES_MAX,
+};
 
 /// "hP": what every page header begins with.
 const PAGE_MAGIC: [u8; 2] = *b"hP";
@@ -41,8 +43,10 @@ impl Compression {
 pub struct Codec {
     /// First compressed,
     pub compression: Compression,
-    /// then encrypted with AES-256-GCM.
+    /// then encrypted with AES-256-GCM,
     pub encrypted: bool,
+    /// and stored in pages of [`FINE_PAGE_BYTES`]; frames of earlier releases are not.
+    pub fine: bool,
 }
 
 impl Codec {
@@ -50,10 +54,13 @@ impl Codec {
     pub const PLAIN: Self = Self {
         compression: Compression::None,
         encrypted: false,
+        fine: false,
     };
 
     /// The bit that says encrypted.
     const ENCRYPTED: u8 = 0x80;
+    /// The bit that says short pages.
+    const FINE: u8 = 0x40;
 
     /// Whether stored bytes are the data.
     pub fn is_plain(self) -> bool {
@@ -62,23 +69,47 @@ impl Codec {
 
     /// As it is stored.
     pub fn byte(self) -> u8 {
-        self.compression as u8 | if self.encrypted { Self::ENCRYPTED } else { 0 }
+        let bit = |set: bool, bit: u8| if set { bit } else { 0 };
+        self.compression as u8 | bit(self.encrypted, Self::ENCRYPTED) | bit(self.fine, Self::FINE)
     }
+
+    /// Stored bytes of each page but the frame's last.
+    pub fn page_bytes(self) -> usize {
+        match self.fine {
+            true => FINE_PAGE_BYTES,
+            false => PAGE_BYTES,
+        }
+    }
+}
+
+/// Stored bytes of each page of the frame that `bytes`, a page's beginning, belongs to, if nothing was changed: what is read with
+/// it must be verified. `None`: no page begins here.
+pub fn page_bytes_at(bytes: &[u8]) -> Option<usize> {
+    let header: &[u8; 3] = bytes.first_chunk()?;
+    (header[..2] == PAGE_MAGIC).then(|| match header[2] & Codec::FINE {
+        0 => PAGE_BYTES,
+        _ => FINE_PAGE_BYTES,
+    })
 }
 
 impl TryFrom<u8> for Codec {
     type Error = u8;
 
     fn try_from(byte: u8) -> Result<Self, u8> {
-        let compression = match byte & !Self::ENCRYPTED {
+        let compression = match byte & !(Self::ENCRYPTED | Self::FINE) {
             0 => Compression::None,
             1 => Compression::Lz4,
             2 => Compression::Zstd,
             _ => return Err(byte),
         };
+        // Plain pages are found without looking at a header, so they have one length.
+        if byte == Self::FINE {
+            return Err(byte);
+        }
         Ok(Self {
             compression,
             encrypted: byte & Self::ENCRYPTED != 0,
+            fine: byte & Self::FINE != 0,
         })
     }
 }
@@ -149,7 +180,7 @@ pub struct Page {
     pub codec: Codec,
     /// Stored bytes of the whole frame, page headers not counted.
     pub frame_bytes: u32,
-    /// Its stored bytes: 64 KiB, fewer only if it is the frame's last.
+    /// Its stored bytes: [`Codec::page_bytes`], fewer only if it is the frame's last.
     pub data: Bytes,
 }
 
@@ -176,15 +207,18 @@ impl PageIdentity {
     }
 }
 
-/// What the header of a frame's first page says of `identity`'s codec and stored bytes. Its checksum is of the whole page: nothing
-/// of it may be believed that is not checked in another way. `None`: there is no such header.
-pub fn peek(bytes: &[u8], identity: &PageIdentity) -> Option<(Codec, u32)> {
+/// What the header of a frame's first page says: whose it is, its codec and its stored bytes. Its checksum is of the whole page:
+/// nothing of it may be believed that is not checked in another way. `None`: there is no such header.
+pub fn peek(bytes: &[u8]) -> Option<(PageIdentity, Codec, u32)> {
     let header: &[u8; PAGE_HEADER_BYTES] = bytes.first_chunk()?;
+    let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
     let codec = Codec::try_from(header[2]).ok()?;
-    let stored_bytes = u32::from_le_bytes(*header[24..28].first_chunk()?);
-    let expected = identity.encode(codec, 0, stored_bytes, crc32fast::Hasher::new());
-    (header[..3] == expected[..3] && header[4..28] == expected[4..28])
-        .then_some((codec, stored_bytes))
+    let identity = PageIdentity {
+        volume: VolumeId(word(4)),
+        segment: SegmentId(u64::from(word(12)) << 32 | u64::from(word(8))),
+        frame: FrameNumber(word(16)),
+    };
+    (header[..2] == PAGE_MAGIC && word(20) == 0).then_some((identity, codec, word(24)))
 }
 
 /// Takes page `page` of `identity` off the front of `bytes`. Any bytes are allowed; on a fault they are left as they were.
@@ -195,21 +229,19 @@ pub fn take_page(bytes: &mut Bytes, identity: &PageIdentity, page: u32) -> Resul
             want: PAGE_HEADER_BYTES,
         });
     };
-    if header[0..2] != PAGE_MAGIC {
-        return Err(PageFault::NoHeader);
-    }
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
     let (found_page, stored_bytes, expected) = (word(20), word(24), word(28));
     // The length is not trusted before the checksum, but the checksum needs it: bounded, so that a flipped bit costs at most
     // one page of reading, and no frame is longer than this.
-    let begin = u64::from(found_page) * PAGE_BYTES as u64;
+    let page_bytes = page_bytes_at(header).ok_or(PageFault::NoHeader)?;
+    let begin = u64::from(found_page) * page_bytes as u64;
     if begin >= u64::from(stored_bytes) || u64::from(stored_bytes) > STORED_BYTES_MAX {
         return Err(PageFault::Impossible {
             stored_bytes,
             page: found_page,
         });
     }
-    let length = PAGE_BYTES.min((u64::from(stored_bytes) - begin) as usize);
+    let length = page_bytes.min((u64::from(stored_bytes) - begin) as usize);
     let want = PAGE_HEADER_BYTES + length;
     let Some(data) = bytes.get(PAGE_HEADER_BYTES..want) else {
         return Err(PageFault::Truncated {
@@ -258,7 +290,7 @@ pub fn take_pages(
     let mut pages = Vec::with_capacity(count.min(1024) as usize);
     for page in first..first.saturating_add(count) {
         let taken = take_page(bytes, identity, page).map_err(|fault| (page, fault))?;
-        let end = (u64::from(page) + 1) * PAGE_BYTES as u64;
+        let end = (u64::from(page) + 1) * taken.codec.page_bytes() as u64;
         let last = end >= u64::from(taken.frame_bytes);
         pages.push(taken);
         if last {

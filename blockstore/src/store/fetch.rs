@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use super::flights::{Flight, Flights, Landing, Run};
 use super::scans::Scans;
 use super::second::Second;
-use super::stored::{Front, Missed, Stored};
+use super::stored::{Front, Missed, PageLength, Stored};
 use crate::cache::PageKey;
 use crate::cache::disks::Disks;
 use crate::cache::memory::MemoryTier;
@@ -23,10 +23,10 @@ use crate::segment::codec::{FrameEncoder, FrameFault, FrameHead};
 use crate::segment::layout::PAGE_BYTES;
 use crate::segment::object::FrameEntry;
 use crate::segment::page::Page;
-use crate::{FrameNumber, FrameRange, StoreError, StoreOptions};
+use crate::{FrameNumber, FrameRange, Kind, StoreError, StoreOptions};
 
-/// Pages per request and per cache file: 4 MiB. More is fetched in parallel.
-pub(super) const RUN_PAGES_MAX: u32 = 64;
+/// Pages per request and per cache file: 4 MiB, and one for what leads the data of a frame. More is fetched in parallel.
+pub(super) const RUN_PAGES_MAX: u32 = 65;
 
 /// Frame tables of compacted segments kept in memory.
 const TABLES_MAX: usize = 256;
@@ -106,6 +106,16 @@ impl Shared {
             volume,
             runtime,
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn expect_plain(&self) {
+        self.mixed.store(false, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn expect_codecs(&self) {
+        self.mixed.store(true, Ordering::Relaxed);
     }
 
     /// The pages `wanted` of a frame, in order.
@@ -296,27 +306,33 @@ impl Shared {
             Front::Plain => true,
             Front::Untold => !mixed,
         };
-        let first = match !likely_plain {
-            // Most likely it is stored as it is.
-            false => wanted.clone(),
+        let mut stored: Vec<(u32, Stored)> = match (likely_plain, wanted.start) {
+            (true, _) => {
+                let length = PageLength::Guess(PAGE_BYTES);
+                let fetched = self.stored_pages(segment, frame, wanted.clone(), length);
+                wanted.clone().zip(fetched.await).collect()
+            }
             // No longer than its data, but for the prelude: what is asked for, if it begins at the front, is there too.
-            true if wanted.start == 0 => 0..wanted.end,
-            true => 0..1,
+            (false, 0) => self.front_pages(segment, frame, wanted.end).await,
+            (false, _) => self.front_pages(segment, frame, 1).await,
         };
-        let fetched = self.stored_pages(segment, frame, first.clone()).await;
-        let mut stored: Vec<(u32, Stored)> = first.clone().zip(fetched).collect();
         let codec = |stored: &[(u32, Stored)]| {
             stored
                 .iter()
                 .find_map(|(_, page)| page.as_ref().ok().map(|page| page.codec))
         };
-        if codec(&stored).is_none() && first.start > 0 {
+        if codec(&stored).is_none() && likely_plain && wanted.start > 0 {
             // Nothing of it is there: perhaps it is encoded and ends before. Another mount may write with a codec by now.
-            let front = self.stored_pages(segment, frame, 0..1).await;
-            stored.extend((0..).zip(front));
+            stored.extend(self.front_pages(segment, frame, 1).await);
+        }
+        if codec(&stored).is_none() {
+            // How long the pages are was a guess: what is wrong is found out again by who wants to know it of a certain page.
+            let corrupt = |error: &StoreError| error.kind() == Kind::Corrupt;
+            stored
+                .retain(|(_, page)| !matches!(page, Err(Missed::Failed(error)) if corrupt(error)));
         }
         if codec(&stored).is_none_or(|codec| codec.is_plain()) {
-            let several = |page: &Page| page.frame_bytes as usize > PAGE_BYTES;
+            let several = |page: &Page| page.frame_bytes as usize > page.codec.page_bytes();
             if mixed && stored.iter().flat_map(|(_, page)| page).any(several) {
                 self.heads.lock().put((segment, frame), Head::Plain);
             }
@@ -324,8 +340,7 @@ impl Shared {
         }
         self.mixed.store(true, Ordering::Relaxed);
         if !stored.iter().any(|(page, _)| *page == 0) {
-            let front = self.stored_pages(segment, frame, 0..1).await;
-            stored.extend((0..).zip(front));
+            stored.extend(self.front_pages(segment, frame, 1).await);
         }
         let at = FrameRange {
             segment,
@@ -341,7 +356,7 @@ impl Shared {
             }
         };
         let head = Head::Encoded(Arc::new(self.parse_head(segment, frame, front)?));
-        if front.frame_bytes as usize > PAGE_BYTES {
+        if front.frame_bytes as usize > front.codec.page_bytes() {
             self.heads.lock().put((segment, frame), head.clone());
         }
         Ok((head, stored))
@@ -391,6 +406,7 @@ impl Shared {
         frame: FrameNumber,
         wanted: Range<u32>,
         stored: Vec<(u32, Stored)>,
+        page_bytes: usize,
     ) -> Vec<Stored> {
         let mut pages: Vec<Option<Stored>> = vec![None; wanted.len()];
         for (page, found) in stored {
@@ -402,7 +418,8 @@ impl Shared {
         if let Some(first) = pages.iter().position(absent) {
             // In one piece: what is here lies at the front.
             let rest = wanted.start + first as u32..wanted.end;
-            let fetched = self.stored_pages(segment, frame, rest).await;
+            let length = PageLength::Known(page_bytes);
+            let fetched = self.stored_pages(segment, frame, rest, length).await;
             for (slot, page) in pages[first..].iter_mut().zip(fetched) {
                 *slot = Some(page);
             }
@@ -417,8 +434,9 @@ impl Shared {
         wanted: &Range<u32>,
         stored: Vec<(u32, Stored)>,
     ) -> Vec<Result<Bytes, StoreError>> {
-        let pages = self.complete(segment, frame, wanted.clone(), stored).await;
+        let pages = self.complete(segment, frame, wanted.clone(), stored, PAGE_BYTES);
         pages
+            .await
             .into_iter()
             .zip(wanted.clone())
             .map(|(page, number)| match page {
@@ -452,14 +470,15 @@ impl Shared {
         let mut found: Vec<Result<Bytes, StoreError>> = Vec::with_capacity(wanted.len());
         if !blocks.is_empty() {
             let bytes = head.stored_range(blocks.clone());
-            let page_bytes = PAGE_BYTES as u32;
+            let page_bytes = head.page_bytes() as u32;
             let pages = bytes.start / page_bytes..bytes.end.div_ceil(page_bytes);
-            let stored = self.complete(segment, frame, pages.clone(), stored).await;
+            let stored = self.complete(segment, frame, pages.clone(), stored, page_bytes as usize);
+            let stored = stored.await;
             // Blocks lie across the borders of pages: one bad page spoils those that touch it.
-            let mut contiguous = Vec::with_capacity(stored.len() * PAGE_BYTES);
+            let mut contiguous = Vec::with_capacity(stored.len() * page_bytes as usize);
             let mut faults = Vec::new();
             for (page, stored) in pages.clone().zip(stored) {
-                let full = PAGE_BYTES.min((head.stored_bytes() - page * page_bytes) as usize);
+                let full = page_bytes.min(head.stored_bytes() - page * page_bytes) as usize;
                 match stored {
                     Ok(stored) if stored.data.len() == full => {
                         contiguous.extend_from_slice(&stored.data);

@@ -5,7 +5,6 @@ use heliofs_proto::ids::SegmentId;
 
 use super::fetch::Shared;
 use super::second::Part;
-use crate::segment::layout::{PAGE_BYTES, frame_extent_bytes};
 use crate::segment::object::FrameEntry;
 use crate::segment::page::take_pages;
 use crate::{FrameRange, Kind, StoreError};
@@ -87,7 +86,7 @@ impl Shared {
 
     /// Whether every page of the frame is right, and nothing follows; the page that is not, and why.
     fn is_frame(&self, entry: &FrameEntry, encoded: &Bytes) -> Result<(), (u32, String)> {
-        let pages = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
+        let pages = entry.pages();
         let mut rest = encoded.clone();
         match take_pages(&mut rest, &entry.identity(self.volume), 0, pages) {
             Ok(_) if rest.is_empty() => Ok(()),
@@ -104,9 +103,8 @@ impl Shared {
         encoded: &Bytes,
     ) -> Result<Bytes, StoreError> {
         let at = at(segment, entry);
-        let count = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
         let mut rest = encoded.clone();
-        let pages = take_pages(&mut rest, &entry.identity(self.volume), 0, count)
+        let pages = take_pages(&mut rest, &entry.identity(self.volume), 0, entry.pages())
             .map_err(|(page, fault)| self.corrupt(&at, page, fault.to_string()))?;
         let mut stored = BytesMut::with_capacity(entry.stored_bytes as usize);
         for page in &pages {
@@ -131,7 +129,7 @@ impl Shared {
 
 fn place(entry: &FrameEntry) -> std::ops::Range<u64> {
     let from = entry.frame.start();
-    from..from + frame_extent_bytes(u64::from(entry.stored_bytes))
+    from..from + entry.extent_bytes()
 }
 
 fn at(segment: SegmentId, entry: &FrameEntry) -> FrameRange {

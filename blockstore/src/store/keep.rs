@@ -11,7 +11,7 @@ use crate::cache::memory::MemoryTier;
 use crate::segment::layout::{
     FRAME_ALIGN, PAGE_BYTES, PAGE_HEADER_BYTES, PAGE_STRIDE, frame_extent_bytes,
 };
-use crate::segment::page::{Page, PageIdentity, take_page};
+use crate::segment::page::{Codec, Page, PageIdentity, take_page, take_pages};
 use crate::{EncodedSegment, FrameNumber};
 
 impl Shared {
@@ -23,16 +23,17 @@ impl Shared {
         end: u32,
         bytes: &Bytes,
         first: u32,
-        frame_bytes: Option<u32>,
+        frame_is: Option<(Codec, u32)>,
     ) {
-        let (Some(memory), Some(frame_bytes)) = (&self.memory, frame_bytes) else {
+        let (Some(memory), Some((codec, frame_bytes))) = (&self.memory, frame_is) else {
             return;
         };
-        if u64::from(end) * (PAGE_BYTES as u64) < u64::from(frame_bytes) {
+        let page_bytes = codec.page_bytes();
+        if u64::from(end) * (page_bytes as u64) < u64::from(frame_bytes) {
             return;
         }
-        let base = frame.byte_range(first..first).start;
-        let mut next = frame.start() + frame_extent_bytes(u64::from(frame_bytes));
+        let base = frame.byte_range(first..first, page_bytes).start;
+        let mut next = frame.start() + frame_extent_bytes(u64::from(frame_bytes), page_bytes);
         loop {
             next = next.next_multiple_of(FRAME_ALIGN);
             let at = (next - base) as usize;
@@ -58,30 +59,47 @@ impl Shared {
             } else if page.codec.is_plain() {
                 memory.insert(key, Bytes::copy_from_slice(&page.data));
             } else if page.frame_bytes as usize <= PAGE_BYTES {
-                self.harvest_encoded(memory, segment, frame, &page);
+                let mut pages = vec![page.clone()];
+                let stored_pages = page.frame_bytes.div_ceil(page.codec.page_bytes() as u32);
+                match take_pages(&mut rest, &origin, 1, stored_pages - 1) {
+                    Ok(others) => pages.extend(others),
+                    Err(_) => return,
+                }
+                self.harvest_encoded(memory, segment, frame, &pages);
             }
             if page.frame_bytes as usize > PAGE_BYTES {
                 return;
             }
-            next += frame_extent_bytes(u64::from(page.frame_bytes));
+            next += frame_extent_bytes(u64::from(page.frame_bytes), page.codec.page_bytes());
         }
     }
 
-    /// The data of an encoded frame that is all in its first page.
+    /// The data of an encoded frame, all of whose pages are here.
     fn harvest_encoded(
         &self,
         memory: &MemoryTier,
         segment: SegmentId,
         frame: FrameNumber,
-        page: &Page,
+        pages: &[Page],
     ) {
         // Whoever asks for a frame that can't be decoded is told why.
-        let Ok(head) = self.parse_head(segment, frame, page) else {
+        let Ok(head) = self.parse_head(segment, frame, &pages[0]) else {
             return;
         };
         let blocks = 0..head.blocks();
         let range = head.stored_range(blocks.clone());
-        let stored = &page.data[range.start as usize..range.end as usize];
+        let stored = match pages {
+            [only] => only.data.clone(),
+            _ => pages
+                .iter()
+                .flat_map(|page| &page.data[..])
+                .copied()
+                .collect(),
+        };
+        // Two pages that contradict each other, though each is sound.
+        let Some(stored) = stored.get(range.start as usize..range.end as usize) else {
+            return;
+        };
         for (page, data) in blocks.clone().zip(head.decode(blocks, stored)) {
             if let Ok(data) = data {
                 let key = PageKey {
@@ -124,13 +142,14 @@ impl Shared {
         pages: Range<u32>,
         origin: PageIdentity,
         bytes: &Bytes,
-        frame_bytes: Option<u32>,
+        frame_is: Option<(Codec, u32)>,
     ) {
-        let (Some(disk), Some(frame_bytes)) = (&self.disk, frame_bytes) else {
+        let (Some(disk), Some((codec, frame_bytes))) = (&self.disk, frame_is) else {
             return;
         };
-        let from = u64::from(pages.start) * PAGE_BYTES as u64;
-        let to = (u64::from(pages.end) * PAGE_BYTES as u64).min(u64::from(frame_bytes));
+        let page_bytes = codec.page_bytes() as u64;
+        let from = u64::from(pages.start) * page_bytes;
+        let to = (u64::from(pages.end) * page_bytes).min(u64::from(frame_bytes));
         let raw = to - from + u64::from(pages.end - pages.start) * PAGE_HEADER_BYTES as u64;
         // Not a slice: what else came along would be kept in memory while the writer is behind.
         let raw = match bytes.len() as u64 > raw * 2 {
@@ -175,18 +194,19 @@ impl Shared {
         for entry in &segment.frames {
             let origin = entry.identity(self.volume);
             let from = entry.frame.start();
-            let to = from + frame_extent_bytes(u64::from(entry.stored_bytes));
+            let to = from + entry.extent_bytes();
             let raw = object.slice(from as usize..to as usize);
-            let pages = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
+            let pages = entry.pages();
             for page in (0..pages).filter(|_| entry.codec.is_plain()) {
                 let at = page as usize * PAGE_STRIDE;
                 let data = raw.slice(at + PAGE_HEADER_BYTES..raw.len().min(at + PAGE_STRIDE));
                 self.remember(segment.id, entry.frame, page, data, true);
             }
             let Some(disk) = &self.disk else { continue };
+            let stride = PAGE_HEADER_BYTES + entry.codec.page_bytes();
             for first in (0..pages).step_by(RUN_PAGES_MAX as usize) {
                 let end = pages.min(first + RUN_PAGES_MAX);
-                let part = first as usize * PAGE_STRIDE..raw.len().min(end as usize * PAGE_STRIDE);
+                let part = first as usize * stride..raw.len().min(end as usize * stride);
                 disk.insert(
                     segment.id,
                     entry.frame,

@@ -6,7 +6,6 @@ use heliofs_proto::ids::SegmentId;
 use super::SegmentStore;
 use crate::StoreError;
 use crate::segment::codec::FrameHead;
-use crate::segment::layout::PAGE_BYTES;
 use crate::segment::object::{FrameEntry, ObjectFault, check_object};
 use crate::segment::page::take_pages;
 
@@ -32,8 +31,7 @@ impl SegmentStore {
             page,
             detail,
         };
-        let count = entry.stored_bytes.div_ceil(PAGE_BYTES as u32);
-        let pages = take_pages(&mut stored.clone(), &identity, 0, count)
+        let pages = take_pages(&mut stored.clone(), &identity, 0, entry.pages())
             .map_err(|(page, fault)| corrupt(page, fault.to_string()))?;
         let Some(first) = pages.first() else {
             return Err(corrupt(0, "the frame is empty".to_owned()));

@@ -251,7 +251,16 @@ impl SegmentStore {
         self.shared
             .bucket
             .put_new(&name, payload, segment.checksum)
-            .await?;
+            .await
+            .inspect_err(|error| {
+                if matches!(error, StoreError::AlreadyExists { .. }) {
+                    tracing::error!(
+                        volume = segment.volume.0,
+                        segment = segment.id.0,
+                        "an object with other bytes lies there already"
+                    );
+                }
+            })?;
         if self.cache_uploads && self.shared.caches() {
             self.shared.cache_segment(&segment);
         }

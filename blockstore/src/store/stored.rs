@@ -8,10 +8,11 @@ use heliofs_proto::ids::SegmentId;
 
 use super::fetch::Shared;
 use super::second::{CopyNews, Origin, Part};
+use crate::cache::disks::Disks;
 use crate::segment::codec::FrameHead;
-use crate::segment::layout::{PAGE_BYTES, PAGE_HEADER_BYTES, PAGE_STRIDE, TRAILER_BYTES};
+use crate::segment::layout::{FINE_PAGE_BYTES, PAGE_BYTES, PAGE_HEADER_BYTES, TRAILER_BYTES};
 use crate::segment::object::{FrameEntry, decode_footer, decode_trailer};
-use crate::segment::page::{Page, PageFault, PageIdentity, peek, take_page};
+use crate::segment::page::{Page, PageFault, PageIdentity, page_bytes_at, peek, take_page};
 use crate::{FrameNumber, FrameRange, StoreError};
 
 /// First guess at a footer's length: 250 frames.
@@ -41,16 +42,58 @@ pub(super) enum Front {
     Untold,
 }
 
+/// Stored bytes per page of a frame.
+#[derive(Clone, Copy)]
+pub(super) enum PageLength {
+    /// As the frame's head says.
+    Known(usize),
+    /// Nothing of the frame was seen yet.
+    Guess(usize),
+}
+
+impl PageLength {
+    fn bytes(self) -> usize {
+        match self {
+            Self::Known(bytes) | Self::Guess(bytes) => bytes,
+        }
+    }
+}
+
 /// A stored page, or why not.
 pub(super) type Stored = Result<Page, Missed>;
 
 impl Shared {
+    /// The first stored pages of a frame of which nothing is known, enough for its first `pages` pages of data if the frame is no
+    /// longer than its data.
+    ///
+    /// Shape: as many as there are, from page 0, at least one.
+    pub(super) async fn front_pages(
+        self: &Arc<Self>,
+        segment: SegmentId,
+        frame: FrameNumber,
+        pages: u32,
+    ) -> Vec<(u32, Stored)> {
+        let here = |disk: &Arc<_>| Disks::may_have(disk, segment, frame, 0..1);
+        let stored = if self.disk.as_ref().is_some_and(here) {
+            let length = PageLength::Guess(PAGE_BYTES);
+            self.stored_pages(segment, frame, 0..1, length).await
+        } else {
+            let fine = pages * (PAGE_BYTES / FINE_PAGE_BYTES) as u32;
+            // What encryption adds to many pages would cost a request of its own.
+            let wanted = 0..fine + u32::from(pages > 1);
+            let length = PageLength::Guess(FINE_PAGE_BYTES);
+            self.download(segment, frame, wanted, length).await
+        };
+        (0..).zip(stored).collect()
+    }
+
     /// The stored pages `wanted` of a frame, in order, verified.
     pub(super) async fn stored_pages(
         self: &Arc<Self>,
         segment: SegmentId,
         frame: FrameNumber,
         wanted: Range<u32>,
+        length: PageLength,
     ) -> Vec<Stored> {
         let mut pages: Vec<Option<Stored>> = vec![None; wanted.len()];
         if let Some(disk) = &self.disk
@@ -69,14 +112,12 @@ impl Shared {
             self.bucket.metrics().disk_hits.inc_by(hits);
         }
         // What lies behind the frame's end is nowhere.
-        let frame_bytes = pages
-            .iter()
-            .flatten()
-            .flatten()
-            .map(|page| page.frame_bytes);
-        if let Some(frame_bytes) = frame_bytes.max() {
+        let mut length = length;
+        if let Some(Ok(here)) = pages.iter().flatten().next() {
+            let (page_bytes, frame_bytes) = (here.codec.page_bytes(), here.frame_bytes);
+            length = PageLength::Known(page_bytes);
             for (page, slot) in wanted.clone().zip(&mut pages) {
-                if slot.is_none() && is_beyond(page, frame_bytes) {
+                if slot.is_none() && is_beyond(page, frame_bytes, page_bytes) {
                     *slot = Some(Err(Missed::Beyond));
                 }
             }
@@ -94,7 +135,7 @@ impl Shared {
         }
         let fetches = runs
             .iter()
-            .map(|run| self.download(segment, frame, run.clone()));
+            .map(|run| self.download(segment, frame, run.clone(), length));
         for (run, fetched) in runs.iter().zip(futures::future::join_all(fetches).await) {
             let at = (run.start - wanted.start) as usize;
             for (slot, page) in pages[at..].iter_mut().zip(fetched) {
@@ -118,20 +159,29 @@ impl Shared {
         {
             return Ok(Front::Untold);
         }
-        let part = Part::Range(frame.start()..frame.start() + FRONT_BYTES);
-        let (bytes, _) = self.part(segment, part, 0).await?;
-        let identity = PageIdentity {
+        let first = |bytes: u64| Part::Range(frame.start()..frame.start() + bytes);
+        let (mut bytes, _) = self.part(segment, first(FRONT_BYTES), 0).await?;
+        let Some((identity, codec, stored_bytes)) = peek(&bytes) else {
+            return Ok(Front::Untold);
+        };
+        let own = PageIdentity {
             volume: self.volume,
             segment,
             frame,
         };
-        let Some((codec, stored_bytes)) = peek(&bytes, &identity) else {
+        // One that compaction has moved carries the name that it had before.
+        if identity != own && self.origin_of(segment, frame).await? != Some(identity) {
             return Ok(Front::Untold);
-        };
+        }
         if codec.is_plain() {
             return Ok(Front::Plain);
         }
-        let front = &bytes[PAGE_HEADER_BYTES..];
+        let whole = FrameHead::prelude_bytes(&bytes[PAGE_HEADER_BYTES..]);
+        let whole = (PAGE_HEADER_BYTES + whole.unwrap_or_default()) as u64;
+        if whole > FRONT_BYTES {
+            (bytes, _) = self.part(segment, first(whole), 0).await?;
+        }
+        let front = bytes.get(PAGE_HEADER_BYTES..).unwrap_or_default();
         let key = self.encoder.key.as_deref();
         match FrameHead::parse_front(front, identity, codec, stored_bytes, key) {
             None => Ok(Front::Untold),
@@ -142,25 +192,29 @@ impl Shared {
 
     /// Fetches pages from the bucket. Bytes that fail verification are fetched once more: a flip on the way heals, one in the
     /// bucket does not.
+    ///
+    /// Shape: one item per page; if the length was a wrong guess and page 0 is wanted, as many of the frame's first pages as the
+    /// bytes that were asked for have.
     async fn download(
         &self,
         segment: SegmentId,
         frame: FrameNumber,
-        wanted: Range<u32>,
+        mut wanted: Range<u32>,
+        length: PageLength,
     ) -> Vec<Stored> {
+        let mut page_bytes = length.bytes();
+        let guessed = matches!(length, PageLength::Guess(_));
         let metrics = self.bucket.metrics();
         metrics.misses.inc_by(wanted.len() as u64);
         let mut good: Vec<Option<Page>> = vec![None; wanted.len()];
         let mut faults: Vec<Option<PageFault>> = vec![None; wanted.len()];
-        let mut length = None;
-        let own = frame.byte_range(wanted.clone());
+        let mut frame_bytes = None;
+        let own = frame.byte_range(wanted.clone(), page_bytes);
         let reach = match (wanted.start, &self.memory) {
             (0, Some(_)) => self.scans.reach(segment, own.clone()),
             // What would come along could not be kept, or is fetched by the readers of this frame.
             _ => own.clone(),
         };
-        // A page by itself is kept in memory as it is: what came along with it must not stay there, too.
-        let alone = wanted.len() == 1 && reach.end > own.end;
         // Bad bytes of the own bucket, if there is another one to get good ones from.
         let mut bad_copy = false;
         for attempt in 0..self.attempts() {
@@ -184,22 +238,43 @@ impl Shared {
                 segment,
                 frame,
             };
-            let mut decoded = decode(&bytes, &origin, wanted.clone());
+            if guessed && wanted.start == 0 {
+                let found = likely_page_bytes(&bytes, &origin, page_bytes, own.end - own.start);
+                if found != page_bytes {
+                    page_bytes = found;
+                    wanted = 0..whole_pages(own.end - own.start, page_bytes);
+                    good = vec![None; wanted.len()];
+                    faults = vec![None; wanted.len()];
+                }
+            }
+            let mut decoded = decode(&bytes, &origin, wanted.clone(), page_bytes);
+            if guessed
+                && wanted.start > 0
+                && decoded.iter().all(Result::is_err)
+                && let Ok(Front::Encoded(_)) = self.front(segment, frame).await
+            {
+                // Its pages are elsewhere.
+                return vec![Err(Missed::Beyond); wanted.len()];
+            }
+            // A page by itself is kept in memory as it is: what came along with it must not stay there, too.
+            let alone = wanted.len() == 1 && bytes.len() > PAGE_HEADER_BYTES + page_bytes;
             if let Some(moved) = moved_from(&decoded)
                 && moved != origin
             {
                 match self.origin_of(segment, frame).await {
                     Ok(Some(entry)) if entry == moved => {
                         origin = moved;
-                        decoded = decode(&bytes, &origin, wanted.clone());
+                        decoded = decode(&bytes, &origin, wanted.clone(), page_bytes);
                     }
                     Ok(_) => {}
                     Err(error) => return or_error(good, error),
                 }
             }
-            let frame_bytes = decoded.iter().flatten().map(|page| page.frame_bytes).next();
-            length = length.or(frame_bytes);
-            let beyond = |page: u32| length.is_some_and(|length| is_beyond(page, length));
+            let frame_is = decoded.iter().flatten().next();
+            let frame_is = frame_is.map(|page| (page.codec, page.frame_bytes));
+            frame_bytes = frame_bytes.or(frame_is.map(|(_, bytes)| bytes));
+            let beyond =
+                |page: u32| frame_bytes.is_some_and(|bytes| is_beyond(page, bytes, page_bytes));
             let end = wanted
                 .clone()
                 .find(|page| beyond(*page))
@@ -229,8 +304,8 @@ impl Shared {
             }
             if whole && end > wanted.start {
                 let pages = wanted.start..end;
-                self.keep_on_disk(segment, frame, pages, origin, &bytes, frame_bytes);
-                self.harvest(segment, frame, end, &bytes, wanted.start, frame_bytes);
+                self.keep_on_disk(segment, frame, pages, origin, &bytes, frame_is);
+                self.harvest(segment, frame, end, &bytes, wanted.start, frame_is);
             }
             self.judge(
                 segment,
@@ -254,7 +329,9 @@ impl Shared {
             .zip(wanted)
             .map(|((page, fault), number)| match (page, fault) {
                 (Some(page), _) => Ok(page),
-                (None, _) if length.is_some_and(|length| is_beyond(number, length)) => {
+                (None, _)
+                    if frame_bytes.is_some_and(|bytes| is_beyond(number, bytes, page_bytes)) =>
+                {
                     Err(Missed::Beyond)
                 }
                 (None, fault) => {
@@ -341,17 +418,57 @@ impl Shared {
     }
 }
 
+/// How many pages of `page_bytes` each `bytes` have, at least one.
+fn whole_pages(bytes: u64, page_bytes: usize) -> u32 {
+    (bytes / (PAGE_HEADER_BYTES + page_bytes) as u64).max(1) as u32
+}
+
+/// Stored bytes per page of the frame that `bytes` begin with: as its first page says if that is sound, otherwise what makes more
+/// of the pages in the first `wanted` bytes sound, and `guess` if nothing does. One wrong bit in a header must not spoil others.
+fn likely_page_bytes(bytes: &Bytes, origin: &PageIdentity, guess: usize, wanted: u64) -> usize {
+    let is_sound =
+        |page: &Result<Page, PageFault>| matches!(page, Ok(_) | Err(PageFault::Foreign { .. }));
+    if is_sound(&take_page(&mut bytes.clone(), origin, 0)) {
+        return page_bytes_at(bytes).unwrap_or(guess);
+    }
+    let sound = |page_bytes: usize| {
+        let pages = decode(
+            bytes,
+            origin,
+            0..whole_pages(wanted, page_bytes),
+            page_bytes,
+        );
+        pages.iter().filter(|page| is_sound(page)).count() * page_bytes
+    };
+    let other = if guess == PAGE_BYTES {
+        FINE_PAGE_BYTES
+    } else {
+        PAGE_BYTES
+    };
+    if sound(other) > sound(guess) {
+        other
+    } else {
+        guess
+    }
+}
+
 /// Whether a frame of `frame_bytes` stored bytes ends before page `page`.
-fn is_beyond(page: u32, frame_bytes: u32) -> bool {
-    u64::from(page) * PAGE_BYTES as u64 >= u64::from(frame_bytes)
+fn is_beyond(page: u32, frame_bytes: u32, page_bytes: usize) -> bool {
+    u64::from(page) * page_bytes as u64 >= u64::from(frame_bytes)
 }
 
 /// Verifies each of `pages` by itself; `bytes` begins with the first.
-fn decode(bytes: &Bytes, origin: &PageIdentity, pages: Range<u32>) -> Vec<Result<Page, PageFault>> {
+fn decode(
+    bytes: &Bytes,
+    origin: &PageIdentity,
+    pages: Range<u32>,
+    page_bytes: usize,
+) -> Vec<Result<Page, PageFault>> {
+    let stride = PAGE_HEADER_BYTES + page_bytes;
     pages
         .enumerate()
         .map(|(n, page)| {
-            let mut rest = bytes.slice((n * PAGE_STRIDE).min(bytes.len())..);
+            let mut rest = bytes.slice((n * stride).min(bytes.len())..);
             take_page(&mut rest, origin, page)
         })
         .collect()

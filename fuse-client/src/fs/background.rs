@@ -331,7 +331,7 @@ impl Fs {
             ids: &self.segment_ids,
             segment_bytes: self.options.segment_bytes,
             bytes_per_second: match turn.urgent {
-                true => 0,
+                true => options.urgent_bytes_per_second,
                 false => options.bytes_per_second,
             },
             leased: true,

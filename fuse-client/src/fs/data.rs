@@ -175,7 +175,14 @@ impl Fs {
         if self.stage(&file.inode, Stage::Private).await? {
             return Ok(());
         }
-        self.flush(&file.inode).await
+        loop {
+            let session = self.session();
+            let flushed = self.flush(&file.inode).await;
+            // A session that ended says nothing of the data: the next one stores it again.
+            if flushed.is_ok() || !self.renewed(&session).await {
+                return flushed;
+            }
+        }
     }
 
     /// fallocate.

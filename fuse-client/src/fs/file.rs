@@ -117,7 +117,7 @@ impl Fs {
             let state = inode.lock();
             (state.failure.is_some(), state.lost)
         };
-        if let Some(lost) = lost {
+        if let Some(lost) = lost.filter(|_| !how.truncate) {
             return Err(lost);
         }
         if failed && !how.truncate {
@@ -156,7 +156,15 @@ impl Fs {
                 kill_suidgid: how.kill_suidgid,
                 ..AttrChange::default()
             };
-            data_seq = self.set_attr(ino, change, caller).await?.attr.data_seq;
+            // What was lost is not wanted any more.
+            let lost = inode.lock().lost.take();
+            match self.set_attr(ino, change, caller).await {
+                Ok(entry) => data_seq = entry.attr.data_seq,
+                Err(error) => {
+                    inode.lock().lost = lost;
+                    return Err(error);
+                }
+            }
         }
         opened.keep();
         Ok(cache.keep_pages(ino, data_seq))

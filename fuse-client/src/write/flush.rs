@@ -93,7 +93,8 @@ impl<'a> Group<'a> {
 
 /// Where a batch's frames ended up.
 enum Placed {
-    Segment(Arc<Stored>, Vec<blockstore::FrameNumber>),
+    /// For each frame its number and [`Frame::lead`].
+    Segment(Arc<Stored>, Vec<(blockstore::FrameNumber, u32)>),
     Inline(Arc<Vec<Frame>>),
 }
 
@@ -106,9 +107,10 @@ impl Placed {
         };
         match self {
             Self::Segment(segment, frames) => {
+                let (frame, lead) = frames[piece.sent.frame];
                 extent.segment = segment.id();
-                extent.frame = frames[piece.sent.frame].0;
-                extent.frame_offset = piece.sent.frame_offset;
+                extent.frame = frame.0;
+                extent.frame_offset = lead + piece.sent.frame_offset;
             }
             Self::Inline(frames) => {
                 let bytes = concat(&frames[piece.sent.frame].pieces);

@@ -10,9 +10,14 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use blockstore::segment::layout::PAGE_BYTES;
 use bytes::Bytes;
+use heliofs_proto::limits::FRAME_BYTES_MAX;
 
 use super::staging::StagedRecord;
+
+/// What the kernel reads at least, and from multiples of it.
+pub const FILE_PAGE_BYTES: u64 = 4096;
 
 /// Which upload a frozen piece is part of, and where it lies in it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,7 +26,7 @@ pub struct Sent {
     pub batch: u64,
     /// The frame, by its place in the batch.
     pub frame: usize,
-    /// First byte within the frame.
+    /// First byte within the frame, behind its [`Frame::lead`].
     pub frame_offset: u32,
 }
 
@@ -192,6 +197,14 @@ pub fn concat(pieces: &[Held]) -> Vec<u8> {
 }
 
 impl Frame {
+    /// Zeros that are stored in front of its bytes, so that a page of the file is within one page of the frame: a read of 4 KiB
+    /// fetches no second one. None where the frame has a single page.
+    pub fn lead(&self) -> u32 {
+        let lead = self.offset % FILE_PAGE_BYTES;
+        let several = self.length > PAGE_BYTES as u64 && self.length + lead <= FRAME_BYTES_MAX;
+        if several { lead as u32 } else { 0 }
+    }
+
     /// Nothing of it has to be loaded.
     pub fn is_in_memory(&self) -> bool {
         self.pieces.iter().all(|held| held.bytes().is_some())

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use heliofs_proto::limits::{COMMIT_EXTENTS_MAX, INLINE_BYTES_MAX};
 use tokio::sync::watch;
 
-use super::pieces::{Frame, Held};
+use super::pieces::{FILE_PAGE_BYTES, Frame, Held};
 use super::stored::Stored;
 use crate::errno::Errno;
 use crate::fs::Fs;
@@ -14,6 +15,9 @@ use crate::inode::{Batch, Inode, InodeState, Uploaded};
 
 /// Uploaded batches that wait for a commit before one is made without anybody asking: their bytes stay in memory until then.
 const COMMIT_BATCHES: usize = 8;
+
+/// What leads a frame.
+static ZEROS: [u8; FILE_PAGE_BYTES as usize] = [0; FILE_PAGE_BYTES as usize];
 
 impl Fs {
     /// Freezes what is not on its way yet (`full_only`: only full runs). What fills a segment is uploaded at once, the rest waits
@@ -86,21 +90,27 @@ impl Fs {
             Errno::from(error)
         })?;
         let mut loaded = Vec::with_capacity(frames.len());
-        for frame in frames {
-            let mut pieces = Vec::with_capacity(frame.pieces.len());
+        let leads: Vec<u32> = frames.iter().map(Frame::lead).collect();
+        for (frame, &lead) in frames.into_iter().zip(&leads) {
+            let mut pieces = Vec::with_capacity(frame.pieces.len() + 1);
+            if lead > 0 {
+                pieces.push(Bytes::from_static(&ZEROS[..lead as usize]));
+            }
             for held in frame.pieces {
                 pieces.push(self.load(&held).await?);
             }
             loaded.push(pieces);
         }
         let (segment, numbers) = self.store().build(id, loaded).await?;
-        let (record, bytes) = (segment.record(), segment.length);
+        let (mut record, bytes) = (segment.record(), segment.length);
+        record.data_bytes -= leads.iter().map(|lead| u64::from(*lead)).sum::<u64>();
         self.store().put(segment).await.map_err(|error| {
             tracing::warn!(segment = id.0, %error, "upload failed");
             Errno::from(error)
         })?;
         self.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Ok((Arc::new(Stored::new(record, self.abandoned())), numbers))
+        let frames = numbers.into_iter().zip(leads).collect();
+        Ok((Arc::new(Stored::new(record, self.abandoned())), frames))
     }
 
     /// Bytes of segments that this mount has stored: as long as they grow, the bucket takes what it is given.

@@ -4,11 +4,11 @@
 //! stored anew, and the files are let follow. A volume may be in use meanwhile: whatever looks wrong is asked for again, and
 //! what was deleted in between is no damage.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use blockstore::segment::object::check_object;
+use blockstore::segment::object::{FrameEntry, check_object};
 use blockstore::{Bucket, DiskCacheOptions, Kind, SegmentStore, StoreOptions};
 use clap::{Args, ValueEnum};
 use fuse_client::compact::Compactor;
@@ -114,6 +114,47 @@ struct Check<'a> {
     volume: VolumeId,
 }
 
+/// An object's frames: number and bytes of data, by number.
+type Frames = Vec<(u32, u32)>;
+
+/// What is wrong with where an extent says that its bytes lie.
+fn misplaced(frames: &Frames, extent: &v1::Extent) -> Option<String> {
+    let end = u64::from(extent.frame_offset) + extent.length;
+    let at = frames.binary_search_by_key(&extent.frame, |(number, _)| *number);
+    let what = match at.map(|at| u64::from(frames[at].1)) {
+        Ok(bytes) if end <= bytes => return None,
+        Ok(bytes) => format!("which has {bytes} bytes"),
+        Err(_) => "which is none".to_owned(),
+    };
+    Some(format!(
+        "its bytes {}..{} are said to be those from {} on of frame {} of segment {:016x}, {what}",
+        extent.offset,
+        extent.offset + extent.length,
+        extent.frame_offset,
+        extent.frame,
+        extent.segment
+    ))
+}
+
+/// How far an interrupted check came.
+#[derive(Clone, Copy)]
+enum StoppedAt {
+    /// The metadata's records were not all compared.
+    Records,
+    /// Everything up to this segment is checked.
+    Segment(u64),
+}
+
+impl StoppedAt {
+    /// What `--from` goes on with.
+    fn from(self) -> Option<String> {
+        match self {
+            Self::Records => None,
+            Self::Segment(id) => Some(format!("{id:016x}")),
+        }
+    }
+}
+
 /// What a check came to.
 #[derive(Default)]
 struct Report {
@@ -123,44 +164,55 @@ struct Report {
     damages: Vec<Damage>,
     /// Per damaged segment: (inode, extent).
     users: BTreeMap<u64, Vec<(u64, v1::Extent)>>,
+    /// Per sound object that was read its frames.
+    frames: HashMap<u64, Frames>,
     /// Where to go on, when it was interrupted.
-    stopped_at: Option<u64>,
+    stopped_at: Option<StoppedAt>,
     repaired_bytes: u64,
 }
 
 pub(crate) async fn run(options: Options, json: bool) -> Outcome {
-    let mut worst = Verdict::Sound;
+    let mut verdict = Verdict::default();
     let whole = options.paths.len() == 1 && options.paths[0].starts_with("helio://");
     if whole {
         let target = options.access.target(&options.paths[0], None)?;
-        worst = check(&options, &target, &[], json).await?;
+        verdict = check(&options, &target, &[], json).await?;
     } else {
-        for (target, places) in places(&options.access, &options.paths)? {
-            worst = worst.max(check(&options, &target, &places, json).await?);
-            if worst == Verdict::Interrupted {
+        let volumes = places(&options.access, &options.paths)?;
+        if options.from.is_some() && volumes.len() > 1 {
+            return Err(Failure::usage(
+                "--from goes on with one volume, and the paths lie in several",
+            )
+            .hint("check each volume by itself"));
+        }
+        for (target, places) in volumes {
+            let of_this = check(&options, &target, &places, json).await?;
+            verdict.damaged |= of_this.damaged;
+            if of_this.interrupted {
+                verdict.interrupted = true;
                 break;
             }
         }
     }
-    match worst {
-        Verdict::Sound => Ok(()),
-        Verdict::Interrupted => Err(Failure::new("the check was interrupted")
-            .hint("nothing is wrong as far as it came; --from goes on")),
-        Verdict::Damaged => Err(Failure::damaged("the volume is damaged").hint(
+    match verdict {
+        Verdict { damaged: true, .. } => Err(Failure::damaged("the volume is damaged").hint(
             "--repair saves what can still be read; other files must be restored or removed",
         )),
+        Verdict {
+            interrupted: true, ..
+        } => Err(Failure::new("the check was interrupted")
+            .hint("nothing is wrong as far as it came; --from goes on")),
+        Verdict { .. } => Ok(()),
     }
 }
 
 /// What a check has found.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Verdict {
-    /// Nothing is wrong, or all of it was repaired.
-    Sound,
-    /// As far as it came.
-    Interrupted,
-    /// Damage is left.
-    Damaged,
+#[derive(Clone, Copy, Default)]
+struct Verdict {
+    /// Damage is left; otherwise nothing is wrong as far as it came, or all of it was repaired.
+    damaged: bool,
+    /// It did not come to the end.
+    interrupted: bool,
 }
 
 /// The other bucket, if one is named.
@@ -242,25 +294,30 @@ async fn check(
 impl Check<'_> {
     async fn run(&self, volume: &str, places: &[Place]) -> Outcome<Verdict> {
         let mut report = Report::default();
+        // From here on, not only while something is waited for: a signal that comes in between is not to be lost.
+        let mut stop = Stop::catch()?;
         let only = match places {
             [] => None,
             places => Some(self.segments_below(places).await?),
         };
         if only.is_none() && self.options.from.is_none() {
-            self.records(&mut report).await?;
+            self.records(&mut stop, &mut report).await?;
         }
-        if self.options.level > Level::Meta {
+        if self.options.level > Level::Meta && report.stopped_at.is_none() {
             let mut live = segments::live(self.session, self.options.from.unwrap_or(0)).await?;
             if let Some(only) = &only {
                 live.retain(|segment| only.contains(&segment.id));
             }
             report.segments = live.len() as u64;
             report.bytes = live.iter().map(|segment| segment.length).sum();
-            self.exists(&live, &mut report).await?;
-            if self.options.level == Level::Data {
+            self.exists(&live, &mut stop, &mut report).await?;
+            if self.options.level == Level::Data && report.stopped_at.is_none() {
                 let missing: BTreeSet<u64> = report.damages.iter().map(|it| it.id).collect();
                 live.retain(|segment| !missing.contains(&segment.id));
-                self.data(&live, &mut report).await?;
+                self.data(&live, &mut stop, &mut report).await?;
+                if report.stopped_at.is_none() {
+                    self.places(&mut stop, &mut report).await?;
+                }
             }
         }
         if let Some(second) = &self.second {
@@ -283,10 +340,9 @@ impl Check<'_> {
             .damages
             .iter()
             .any(|damage| report.users.contains_key(&damage.id));
-        Ok(match report.stopped_at {
-            _ if left || !report.problems.is_empty() => Verdict::Damaged,
-            Some(_) => Verdict::Interrupted,
-            None => Verdict::Sound,
+        Ok(Verdict {
+            damaged: left || !report.problems.is_empty(),
+            interrupted: report.stopped_at.is_some(),
         })
     }
 
@@ -328,12 +384,20 @@ impl Check<'_> {
     }
 
     /// The records of the node that is asked, against each other.
-    async fn records(&self, report: &mut Report) -> Outcome {
+    async fn records(&self, stop: &mut Stop, report: &mut Report) -> Outcome {
         let bar = progress::bar("records", 1, false, self.json);
         let (mut part, mut parts) = (0, 0);
         loop {
             let ask = Ask::CheckRecords(v1::CheckRecords { part, parts });
-            let Answer::Records(checked) = self.session.maintain(ask).await? else {
+            let answer = tokio::select! {
+                biased;
+                _ = stop.wait() => {
+                    report.stopped_at = Some(StoppedAt::Records);
+                    break;
+                }
+                answer = self.session.maintain(ask) => answer?,
+            };
+            let Answer::Records(checked) = answer else {
                 return Err(Failure::new(
                     "the cluster gave another answer than was asked for",
                 ));
@@ -359,13 +423,24 @@ impl Check<'_> {
     }
 
     /// Every object is listed, with the length that metadata knows.
-    async fn exists(&self, live: &[v1::Segment], report: &mut Report) -> Outcome {
+    async fn exists(&self, live: &[v1::Segment], stop: &mut Stop, report: &mut Report) -> Outcome {
         let groups: BTreeSet<u8> = live.iter().map(|segment| segment.id as u8).collect();
         let bar = progress::bar("exists", groups.len() as u64, false, self.json);
         let mut listings = futures::stream::iter(groups)
             .map(|group| async move { (group, self.bucket.list(&format!("{group:02x}")).await) })
             .buffered(LISTS);
-        while let Some((group, listed)) = listings.next().await {
+        loop {
+            let next = tokio::select! {
+                biased;
+                _ = stop.wait() => {
+                    report.stopped_at = Some(StoppedAt::Segment(self.options.from.unwrap_or(0)));
+                    break;
+                }
+                next = listings.next() => next,
+            };
+            let Some((group, listed)) = next else {
+                break;
+            };
             let listed: BTreeMap<String, u64> = listed?.into_iter().collect();
             for segment in live.iter().filter(|segment| segment.id as u8 == group) {
                 let what = match listed.get(&SegmentId(segment.id).object_name()) {
@@ -413,20 +488,18 @@ impl Check<'_> {
     }
 
     /// Every byte of every object. `live` is in order of id.
-    async fn data(&self, live: &[v1::Segment], report: &mut Report) -> Outcome {
+    async fn data(&self, live: &[v1::Segment], stop: &mut Stop, report: &mut Report) -> Outcome {
         let bytes = live.iter().map(|segment| segment.length).sum();
         let bar = progress::bar("data", bytes, true, self.json);
         let mut checks = futures::stream::iter(live)
             .map(|segment| async move { (segment, self.object(segment).await) })
             .buffered(self.options.threads.max(1));
         let mut last = self.options.from.unwrap_or(0);
-        // From here on, not only while something is waited for: a signal that comes in between is not to be lost.
-        let mut stop = Stop::catch()?;
         loop {
             let next = tokio::select! {
                 biased;
                 _ = stop.wait() => {
-                    report.stopped_at = Some(last);
+                    report.stopped_at = Some(StoppedAt::Segment(last));
                     break;
                 }
                 next = checks.next() => next,
@@ -434,8 +507,16 @@ impl Check<'_> {
             let Some((segment, outcome)) = next else {
                 break;
             };
-            if let Some(what) = outcome? {
-                self.found(segment.id, what, report).await?;
+            let outcome = outcome.map_err(|error: Failure| {
+                error.hint(format!(
+                    "what was checked so far need not be again: --from {last:016x}"
+                ))
+            });
+            match outcome? {
+                Ok(frames) => {
+                    report.frames.insert(segment.id, frames);
+                }
+                Err(what) => self.found(segment.id, what, report).await?,
             }
             last = segment.id;
             bar.inc(segment.length);
@@ -443,7 +524,7 @@ impl Check<'_> {
                 tokio::select! {
                     () = tokio::time::sleep(Duration::from_millis(wait)) => {}
                     _ = stop.wait() => {
-                        report.stopped_at = Some(last);
+                        report.stopped_at = Some(StoppedAt::Segment(last));
                         break;
                     }
                 }
@@ -453,36 +534,60 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// What is wrong with an object, every time that it is read; nothing: `None`.
-    async fn object(&self, segment: &v1::Segment) -> Outcome<Option<String>> {
-        let mut wrong = None;
+    /// Every extent names bytes that its frame has. Segments never change: that extents come and go meanwhile is no matter.
+    async fn places(&self, stop: &mut Stop, report: &mut Report) -> Outcome {
+        let (frames, problems) = (&report.frames, &mut report.problems);
+        let any = BTreeSet::new();
+        let looking = segments::each_extent(self.session, &any, |ino, extent| {
+            let wrong = frames
+                .get(&extent.segment)
+                .and_then(|frames| misplaced(frames, &extent));
+            if let Some(wrong) = wrong {
+                problems.push(format!("inode {ino}: {wrong}"));
+            }
+        });
+        tokio::select! {
+            biased;
+            _ = stop.wait() => {
+                let last = frames.keys().max().copied();
+                report.stopped_at = Some(StoppedAt::Segment(last.unwrap_or(0)));
+                Ok(())
+            }
+            looked = looking => looked,
+        }
+    }
+
+    /// The frames of an object, or what is wrong with it, every time that it is read.
+    async fn object(&self, segment: &v1::Segment) -> Outcome<Result<Frames, String>> {
+        let mut found = Err("it was not read".to_owned());
         // What a connection damaged is no damage of the object.
         for _ in 0..READS_MAX {
-            wrong = self.object_once(segment).await?;
-            if wrong.is_none() {
+            found = self.object_once(segment).await?;
+            if found.is_ok() {
                 break;
             }
         }
-        Ok(wrong)
+        Ok(found)
     }
 
-    async fn object_once(&self, segment: &v1::Segment) -> Outcome<Option<String>> {
+    async fn object_once(&self, segment: &v1::Segment) -> Outcome<Result<Frames, String>> {
         let id = SegmentId(segment.id);
         let object = match self.bucket.get(&id.object_name()).await {
             Ok(object) => object,
             Err(error) if error.kind() == Kind::NotFound => {
-                return Ok(Some("the object is missing".to_owned()));
+                return Ok(Err("the object is missing".to_owned()));
             }
             Err(error) => return Err(error.into()),
         };
         let (volume, checksum) = (self.volume, segment.checksum);
         let checked = tokio::task::spawn_blocking(move || {
-            if let Err(fault) = check_object(&object, volume, id) {
-                return Some(fault.to_string());
-            }
+            let frames = check_object(&object, volume, id).map_err(|fault| fault.to_string())?;
             let found = crc32fast::hash(&object);
-            (found != checksum)
-                .then(|| format!("checksum is {found:08x}, should be {checksum:08x}"))
+            if found != checksum {
+                return Err(format!("checksum is {found:08x}, should be {checksum:08x}"));
+            }
+            let frame = |entry: &FrameEntry| (entry.frame.0, entry.decoded_bytes);
+            Ok(frames.iter().map(frame).collect())
         });
         checked.await.map_err(Failure::new)
     }
@@ -602,14 +707,18 @@ impl Check<'_> {
                 "bytes": report.bytes,
                 "damages": damages,
                 "repaired_bytes": report.repaired_bytes,
-                "stopped_at": report.stopped_at.map(|id| format!("{id:016x}")),
+                "interrupted": report.stopped_at.is_some(),
+                "stopped_at": report.stopped_at.and_then(StoppedAt::from),
             }));
         }
         for problem in &report.problems {
             output::line(format_args!("metadata: {problem}"))?;
         }
-        if let Some(id) = report.stopped_at {
-            output::line(format_args!("interrupted; go on with --from {id:016x}"))?;
+        if let Some(stopped) = report.stopped_at {
+            output::line(match stopped.from() {
+                Some(from) => format!("interrupted; go on with --from {from}"),
+                None => "interrupted before the records were compared: begin anew".to_owned(),
+            })?;
         }
         if self.options.level == Level::Meta {
             return output::line(format_args!(
@@ -624,5 +733,37 @@ impl Check<'_> {
             report.damages.len(),
             show_size(report.repaired_bytes)
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_lie_in_frames_that_are_there() {
+        let frames = vec![(4, 100), (20, 70_000)];
+        let extent = |frame, frame_offset, length| v1::Extent {
+            frame,
+            frame_offset,
+            length,
+            segment: 1,
+            ..v1::Extent::default()
+        };
+        for sound in [
+            extent(4, 0, 100),
+            extent(4, 99, 1),
+            extent(20, 4095, 65_905),
+        ] {
+            assert_eq!(misplaced(&frames, &sound), None);
+        }
+        for (wrong, what) in [
+            (extent(4, 1, 100), "which has 100 bytes"),
+            (extent(5, 0, 1), "which is none"),
+            (extent(20, u32::MAX, 1), "which has 70000 bytes"),
+        ] {
+            let said = misplaced(&frames, &wrong).unwrap();
+            assert!(said.ends_with(what), "{said}");
+        }
     }
 }

@@ -81,6 +81,19 @@ pub(crate) async fn users(
     segments: &BTreeSet<u64>,
 ) -> Outcome<BTreeMap<u64, Vec<(u64, v1::Extent)>>> {
     let mut users: BTreeMap<u64, Vec<(u64, v1::Extent)>> = BTreeMap::new();
+    each_extent(session, segments, |ino, extent| {
+        users.entry(extent.segment).or_default().push((ino, extent));
+    })
+    .await?;
+    Ok(users)
+}
+
+/// Shows all extents that name one of `segments`, or any if that is empty, to `see`, each with its file.
+pub(crate) async fn each_extent(
+    session: &Session,
+    segments: &BTreeSet<u64>,
+    mut see: impl FnMut(u64, v1::Extent),
+) -> Outcome {
     let mut from = (0, 0);
     loop {
         let ask = Ask::FindExtents(v1::FindExtents {
@@ -93,14 +106,11 @@ pub(crate) async fn users(
         };
         for placed in page.extents {
             if let Some(extent) = placed.extent {
-                users
-                    .entry(extent.segment)
-                    .or_default()
-                    .push((placed.ino, extent));
+                see(placed.ino, extent);
             }
         }
         if page.end {
-            return Ok(users);
+            return Ok(());
         }
         from = (page.next_ino, page.next_offset);
     }

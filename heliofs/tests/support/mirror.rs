@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{Cluster, wait_for};
+use super::{Cluster, Ran, S3, wait_for};
 
 /// Nodes that mirror `source`, which they reach at `url`.
 pub fn mirror_of(source: &Cluster, url: &str, nodes: usize, flags: &[&str]) -> Cluster {
@@ -16,6 +16,43 @@ pub fn mirror_of(source: &Cluster, url: &str, nodes: usize, flags: &[&str]) -> C
     let mut all = vec!["--mirror-of", url, "--mirror-token-file", token];
     all.extend(flags);
     Cluster::with_dirs(nodes, |_, _| None, &all)
+}
+
+/// Gives a volume of the mirror a bucket of its own, in a directory.
+pub fn give_bucket(mirror: &Cluster, volume: &str, bucket: &Path, flags: &[&str]) -> Ran {
+    let (url, bucket) = (mirror.volume_url(volume), bucket.to_str().unwrap());
+    let mut ask = vec![
+        "mirror",
+        "bucket",
+        &url,
+        "--storage",
+        "file",
+        "--bucket",
+        bucket,
+    ];
+    ask.extend(flags);
+    mirror.run(&ask)
+}
+
+/// The same, in one of an S3 server.
+pub fn give_s3_bucket(mirror: &Cluster, volume: &str, s3: &S3, bucket: &str) {
+    let url = mirror.volume_url(volume);
+    let ask = ["mirror", "bucket", &url, "--bucket", bucket];
+    mirror.run_with(&ask, |command| s3.keys(command)).success();
+}
+
+/// Where the source is.
+pub fn token(source: &Cluster, volume: &str) -> String {
+    let token = source.run(&["mirror", "token", &source.volume_url(volume)]);
+    token.success().out.trim().to_owned()
+}
+
+/// Waits until the mirror's own bucket has everything that the source has now.
+pub fn wait_complete(source: &Cluster, mirror: &Cluster, volume: &str) {
+    let (url, token) = (mirror.volume_url(volume), token(source, volume));
+    mirror
+        .run(&["mirror", "wait", &url, &token, "--data", "--timeout", "60s"])
+        .success();
 }
 
 /// What `heliofs mirror status` says of a volume; `None` while nobody can say.
@@ -40,10 +77,7 @@ pub fn wait_for_status(
 
 /// Takes a token at the source and waits for it at the mirror.
 pub fn catch_up(source: &Cluster, mirror: &Cluster, volume: &str) -> String {
-    let token = source
-        .run(&["mirror", "token", &source.volume_url(volume)])
-        .success();
-    let token = token.out.trim().to_owned();
+    let token = token(source, volume);
     // Until the volume is loaded for the first time there is nothing to wait at.
     wait_for(
         "the mirror's reaching the source",

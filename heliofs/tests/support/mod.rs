@@ -4,7 +4,7 @@
 //! - [`process`]: a process and its log; [`spawner`]: who starts it; [`cluster`]: metadata nodes; [`mount`]: a mounted volume
 //! - [`s3`]: SeaweedFS; [`disk`]: ext4 on a loop device; [`net`]: replies that get lost; [`lan`]: links that are cut
 //! - [`mirror`]: a second region; [`relay`]: the link between
-//! - [`load`]: writers that know what was acknowledged, and check it later
+//! - [`load`]: writers that know what was acknowledged, and check it later; [`clocked`]: one that knows when
 
 // Each test file uses a part of it.
 #![allow(
@@ -15,6 +15,7 @@
     clippy::unwrap_used
 )]
 
+pub mod clocked;
 pub mod cluster;
 pub mod disk;
 pub mod faults;
@@ -28,6 +29,7 @@ pub mod relay;
 pub mod s3;
 pub mod spawner;
 
+pub use clocked::Clocked;
 pub use cluster::{Cluster, Ran};
 pub use disk::Disk;
 pub use faults::{Fault, FaultyS3};
@@ -101,4 +103,23 @@ pub fn need_root_and_fuse() {
         std::path::Path::new("/dev/fuse").exists(),
         "/dev/fuse is missing: run .ci/setup test"
     );
+}
+
+/// What a process that serves metrics at `address` says of the sum or gauge `name`.
+pub fn metric(address: &str, name: &str) -> u64 {
+    let shown = cluster::run(std::process::Command::new("curl").args([
+        "-s",
+        "-f",
+        &format!("http://{address}/metrics"),
+    ]));
+    let shown = shown.success().out;
+    // A label follows the name.
+    let start = format!("{name}{{");
+    let line = shown.lines().find(|line| line.starts_with(&start));
+    line.unwrap_or_else(|| panic!("no {name} in\n{shown}"))
+        .rsplit(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap()
 }

@@ -18,6 +18,8 @@ struct Shared {
     cut: AtomicBool,
     stop: AtomicBool,
     passed: AtomicU64,
+    /// It cuts itself when as many bytes went through.
+    passes_max: AtomicU64,
     refused: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
 }
@@ -33,6 +35,7 @@ impl Relay {
             cut: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             passed: AtomicU64::new(0),
+            passes_max: AtomicU64::new(u64::MAX),
             refused: AtomicU64::new(0),
             open: Mutex::default(),
         });
@@ -83,16 +86,34 @@ impl Relay {
 
     /// From now on nothing gets through.
     pub fn cut(&self) {
-        self.shared.cut.store(true, Ordering::Relaxed);
-        for stream in self.shared.open.lock().unwrap().drain(..) {
-            // It may be closed already.
-            stream.shutdown(Shutdown::Both).ok();
-        }
+        self.shared.cut();
+    }
+
+    /// It cuts itself when `bytes` more went through: in the middle of whatever needs more.
+    pub fn cut_after(&self, bytes: u64) {
+        let max = self.passed() + bytes;
+        self.shared.passes_max.store(max, Ordering::Relaxed);
+    }
+
+    /// Whether it is cut.
+    pub fn is_cut(&self) -> bool {
+        self.shared.cut.load(Ordering::Relaxed)
     }
 
     /// It passes connections on again.
     pub fn heal(&self) {
+        self.shared.passes_max.store(u64::MAX, Ordering::Relaxed);
         self.shared.cut.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    fn cut(&self) {
+        self.cut.store(true, Ordering::Relaxed);
+        for stream in self.open.lock().unwrap().drain(..) {
+            // It may be closed already.
+            stream.shutdown(Shutdown::Both).ok();
+        }
     }
 }
 
@@ -124,6 +145,11 @@ fn pass(shared: &Arc<Shared>, mut from: TcpStream, mut to: TcpStream) {
     std::thread::spawn(move || {
         while let Ok((due, bytes)) = receiver.recv() {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            let after = shared.passed.load(Ordering::Relaxed) + bytes.len() as u64;
+            if after > shared.passes_max.load(Ordering::Relaxed) {
+                shared.cut();
+                break;
+            }
             if to.write_all(&bytes).is_err() {
                 break;
             }

@@ -61,9 +61,23 @@ impl Cluster {
 
     /// Status of every node, those included that only the cluster itself knows of: (address, status or why there is none).
     pub async fn status_all(&self) -> Vec<(String, Result<v1::StatusResponse, ClusterError>)> {
+        self.status_all_within(Duration::MAX).await
+    }
+
+    /// As [`Self::status_all`]; a node that takes longer than `within` has no status.
+    pub async fn status_all_within(
+        &self,
+        within: Duration,
+    ) -> Vec<(String, Result<v1::StatusResponse, ClusterError>)> {
         let ask = |peers: Vec<String>| {
             join_all(peers.into_iter().map(|peer| async move {
-                let status = self.status_of(&peer).await;
+                let status = tokio::time::timeout(within, self.status_of(&peer)).await;
+                let status = status.unwrap_or_else(|_| {
+                    Err(ClusterError::NoNode {
+                        peers: peer.clone(),
+                        detail: format!("no answer within {within:?}"),
+                    })
+                });
                 (peer, status)
             }))
         };

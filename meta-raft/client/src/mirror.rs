@@ -248,6 +248,25 @@ impl Cluster {
         call!(self, demote_volume, mutates = false, body).map(drop)
     }
 
+    /// Makes it final that a volume was handed over to `successor` at `at`; the position that the successor must reach for it.
+    /// Refused (`Invalid`) when somebody has taken it back.
+    pub async fn seal_hand_over(
+        &self,
+        volume: &str,
+        successor: &str,
+        at: Position,
+    ) -> Result<Position, ClusterError> {
+        let body = v1::DemoteVolumeRequest {
+            volume: volume.to_owned(),
+            successor: successor.to_owned(),
+            seal: true,
+            at: Some(at.into()),
+            ..v1::DemoteVolumeRequest::default()
+        };
+        let answer = call!(self, demote_volume, mutates = false, body)?;
+        Ok(answer.position.map(Position::from).unwrap_or_default())
+    }
+
     /// Makes a mirror writable under a new epoch; the first position of that. With a position, only if it is just there.
     pub async fn promote_mirror(
         &self,

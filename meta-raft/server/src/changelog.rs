@@ -20,7 +20,7 @@ use crate::observer::{AppliedItem, ApplyObserver};
 use crate::raft::purge::LogHolds;
 use crate::raft::types::Entry;
 use crate::sessions::Context;
-use crate::store::group::volume_init;
+use crate::store::group::{sealed, volume_init};
 use crate::store::local::Place;
 use crate::store::{LogStore, State};
 
@@ -563,6 +563,14 @@ impl Projection {
                 }
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::VolumeDemote(demote)),
+                })) if demote.volume == self.volume.0 && demote.seal => {
+                    let here = demote.at.map(Position::from) == Some(self.met());
+                    if here && self.mirrored {
+                        self.command(item.time, sealed(self.volume), found);
+                    }
+                }
+                Some(Item::Local(v1::LocalCommand {
+                    op: Some(local_command::Op::VolumeDemote(demote)),
                 })) if demote.volume == self.volume.0 => {
                     let undone = demote.undo && demote.at.map(Position::from) == Some(self.met());
                     self.mirrored = !undone && (self.mirrored || !demote.undo);
@@ -573,8 +581,8 @@ impl Projection {
                     self.promote(item.time, promote.clone(), found);
                 }
                 Some(Item::Local(v1::LocalCommand {
-                    op: Some(local_command::Op::MirrorLoadBegin(begin)),
-                })) if begin.volume == self.volume.0 => {
+                    op: Some(local_command::Op::MirrorLoadEnd(end)),
+                })) if end.volume == self.volume.0 => {
                     self.reloaded = true;
                     return;
                 }
@@ -786,6 +794,39 @@ mod tests {
             [(10, 110, 1), (11, 150, 11), (12, 150, 0), (13, 160, 5)]
         );
         assert_eq!(projection.last().epoch, Epoch(4));
+    }
+
+    #[test]
+    fn of_an_undo_and_a_seal_at_one_position_the_first_counts() {
+        let demote = |undo, seal| {
+            local_command::Op::VolumeDemote(v1::VolumeDemote {
+                volume: 3,
+                undo,
+                seal,
+                at: (undo || seal).then_some(v1::Position { epoch: 0, seq: 10 }),
+                ..Default::default()
+            })
+        };
+        let handed_over = || {
+            vec![
+                command(3, 1, 110),
+                local(demote(false, false), 111),
+                command(3, 2, 112),
+            ]
+        };
+        let mut told_to = projection(10, 100, 9);
+        let mut items = handed_over();
+        items.push(local(demote(false, true), 113));
+        items.push(local(demote(false, true), 114));
+        items.push(local(demote(true, false), 115));
+        items.push(command(3, 3, 116));
+        assert_eq!(told(&mut told_to, items), [(10, 110, 1), (11, 113, 0)]);
+        let mut told_to = projection(10, 100, 9);
+        let mut items = handed_over();
+        items.push(local(demote(true, false), 113));
+        items.push(local(demote(false, true), 114));
+        items.push(command(3, 3, 116));
+        assert_eq!(told(&mut told_to, items), [(10, 110, 1), (11, 116, 3)]);
     }
 
     #[test]

@@ -56,7 +56,7 @@ fn pass(state: &State, damage: &Damage, volume: VolumeId, cancel: &CancellationT
                 %volume, position = %scrubbed.position, sums = ?scrubbed.differing,
                 "records of this node are not what was applied: replace it, or load the mirror anew"
             );
-            state.note_divergence(volume, scrubbed.position);
+            state.note_rot(volume, &scrubbed);
         }
         Err(corruption) => damage.report("all records, to compare them", &corruption),
     }

@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use heliofs_proto::ids::{Epoch, Position, SessionId, VolumeId};
+use heliofs_proto::ids::{Epoch, Ino, Position, SessionId, VolumeId};
 use heliofs_proto::v1::{
     self, FileKind, FsError, MirrorState, command, local_command, log_item::Item,
 };
+use meta_core::query::lookup;
 use meta_core::{Stamp, View};
 use meta_server::config::CacheSizes;
 use meta_server::proposer::{LocalReply, Proposed};
@@ -16,6 +17,7 @@ use meta_server::raft::LogData;
 use meta_server::raft::types::{Entry, LogId};
 use meta_server::store::State;
 use meta_server::store::group::stands_alone;
+use meta_server::store::view::SnapshotView;
 use openraft::EntryPayload;
 use tempfile::TempDir;
 
@@ -193,20 +195,24 @@ fn load(mirror: &mut Region, source: &Source) {
     let LocalReply::Load(load) = mirror.local(begin()) else {
         panic!("the load does not begin")
     };
-    assert_eq!(mirror.mirror().state(), MirrorState::Loading);
     let (parts, end) = source.copy();
-    for (part, records) in (0..).zip(parts) {
+    load_parts(mirror, load, 0, &parts);
+    let end = v1::MirrorLoadEnd { load, ..end };
+    let ended = mirror.local(local_command::Op::MirrorLoadEnd(end));
+    assert_eq!(ended, LocalReply::Replayed(source.region.head()));
+}
+
+/// These parts of a copy, from number `first` on.
+fn load_parts(mirror: &mut Region, load: u64, first: u64, parts: &[Vec<v1::StoredRecord>]) {
+    for (part, records) in (first..).zip(parts) {
         let part = local_command::Op::MirrorLoad(v1::MirrorLoad {
             volume: VOLUME.0,
             load,
             part,
-            records,
+            records: records.clone(),
         });
         assert_eq!(mirror.local(part), LocalReply::Done);
     }
-    let end = v1::MirrorLoadEnd { load, ..end };
-    let ended = mirror.local(local_command::Op::MirrorLoadEnd(end));
-    assert_eq!(ended, LocalReply::Replayed(source.region.head()));
 }
 
 fn replay(mirror: &mut Region, entries: Vec<v1::ChangelogEntry>) -> LocalReply {
@@ -220,6 +226,37 @@ fn replay(mirror: &mut Region, entries: Vec<v1::ChangelogEntry>) -> LocalReply {
         Some(Proposed::Local(reply)) => reply,
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn what_was_destroyed_right_before_takes_nothing_of_the_next_copy_along() {
+    let mut source = Source::new();
+    source.create(0..50);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    source.create(50..80);
+    // As a node does it that is behind, or restarted: all of it at once.
+    let (parts, end) = source.copy();
+    let load = 1;
+    let destroy = v1::VolumeDestroy { volume: VOLUME.0 };
+    let mut ops = vec![local_command::Op::VolumeDestroy(destroy), begin()];
+    ops.extend((0..).zip(parts).map(|(part, records)| {
+        local_command::Op::MirrorLoad(v1::MirrorLoad {
+            volume: VOLUME.0,
+            load,
+            part,
+            records,
+        })
+    }));
+    ops.push(local_command::Op::MirrorLoadEnd(v1::MirrorLoadEnd {
+        load,
+        ..end
+    }));
+    let item = |op| stamped(Item::Local(v1::LocalCommand { op: Some(op) }));
+    let mut answers = mirror.apply(ops.into_iter().map(item).collect());
+    let ended = Proposed::Local(LocalReply::Replayed(source.region.head()));
+    assert_eq!(answers.pop(), Some(ended));
+    assert_eq!(mirror.digest(), source.region.digest());
 }
 
 #[test]
@@ -316,6 +353,7 @@ fn a_load_that_is_damaged_or_mixed_up_does_not_come_to_life() {
     let mut mirror = Region::new();
     let first = mirror.local(begin());
     assert_eq!(first, LocalReply::Load(1));
+    assert_eq!(mirror.mirror().state(), MirrorState::Loading);
     let (parts, end) = source.copy();
     let part = |load, part, records: &[v1::StoredRecord]| {
         local_command::Op::MirrorLoad(v1::MirrorLoad {
@@ -410,6 +448,127 @@ fn a_load_whose_entries_are_applied_again_after_a_crash_ends_the_same() {
     assert_ne!(mirror.digest(), before);
     assert_eq!(mirror.digest(), source.region.digest());
     assert_eq!(mirror.mirror().load, 2);
+}
+
+impl Region {
+    /// As a node that is started again, with what it had flushed.
+    fn restarted(self) -> Self {
+        self.state.flush().unwrap();
+        let Region { state, index, dir } = self;
+        drop(state);
+        let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
+        Region { state, index, dir }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        let path = name.as_bytes();
+        let live = lookup(&self.state.view(), VOLUME, Ino::ROOT, path).is_ok();
+        let at_once = |view: &SnapshotView<'_>| lookup(view, VOLUME, Ino::ROOT, path).is_ok();
+        assert_eq!(live, self.state.snapshot_view(at_once));
+        live
+    }
+}
+
+#[test]
+fn what_there_was_is_served_until_a_copy_is_whole() {
+    let mut source = Source::new();
+    source.create(0..30);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    // Copies in both halves of the keys.
+    for round in 1..4 {
+        let (before, digest) = (mirror.head(), mirror.digest());
+        let new = 30 * round + 1..30 * (round + 1);
+        source.create(new.clone());
+        // One breaks off...
+        let LocalReply::Load(broken) = mirror.local(begin()) else {
+            panic!("the load does not begin")
+        };
+        let (parts, end) = source.copy();
+        load_parts(&mut mirror, broken, 0, &parts[..5]);
+        assert_eq!((mirror.head(), mirror.digest()), (before, digest));
+        assert_eq!(mirror.mirror().state(), MirrorState::Following);
+        assert_eq!(mirror.mirror().loading, broken);
+        // ... another is interrupted by a restart, and by entries that were on their way.
+        let LocalReply::Load(second) = mirror.local(begin()) else {
+            panic!("the load does not begin")
+        };
+        assert!(second > broken);
+        load_parts(&mut mirror, second, 0, &parts[..7]);
+        replay(&mut mirror, source.after(before)[..3].to_vec());
+        mirror = mirror.restarted();
+        assert_eq!(mirror.head().seq, before.seq + 3);
+        let served = mirror.digest();
+        load_parts(&mut mirror, second, 7, &parts[7..]);
+        assert_eq!(mirror.digest(), served);
+        assert!(!mirror.has(&format!("file-{}", new.end - 1)));
+        let end = v1::MirrorLoadEnd {
+            load: second,
+            ..end
+        };
+        let whole = source.region.head();
+        mirror.state.clone().snapshot_view(|view| {
+            let ended = mirror.local(local_command::Op::MirrorLoadEnd(end));
+            assert_eq!(ended, LocalReply::Replayed(whole));
+            // Who was reading goes on with what there was.
+            let head = meta_core::query::head(view, VOLUME).unwrap().unwrap();
+            assert_eq!(head.position.seq, before.seq + 3);
+            let gone = format!("file-{}", new.end - 1);
+            assert!(lookup(view, VOLUME, Ino::ROOT, gone.as_bytes()).is_err());
+            assert!(lookup(view, VOLUME, Ino::ROOT, b"file-0").is_ok());
+        });
+        assert_eq!(mirror.digest(), source.region.digest());
+        assert!(mirror.has(&format!("file-{}", new.end - 1)));
+        assert_eq!((mirror.mirror().load, mirror.mirror().loading), (second, 0));
+        // It is the same history.
+        assert_eq!(mirror.mirror().history_since, 1);
+        mirror = mirror.restarted();
+        assert_eq!(mirror.digest(), source.region.digest());
+        source.create(new.end..new.end + 1);
+        let head = mirror.head();
+        replay(&mut mirror, source.after(head));
+        assert_eq!(mirror.digest(), source.region.digest());
+    }
+}
+
+#[test]
+fn a_mirror_whose_source_dies_while_a_copy_is_loaded_is_promoted_with_what_it_had() {
+    let mut source = Source::new();
+    source.create(0..30);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let (head, digest) = (mirror.head(), mirror.digest());
+    source.create(30..60);
+    assert_eq!(mirror.local(begin()), LocalReply::Load(2));
+    let (parts, end) = source.copy();
+    load_parts(&mut mirror, 2, 0, &parts[..6]);
+    assert_eq!((mirror.head(), mirror.digest()), (head, digest));
+    let promoted = mirror.local(local_command::Op::MirrorPromote(v1::MirrorPromote {
+        volume: VOLUME.0,
+        at: Some(head.into()),
+        epoch: 1,
+        ..Default::default()
+    }));
+    let begun = Position {
+        epoch: Epoch(1),
+        seq: head.seq + 1,
+    };
+    assert_eq!(promoted, LocalReply::Replayed(begun));
+    // What was under way is over, for late parts and for the end, too.
+    let late = mirror.local(local_command::Op::MirrorLoad(v1::MirrorLoad {
+        volume: VOLUME.0,
+        load: 2,
+        part: 6,
+        records: parts[6].clone(),
+    }));
+    assert!(matches!(late, LocalReply::Invalid(_)), "{late:?}");
+    let end = v1::MirrorLoadEnd { load: 2, ..end };
+    let late = mirror.local(local_command::Op::MirrorLoadEnd(end));
+    assert!(matches!(late, LocalReply::Invalid(_)), "{late:?}");
+    mirror = mirror.restarted();
+    assert_eq!(mirror.head(), begun);
+    assert!(mirror.has("file-29") && !mirror.has("file-30"));
+    mirror.digest();
 }
 
 #[test]
@@ -574,6 +733,66 @@ fn a_mirror_equals_its_commands_applied_one_by_one() {
     let (from, to) = meta_core::keys::volume_range(VOLUME);
     let found = mirror.state.view().scan(&from, &to, usize::MAX).unwrap();
     assert_eq!(found, records.into_iter().collect::<Vec<_>>());
+}
+
+#[test]
+fn of_an_undo_and_a_seal_of_a_hand_over_the_first_in_the_log_counts() {
+    for undone_first in [false, true] {
+        let mut source = Source::new();
+        source.create(0..10);
+        let mut mirror = Region::new();
+        load(&mut mirror, &source);
+        let last = source.region.head();
+        let demote = |undo, seal, at| {
+            local_command::Op::VolumeDemote(v1::VolumeDemote {
+                volume: VOLUME.0,
+                successor: "helio://far/far".to_owned(),
+                hand_over: true,
+                undo,
+                seal,
+                at: Some(Position::into(at)),
+            })
+        };
+        let invalid =
+            |reply: LocalReply| assert!(matches!(reply, LocalReply::Invalid(_)), "{reply:?}");
+        // Nothing was handed over.
+        invalid(source.region.local(demote(false, true, last)));
+        let handed_over = source.region.local(demote(false, false, last));
+        assert_eq!(handed_over, LocalReply::Replayed(last));
+        if undone_first {
+            let undone = source.region.local(demote(true, false, last));
+            assert_eq!(undone, LocalReply::Replayed(last));
+            invalid(source.region.local(demote(false, true, last)));
+            assert_eq!(source.region.head(), last);
+            continue;
+        }
+        let time = 5_000;
+        let seal = v1::LogItem {
+            time,
+            item: Some(Item::Local(v1::LocalCommand {
+                op: Some(demote(false, true, last)),
+            })),
+        };
+        source.region.apply(vec![seal]);
+        let sealed = last.next();
+        assert_eq!(source.region.head(), sealed);
+        // Asked twice.
+        let again = source.region.local(demote(false, true, last));
+        assert_eq!(again, LocalReply::Replayed(sealed));
+        invalid(source.region.local(demote(true, false, last)));
+        assert!(source.region.state.is_mirror(VOLUME));
+        assert!(source.region.mirror().sealed);
+        // The mirror is told the same.
+        let entry = v1::ChangelogEntry {
+            position: Some(sealed.into()),
+            time,
+            command: Some(meta_server::store::group::sealed(VOLUME)),
+        };
+        let replayed = replay(&mut mirror, vec![entry]);
+        assert_eq!(replayed, LocalReply::Replayed(sealed));
+        assert_eq!(mirror.digest(), source.region.digest());
+        assert_eq!(mirror.state.head(VOLUME), source.region.state.head(VOLUME));
+    }
 }
 
 #[test]

@@ -455,6 +455,12 @@ fn a_scrub_finds_one_record_that_rotted() {
     let state = State::open(dir.path(), &CacheSizes::default()).unwrap();
     let found = state.scrub(volume, |_| true).unwrap().unwrap();
     assert_eq!(found.differing, [meta_core::digest::bucket(&key)]);
-    state.note_divergence(volume, found.position);
+    assert_eq!(state.rot(), []);
+    state.note_rot(volume, &found);
     assert_eq!(state.diverged(volume), Some(found.position));
+    let rot = state.rot();
+    assert_eq!(
+        (rot.len(), rot[0].volume, rot[0].records_min),
+        (1, volume.0, 1)
+    );
 }

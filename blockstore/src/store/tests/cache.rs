@@ -196,6 +196,39 @@ async fn it_keeps_to_its_budget_and_keeps_what_was_used_last() {
 }
 
 #[tokio::test]
+async fn one_scan_does_not_drive_out_what_is_used_often() {
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(1, Rates::default());
+    let uncached = |options: StoreOptions| StoreOptions {
+        memory_cache_bytes: 0,
+        cache_uploads: false,
+        ..options
+    };
+    let store = rig.store(uncached(options(directory.path(), 10 * PAGE_BYTES as u64)));
+    let frame = FrameNumber(4);
+    for id in 1..=40 {
+        let (built, _) = segment(id, &[noise(PAGE_BYTES, id)]);
+        store.put(built).await.unwrap();
+    }
+    let read = async |id| {
+        let read = store.read(range(id, frame, 0, PAGE_BYTES)).await.unwrap();
+        assert_eq!(read, noise(PAGE_BYTES, id));
+        store.flush_cache().await;
+    };
+    for id in [1, 2, 3, 1, 2, 3] {
+        read(id).await;
+    }
+    for id in 4..=40 {
+        read(id).await;
+    }
+    let (before, _) = rig.failing.gets();
+    for id in [1, 2, 3] {
+        read(id).await;
+    }
+    assert_eq!(rig.failing.gets().0, before, "they are still on the disk");
+}
+
+#[tokio::test]
 async fn several_directories_share_the_segments_and_the_budget() {
     let directories = [
         tempfile::tempdir().unwrap(),

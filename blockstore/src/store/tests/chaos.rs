@@ -203,7 +203,7 @@ async fn a_flipped_bit_in_the_bucket_costs_that_page_only_and_is_named() {
     let (built, numbers) = segment(9, std::slice::from_ref(&data));
     let mut bad = built.to_bytes().to_vec();
     store.put(built).await.unwrap();
-    let at = numbers[0].byte_range(2..3).start as usize + 5000;
+    let at = numbers[0].byte_range(2..3, PAGE_BYTES).start as usize + 5000;
     bad[at] ^= 4;
     let path = Path::from("vol/09/0000000000000009");
     rig.memory

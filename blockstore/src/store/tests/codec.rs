@@ -10,8 +10,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::segment::codec::FrameEncoder;
-use crate::segment::layout::PAGE_BYTES;
-use crate::segment::object::check_object;
+use crate::segment::layout::{FINE_PAGE_BYTES, PAGE_BYTES};
+use crate::segment::object::{FrameEntry, check_object};
 use crate::segment::page::Compression;
 use crate::{DiskCacheOptions, Kind, Passphrase, VolumeKey};
 
@@ -68,7 +68,8 @@ async fn every_codec_reads_back_random_ranges_with_and_without_caches() {
         40 * PAGE_BYTES + 321,
     ];
     let frames: Vec<Bytes> = lengths.iter().map(|n| prose(*n, *n as u64)).collect();
-    for encoder in encoders() {
+    let now_and_earlier = |encoder: FrameEncoder| [(encoder.clone(), false), (encoder, true)];
+    for (encoder, coarse) in encoders().into_iter().flat_map(now_and_earlier) {
         let rig = Rig::new(1, Rates::default());
         let directory = tempfile::tempdir().unwrap();
         let disk = DiskCacheOptions {
@@ -78,8 +79,11 @@ async fn every_codec_reads_back_random_ranges_with_and_without_caches() {
         let writer = over(&rig, &encoder, bare());
         let pieces =
             |data: &Bytes| vec![data.slice(..data.len() / 3), data.slice(data.len() / 3..)];
-        let all = frames.iter().map(pieces).collect();
-        let (built, numbers) = writer.build(SegmentId(1), all).await.unwrap();
+        let mut builder = writer.builder(SegmentId(1));
+        builder.coarse = coarse;
+        let add = |data| builder.add_frame(pieces(data)).unwrap();
+        let numbers: Vec<FrameNumber> = frames.iter().map(add).collect();
+        let built = builder.finish();
         let stored_bytes = built.length;
         writer.put(built).await.unwrap();
         if encoder.compression != Compression::None {
@@ -92,6 +96,7 @@ async fn every_codec_reads_back_random_ranges_with_and_without_caches() {
         let listed = check_object(&object(&rig, 1).await, VOLUME, SegmentId(1)).unwrap();
         for (entry, data) in listed.iter().zip(&frames) {
             assert_eq!(entry.decoded_bytes as usize, data.len());
+            assert_eq!(entry.codec.fine, !coarse && !entry.codec.is_plain());
         }
         let cached = StoreOptions {
             disk_cache: Some(disk),
@@ -132,7 +137,7 @@ async fn every_codec_reads_back_random_ranges_with_and_without_caches() {
                 assert_eq!(
                     read,
                     data.slice(offset..offset + length),
-                    "{encoder:?} {offset} {length}"
+                    "{encoder:?} {coarse} {offset} {length}"
                 );
             }
         }
@@ -185,7 +190,7 @@ async fn a_random_read_fetches_little(encoder: &FrameEncoder, data: Bytes) {
         "the first page's beginning with the table, and the block"
     );
     assert!(
-        more - bytes <= 2 * (PAGE_BYTES as u64 + 32) + 512,
+        more - bytes <= 3 * (FINE_PAGE_BYTES as u64 + 32) + 512,
         "{} bytes",
         more - bytes
     );
@@ -194,7 +199,7 @@ async fn a_random_read_fetches_little(encoder: &FrameEncoder, data: Bytes) {
     let (after, more) = rig.failing.gets();
     assert_eq!(after - reads, 1, "the table is known");
     assert!(
-        more - bytes <= 2 * (PAGE_BYTES as u64 + 32),
+        more - bytes <= 3 * (FINE_PAGE_BYTES as u64 + 32),
         "{} bytes",
         more - bytes
     );
@@ -359,6 +364,34 @@ async fn a_reader_that_expects_no_codec_finds_it_from_the_middle_of_a_frame() {
     assert_eq!(read, data.slice(20 * PAGE_BYTES..23 * PAGE_BYTES));
 }
 
+/// Where the stored pages lie is another matter in encoded frames; looking for them is no sign of damage.
+#[tokio::test]
+async fn a_reader_that_expects_no_codec_calls_nothing_damaged() {
+    let (words, random) = (prose(30 * PAGE_BYTES, 8), noise(30 * PAGE_BYTES, 8));
+    for (data, coarse) in [(&words, false), (&random, false), (&words, true)] {
+        let rig = Rig::new(1, Rates::default());
+        let encoder = FrameEncoder {
+            compression: Compression::None,
+            key: Some(key()),
+        };
+        let store = over(&rig, &encoder, bare());
+        let mut builder = store.builder(SegmentId(1));
+        builder.coarse = coarse;
+        let frame = builder.add_frame(vec![data.clone()]).unwrap();
+        store.put(builder.finish()).await.unwrap();
+        for page in [0, 1, 17, 29] {
+            let reader = over(&rig, &encoder, bare());
+            // As a mount that was started before the volume got its codec, or its key.
+            reader.shared.expect_plain();
+            let at = range(1, frame, page * PAGE_BYTES, PAGE_BYTES);
+            let read = reader.read(at).await.unwrap();
+            assert_eq!(read, data.slice(page * PAGE_BYTES..(page + 1) * PAGE_BYTES));
+            let wrong = reader.shared.bucket.metrics().corrupt_pages.get();
+            assert_eq!(wrong, 0, "page {page}, {coarse}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_frame_that_does_not_shrink_is_stored_as_it_is() {
     let rig = Rig::new(1, Rates::default());
@@ -392,6 +425,7 @@ proptest! {
     #[test]
     fn whatever_byte_is_changed_no_codec_gives_wrong_bytes(
         which in 0usize..6,
+        coarse: bool,
         lengths in prop::collection::vec(1usize..200_000, 1..4),
         places in prop::collection::vec((any::<prop::sample::Index>(), 1u8..), 1..4),
         resum in any::<bool>(),
@@ -403,8 +437,11 @@ proptest! {
             let store = over(&rig, &encoder, bare());
             let frames: Vec<Bytes> =
                 lengths.iter().enumerate().map(|(n, length)| prose(*length, n as u64)).collect();
-            let pieces = frames.iter().map(|data| vec![data.clone()]).collect();
-            let (built, numbers) = store.build(SegmentId(1), pieces).await.unwrap();
+            let mut builder = store.builder(SegmentId(1));
+            builder.coarse = coarse;
+            let add = |data: &Bytes| builder.add_frame(vec![data.clone()]).unwrap();
+            let numbers: Vec<FrameNumber> = frames.iter().map(add).collect();
+            let built = builder.finish();
             store.put(built.clone()).await.unwrap();
             let mut bad = built.to_bytes().to_vec();
             for (place, mask) in places {
@@ -414,7 +451,7 @@ proptest! {
             // Somebody who can write to the bucket can make checksums right; only a key protects from him.
             if resum && encoder.key.is_some() {
                 for entry in &built.frames {
-                    resum_pages(&mut bad, entry.frame.start() as usize, entry.stored_bytes as usize);
+                    resum_pages(&mut bad, entry);
                 }
             }
             let path = Path::from("vol/01/0000000000000001");
@@ -437,11 +474,167 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn whatever_byte_of_a_cache_file_is_changed_the_reader_never_sees_it(
+        which in 0usize..6,
+        coarse: bool,
+        lengths in prop::collection::vec(1usize..200_000, 1..4),
+        places in prop::collection::vec((any::<prop::sample::Index>(), 1u8..), 1..8),
+    ) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let encoder = encoders().swap_remove(which);
+            let rig = Rig::new(1, Rates::default());
+            let directory = tempfile::tempdir().unwrap();
+            let options = || StoreOptions {
+                disk_cache: Some(DiskCacheOptions {
+                    free_space_ratio: 0.0,
+                    ..DiskCacheOptions::new(directory.path(), 1 << 30)
+                }),
+                memory_cache_bytes: 0,
+                cache_uploads: true,
+                ..bare()
+            };
+            let store = over(&rig, &encoder, options());
+            let frames: Vec<Bytes> =
+                lengths.iter().enumerate().map(|(n, length)| prose(*length, n as u64)).collect();
+            let mut builder = store.builder(SegmentId(1));
+            builder.coarse = coarse;
+            let add = |data: &Bytes| builder.add_frame(vec![data.clone()]).unwrap();
+            let numbers: Vec<FrameNumber> = frames.iter().map(add).collect();
+            store.put(builder.finish()).await.unwrap();
+            store.flush_cache().await;
+            drop(store);
+            let mut cached = Vec::new();
+            let mut directories = vec![directory.path().to_owned()];
+            while let Some(directory) = directories.pop() {
+                for entry in std::fs::read_dir(directory).unwrap() {
+                    let entry = entry.unwrap();
+                    match entry.file_type().unwrap().is_dir() {
+                        true => directories.push(entry.path()),
+                        false if entry.metadata().unwrap().len() > 0 => cached.push(entry.path()),
+                        false => {}
+                    }
+                }
+            }
+            cached.sort();
+            prop_assert_eq!(cached.len(), frames.len());
+            for (n, (place, mask)) in places.into_iter().enumerate() {
+                let file = &cached[n % cached.len()];
+                let mut bytes = std::fs::read(file).unwrap();
+                let at = place.index(bytes.len());
+                bytes[at] ^= mask;
+                std::fs::write(file, bytes).unwrap();
+            }
+            let store = over(&rig, &encoder, options());
+            store.flush_cache().await;
+            for (number, data) in numbers.iter().zip(&frames) {
+                for from in [data.len() / 2, 0] {
+                    let read = store.read(range(1, *number, from, data.len() - from)).await;
+                    prop_assert_eq!(&read.unwrap(), &data.slice(from..));
+                }
+            }
+            Ok(())
+        })?;
+    }
+}
+
+/// One wrong bit in the header of a frame's first page costs that page, whatever the bit says.
+#[tokio::test]
+async fn a_wrong_bit_in_a_first_header_costs_that_page_only() {
+    for (encoder, coarse) in encoders()
+        .into_iter()
+        .flat_map(|it| [(it.clone(), false), (it, true)])
+    {
+        for mixed in [false, true] {
+            let rig = Rig::new(1, Rates::default());
+            let store = over(&rig, &encoder, bare());
+            let data = noise(5 * PAGE_BYTES, 3);
+            let mut builder = store.builder(SegmentId(1));
+            builder.coarse = coarse;
+            let frame = builder.add_frame(vec![data.clone()]).unwrap();
+            let built = builder.finish();
+            let entry = built.frames[0];
+            let mut bad = built.to_bytes().to_vec();
+            // The bit that says short pages.
+            bad[entry.frame.start() as usize + 2] ^= 0x40;
+            let path = Path::from("vol/01/0000000000000001");
+            rig.memory.put(&path, PutPayload::from(bad)).await.unwrap();
+            let reader = over(&rig, &encoder, bare());
+            if mixed {
+                reader.shared.expect_codecs();
+            }
+            let all = reader.read(range(1, frame, 0, data.len())).await;
+            assert_eq!(all.unwrap_err().kind(), Kind::Corrupt);
+            let wrong = reader.shared.bucket.metrics().corrupt_pages.get();
+            assert!(
+                (1..=2).contains(&wrong),
+                "{encoder:?} {coarse} {mixed}: {wrong} pages"
+            );
+            if !entry.codec.is_plain() {
+                continue;
+            }
+            // Without a codec nothing else is needed to read the others, also together with the bad one.
+            for page in 1..5 {
+                let at = range(1, frame, page * PAGE_BYTES, PAGE_BYTES);
+                let read = over(&rig, &encoder, bare()).read(at).await.unwrap();
+                assert_eq!(read, data.slice(page * PAGE_BYTES..(page + 1) * PAGE_BYTES));
+            }
+        }
+    }
+}
+
+/// Compaction moves frames under other numbers; what it costs to find their blocks is one frame table more.
+#[tokio::test]
+async fn a_random_read_of_a_moved_frame_fetches_little() {
+    let encoder = FrameEncoder {
+        compression: Compression::Zstd,
+        key: Some(key()),
+    };
+    for (codec, length) in [
+        (encoder.clone(), 64),
+        (FrameEncoder::default(), 64),
+        (encoder, 900),
+    ] {
+        let rig = Rig::new(1, Rates::default());
+        let store = over(&rig, &codec, bare());
+        let data = noise(length * PAGE_BYTES, 5);
+        let frames = vec![vec![data.clone()]];
+        let (built, _) = store.build(SegmentId(1), frames).await.unwrap();
+        let entry = built.frames[0];
+        let from = entry.frame.start() as usize;
+        let encoded = built
+            .to_bytes()
+            .slice(from..from + entry.extent_bytes() as usize);
+        let mut builder = store.builder(SegmentId(2));
+        builder
+            .add_frame(vec![Bytes::from_static(b"before it")])
+            .unwrap();
+        let moved = builder.add_relocated(&entry, encoded).unwrap();
+        store.put(builder.finish()).await.unwrap();
+        let reader = over(&rig, &codec, bare());
+        // As in a volume that has, or had, frames with a codec.
+        reader.shared.expect_codecs();
+        let mut most = 0;
+        for page in [40, 41, length - 1] {
+            let (_, before) = rig.failing.gets();
+            let at = page * PAGE_BYTES + 8192;
+            let read = reader.read(range(2, moved, at, 4096)).await.unwrap();
+            assert_eq!(read, data.slice(at..at + 4096));
+            most = most.max(rig.failing.gets().1 - before);
+        }
+        assert!(most <= 128 << 10, "{most} bytes, {length} pages");
+    }
+}
+
 /// Gives each page of a frame the checksum that its bytes have now.
-fn resum_pages(object: &mut [u8], frame: usize, stored: usize) {
-    let (mut at, mut left) = (frame, stored);
+fn resum_pages(object: &mut [u8], entry: &FrameEntry) {
+    let (mut at, mut left) = (entry.frame.start() as usize, entry.stored_bytes as usize);
     while left > 0 {
-        let length = left.min(PAGE_BYTES);
+        let length = left.min(entry.codec.page_bytes());
         let mut sum = crc32fast::Hasher::new();
         sum.update(&object[at + 32..at + 32 + length]);
         sum.update(&object[at..at + 28]);

@@ -22,7 +22,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use blockstore::segment::layout::frame_extent_bytes;
 use blockstore::{EncodedSegment, SegmentStore, StoreError};
 use bytes::{Bytes, BytesMut};
 use heliofs_proto::ids::SegmentId;
@@ -481,7 +480,7 @@ fn load(
         if range.end <= offset || range.start >= end {
             continue;
         }
-        let mut stored = vec![0; frame_extent_bytes(u64::from(entry.stored_bytes)) as usize];
+        let mut stored = vec![0; entry.extent_bytes() as usize];
         file.read_exact_at(&mut stored, frames.base + entry.frame.start())
             .map_err(|error| unread(error.to_string()))?;
         let decoded = store.decode(entry, &Bytes::from(stored))?;

@@ -143,6 +143,17 @@ pub(super) async fn take_back(
             };
             source.cluster.promote_mirror(ask).await?;
         }
+        // Nothing but the marker would keep the successor from being promoted at this very moment.
+        _ if here.mirror.as_ref().is_some_and(|mirror| mirror.sealed) => {
+            return Err(Failure::new(format!(
+                "the hand-over to {successor} is final: it may be promoted at any moment"
+            ))
+            .hint(format!(
+                "repeat `heliofs mirror promote {successor}`; if that is dead for good, `heliofs mirror promote {} --force \
+                 --i-know-the-source-is-dead` goes on here",
+                source.url
+            )));
+        }
         _ => {
             let cluster = &source.cluster;
             cluster
@@ -153,26 +164,41 @@ pub(super) async fn take_back(
     Ok(())
 }
 
-/// Fails unless the source is still handed over to `successor` at `at`; if somebody has had it taken back, that is so again.
-pub(super) async fn expect_handed_over(
+/// Right before the mirror is promoted: the source logs that the hand-over to `successor` at `at` is final, if nobody has had it taken
+/// back, and the mirror gets that. The position that it is to be promoted at. From here on nobody takes the volume back: whoever
+/// tries at the same moment is refused by the source's log, or has come first, and then this is.
+pub(super) async fn seal(
     source: &Target,
     mirror: &Target,
     successor: &str,
     at: Position,
-    fence: Option<v1::FenceStore>,
-) -> Outcome {
-    let cluster = &source.cluster;
-    let now = cluster.demote_volume(&source.volume, successor, true).await;
-    match now.map_err(|error| Failure::from(error).hint(way_back(source)))? {
-        now if now == at => Ok(()),
-        now => {
-            take_back(source, mirror, successor, now, fence).await?;
-            Err(
-                Failure::new("the source was taken back meanwhile, and has gone on: not promoted")
-                    .hint("is somebody else promoting it?"),
-            )
+    timeout: Duration,
+) -> Outcome<Position> {
+    let sealed = source
+        .cluster
+        .seal_hand_over(&source.volume, successor, at)
+        .await;
+    let sealed = sealed.map_err(|error| match error {
+        ClusterError::Invalid(why) => Failure::new(format!(
+            "the source was taken back meanwhile: not promoted ({why})"
+        ))
+        .hint("is somebody else promoting it?"),
+        error => Failure::from(error).hint(way_back(source)),
+    })?;
+    let waited = mirror
+        .cluster
+        .mirror_wait(&mirror.volume, sealed, false, timeout);
+    let late = match waited.await {
+        Ok((true, _)) => return Ok(sealed),
+        Ok((false, applied)) => {
+            format!("the mirror is at {applied} and has not reached {sealed} within {timeout:?}")
         }
-    }
+        Err(error) => format!("the mirror can't be asked any more: {error}"),
+    };
+    Err(Failure::new(format!(
+        "{late}: not promoted, and the source is read-only, since the hand-over is final"
+    ))
+    .hint("nothing is lost: repeat the command"))
 }
 
 /// Fails unless the volume's successor, to which it was handed over at `at`, is a mirror still.

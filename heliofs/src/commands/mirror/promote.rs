@@ -7,17 +7,16 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
-use blockstore::{Bucket, StoreOptions};
+use blockstore::{Bucket, StoreError, StoreOptions};
 use clap::Args;
+use futures::future::join_all;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use meta_client::{Cluster, ClusterOptions, MetaUrl};
 use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
-use super::handover::{
-    expect_dead, expect_handed_over, hand_over, other_side, take_back, way_back,
-};
+use super::handover::{expect_dead, hand_over, other_side, seal, take_back, way_back};
 use crate::cli::Access;
 use crate::commands::config;
 use crate::connect::Target;
@@ -30,6 +29,9 @@ const ALIVE_WITHIN: Duration = Duration::from_secs(3);
 
 /// For one that is to hand over.
 const PATIENT: Duration = Duration::from_secs(30);
+
+/// A bucket that does not answer within this time is not told of an epoch.
+const BUCKET_WITHIN: Duration = Duration::from_secs(5);
 
 /// Which mirror, and how.
 #[derive(Args)]
@@ -101,7 +103,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let handed_over = mirror.was_handed_over();
     // Who handed over: it can take the volume back if the rest fails.
     let mut giver: Option<Target> = None;
-    let (at, forced) = if options.force {
+    let mut buckets = Vec::new();
+    let (mut at, forced) = if options.force {
         if !options.i_know_the_source_is_dead && fence.is_none() {
             return Err(Failure::usage("--force needs --fence-store, or --i-know-the-source-is-dead")
                 .hint("without a fence store a source that is only cut off from here would be written to as well: two histories"));
@@ -117,7 +120,12 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
                 "what it shows may be wrong; another mirror of this source is the better one, or --even-if-stopped",
             ));
         }
-        expect_dead(&source(ALIVE_WITHIN)?.cluster, &volume, &mirror).await?;
+        // What is dead takes its time to be found so. Nothing is told before the source is.
+        let source = source(ALIVE_WITHIN)?.cluster;
+        let (dead, reached) =
+            tokio::join!(expect_dead(&source, &volume, &mirror), reach_buckets(&here));
+        dead?;
+        buckets = reached;
         (None, true)
     } else if handed_over {
         let successor = source(PATIENT)?;
@@ -158,14 +166,22 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         (epoch, waited) = taken.map_err(or_back)?;
     }
     match (&giver, at) {
-        // Somebody may have had it taken back while the mirror was waited for.
-        (Some(source), Some(at)) => {
-            let successor = target.url.to_string();
-            let still = expect_handed_over(source, &target, &successor, at, fence.clone());
-            still.await?;
+        // Somebody may have had it taken back while the mirror was waited for, or be about to.
+        (Some(source), Some(given)) => {
+            // A node of an earlier release would not count the position that this takes.
+            let all = source.cluster.status_all().await;
+            let mut answered = all.iter().filter_map(|(_, status)| status.as_ref().ok());
+            if answered.all(|status| status.seals) {
+                let successor = target.url.to_string();
+                at = Some(seal(source, &target, &successor, given, options.timeout).await?);
+            } else {
+                tracing::warn!(
+                    "a node of the source is of an earlier release: nobody else may take the volume back now"
+                );
+            }
         }
         // A source that is alive after all goes on freeing objects.
-        _ => tell_buckets(&here, epoch).await,
+        _ => tell(buckets, epoch).await,
     }
     let fenced = fence.is_some();
     // What is known of the source is the leader's, and goes with the promotion.
@@ -182,7 +198,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     });
     let first = promoted.await.map_err(|error| or_back(error.into()))?;
     if !forced {
-        tell_buckets(&here, epoch).await;
+        tell(reach_buckets(&here).await, epoch).await;
     }
     let last = Position {
         epoch: at.unwrap_or(known).epoch,
@@ -225,27 +241,45 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     Ok(())
 }
 
-/// Tells the buckets that hold the volume's objects of the new epoch, so that nobody of the old one deletes what lives in the new
-/// one. Without it, only a source that is alive in spite of everything could; so a bucket that can't be told is no reason to stop.
-pub(super) async fn tell_buckets(volume: &v1::Volume, epoch: u32) {
+/// A bucket that holds objects of the volume, if it answers.
+type Reached = (String, Result<Bucket, StoreError>);
+
+/// Opens the buckets that hold the volume's objects, all at once; one that is dead takes [`BUCKET_WITHIN`].
+async fn reach_buckets(volume: &v1::Volume) -> Vec<Reached> {
     let options = StoreOptions {
-        deadline: Duration::from_secs(5),
+        deadline: BUCKET_WITHIN,
         memory_cache_bytes: 0,
         ..StoreOptions::default()
     };
-    for storage in volume.storage.iter().chain(&volume.second) {
-        let told = async {
-            let bucket = Bucket::open(storage, config::prefix(volume), &options)?;
+    let options = &options;
+    let each = volume.storage.iter().chain(&volume.second);
+    let each = each.map(|storage| async move {
+        let reached = async {
+            let bucket = Bucket::open(storage, config::prefix(volume), options)?;
             bucket.check_marker(&storage.uuid).await?;
-            bucket.raise_epoch(epoch).await
+            Ok(bucket)
         };
-        if let Err(error) = told.await {
+        (storage.bucket.clone(), reached.await)
+    });
+    join_all(each).await
+}
+
+/// Tells the buckets that hold the volume's objects of the new epoch, so that nobody of the old one deletes what lives in the new
+/// one. Without it, only a source that is alive in spite of everything could; so a bucket that can't be told is no reason to stop.
+async fn tell(buckets: Vec<Reached>, epoch: u32) {
+    let each = buckets.into_iter().map(|(name, reached)| async move {
+        let told = match reached {
+            Ok(bucket) => bucket.raise_epoch(epoch).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = told {
             tracing::warn!(
-                bucket = storage.bucket, %error,
+                bucket = name, %error,
                 "the bucket could not be told of the new epoch: a source that is alive after all may delete from it"
             );
         }
-    }
+    });
+    join_all(each).await;
 }
 
 /// Says that a source is written again after a promotion that did not happen.

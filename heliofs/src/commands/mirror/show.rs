@@ -3,17 +3,23 @@
 use std::time::Duration;
 
 use clap::Args;
-use heliofs_proto::v1::{CheckCounts, CheckState, CopyState, MirrorState, MirrorStatus};
-use serde_json::json;
+use heliofs_proto::v1::{
+    CheckCounts, CheckState, CopyState, MirrorOf, MirrorState, MirrorStatus, Rot,
+};
+use meta_client::{Cluster, MetaUrl};
+use serde_json::{Value, json};
 
 use super::At;
 use super::slots::show_position;
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::units::{show_millis, show_size};
 
 /// How often `--watch` looks.
 const EVERY: Duration = Duration::from_secs(1);
+
+/// How long nodes are waited for that are asked what is wrong with their records.
+const NODES_WITHIN: Duration = Duration::from_secs(2);
 
 /// Which, and how long.
 #[derive(Args)]
@@ -59,6 +65,7 @@ pub(super) fn as_json(status: &MirrorStatus) -> serde_json::Value {
         "digests_agreed": status.digests_agreed,
         "diverged_at": status.diverged.map(|at| show_position(Some(at))),
         "loads": mirror.load,
+        "loading": mirror.loading != 0,
         "bucket": status.copies.as_ref().map(copies_json),
         "copies_leased": status.copies_leased,
         "copiers": status.copiers,
@@ -175,22 +182,111 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let connected = options.at.access.connect(&options.at.url)?;
     let volume = options.at.name.or(connected.url.volume);
     loop {
-        let mirrors = connected.cluster.mirror_status(volume.as_deref()).await?;
+        let (mirrors, rotten) = tokio::join!(
+            connected.cluster.mirror_status(volume.as_deref()),
+            rotten(&connected.cluster),
+        );
+        let mirrors = mirrors?;
         match (json, options.watch) {
-            (true, true) => {
-                output::line(serde_json::Value::from_iter(mirrors.iter().map(as_json)))?
-            }
-            (true, false) => output::print_json(&mirrors.iter().map(as_json).collect())?,
-            (false, _) => print(&mirrors)?,
+            (true, true) => output::line(all_json(&mirrors, &rotten))?,
+            (true, false) => output::print_json(&all_json(&mirrors, &rotten))?,
+            (false, _) => print(&mirrors, &rotten)?,
         }
         if !options.watch {
-            return Ok(());
+            let of = |it: &Rotten| mirrors.iter().any(|status| status.volume == it.rot.volume);
+            return match rotten.iter().find(|it| of(it)) {
+                None => Ok(()),
+                Some(it) => Err(Failure::damaged(it)
+                    .hint("replace the node (`heliofs raft remove`, `add`), or load the volume anew with `heliofs mirror reload`")),
+            };
         }
         tokio::time::sleep(EVERY).await;
     }
 }
 
-fn print(mirrors: &[MirrorStatus]) -> Outcome {
+/// Where the volume is followed, or written; nothing when it is written here.
+fn from(mirror: &MirrorOf) -> String {
+    match mirror.source.parse::<MetaUrl>() {
+        Ok(url) if url.volume.is_none() => format!("{}/{}", mirror.source, mirror.volume),
+        _ => mirror.source.clone(),
+    }
+}
+
+/// What a node found wrong with its own records.
+struct Rotten {
+    node: u64,
+    peer: String,
+    rot: Rot,
+}
+
+impl std::fmt::Display for Rotten {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { node, peer, rot } = self;
+        let at = show_position(rot.position);
+        write!(f, "node {node} at {peer}: ")?;
+        match rot.records_min {
+            0 => write!(
+                f,
+                "its digest of {} is another than the leader's or the source's at {at}",
+                rot.name
+            ),
+            1 => write!(
+                f,
+                "a record of {} is not what was applied up to {at}, or more",
+                rot.name
+            ),
+            some => write!(
+                f,
+                "{some} records of {} are not what was applied up to {at}, or more",
+                rot.name
+            ),
+        }
+    }
+}
+
+/// What the nodes know to be wrong with their records. Of one that does not answer it is said that nothing is known.
+async fn rotten(cluster: &Cluster) -> Vec<Rotten> {
+    let all = cluster.status_all_within(NODES_WITHIN).await;
+    all.into_iter()
+        .filter_map(|(peer, status)| match status {
+            Ok(status) => Some((peer, status)),
+            Err(error) => {
+                tracing::warn!(peer, %error, "whether this node's records are sound is not known");
+                None
+            }
+        })
+        .flat_map(|(peer, status)| {
+            let node = status.node;
+            let found = move |rot| Rotten {
+                node,
+                peer: peer.clone(),
+                rot,
+            };
+            status.rot.into_iter().map(found)
+        })
+        .collect()
+}
+
+fn all_json(mirrors: &[MirrorStatus], rotten: &[Rotten]) -> Value {
+    let shown = mirrors.iter().map(|status| {
+        let mut shown = as_json(status);
+        let here = rotten.iter().filter(|it| it.rot.volume == status.volume);
+        shown["rotten"] = here
+            .map(|it| {
+                json!({
+                    "node": it.node,
+                    "address": it.peer,
+                    "position": show_position(it.rot.position),
+                    "records_min": it.rot.records_min,
+                })
+            })
+            .collect();
+        shown
+    });
+    shown.collect()
+}
+
+fn print(mirrors: &[MirrorStatus], rotten: &[Rotten]) -> Outcome {
     if mirrors.is_empty() {
         return output::line("this cluster mirrors nothing: see `heliofs meta --mirror-of`");
     }
@@ -209,11 +305,17 @@ fn print(mirrors: &[MirrorStatus]) -> Outcome {
             show_position(status.complete),
             show_copies(status),
             format!("{} ago", show_millis(status.contact_ms)),
-            format!("{}/{}", mirror.source, mirror.volume),
+            from(&mirror),
             status.detail.clone(),
         ]);
     }
-    output::print_table(&table)
+    output::print_table(&table)?;
+    for status in mirrors {
+        for it in rotten.iter().filter(|it| it.rot.volume == status.volume) {
+            output::line(it)?;
+        }
+    }
+    Ok(())
 }
 
 /// Loads a volume anew.

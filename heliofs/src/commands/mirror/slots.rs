@@ -3,11 +3,12 @@
 use clap::Args;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1::{self, change_slot_request::Change};
+use meta_client::MetaUrl;
 use serde_json::{Value, json};
 
 use super::At;
 use crate::cli::Access;
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::units::{self, show_millis, show_size};
 
@@ -36,6 +37,13 @@ impl Named {
     fn resolve(mut self) -> Outcome<(meta_client::Cluster, String, String)> {
         let mirror = self.places.pop().expect("clap asks for two or three");
         let url = self.places.remove(0);
+        if self.places.is_empty() && url.parse::<MetaUrl>().is_ok_and(|url| url.volume.is_none()) {
+            return Err(
+                Failure::usage("volume, mirror, or both are not named").hint(format!(
+                    "write META-URL VOLUME MIRROR; `heliofs mirror list {url}` shows them"
+                )),
+            );
+        }
         let target = self
             .access
             .target(&url, self.places.first().map(String::as_str))?;

@@ -103,9 +103,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         download_budget: RateLimit::new(options.download_limit).map(Arc::new),
         ..StoreOptions::default()
     };
-    let volume = session.volume_id();
-    let buckets = copying::open(volume, &storage, &second, &welcome.prefix, &store_options)?;
-    let checked = copying::open(volume, &storage, &second, &welcome.prefix, &store_options)?;
+    let buckets = copying::open(&session, &storage, &second, &store_options)?;
+    let checked = copying::open(&session, &storage, &second, &store_options)?;
     // One that is another's must be noticed before anything is put into it.
     buckets.own.check_marker(&storage.uuid).await?;
     copying::check_second(&buckets.second, &second.uuid).await?;

@@ -506,8 +506,8 @@ impl Serving {
         let id = session.volume_id();
         let copies = match &second {
             Some(second) if !self.no_bgjob => Some((
-                copying::open(id, &storage, second, prefix, &store_options)?,
-                copying::open(id, &storage, second, prefix, &store_options)?,
+                copying::open(&session, &storage, second, &store_options)?,
+                copying::open(&session, &storage, second, &store_options)?,
             )),
             _ => None,
         };

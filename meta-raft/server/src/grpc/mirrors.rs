@@ -14,9 +14,6 @@ use crate::drivers::slots::bytes_from;
 use crate::proposer::{LocalReply, now};
 use crate::sessions::Context;
 
-/// Bytes of log that are kept for a mirror unless its slot says otherwise.
-pub const LOG_BYTES_MAX: u64 = 1 << 30;
-
 /// While a bucket is waited for it is looked at this often.
 const COPIES_LOOK: Duration = Duration::from_millis(50);
 
@@ -54,10 +51,7 @@ impl AdminService {
             slot: Some(v1::MirrorSlot {
                 volume: volume.id,
                 name: ask.mirror.clone(),
-                log_bytes_max: match ask.log_bytes_max {
-                    0 => LOG_BYTES_MAX,
-                    bytes => bytes,
-                },
+                log_bytes_max: ask.log_bytes_max,
                 cluster_id: ask.cluster_id,
                 ..Default::default()
             }),
@@ -166,18 +160,22 @@ impl AdminService {
             if volume.mirror.is_none() && volume.second.is_none() {
                 return None;
             }
-            let told = match volume.mirror {
-                Some(_) => self.ctx.mirrors.status(id),
-                // It is written here, and its bucket may still lack something.
-                None => Some(v1::MirrorStatus {
-                    doing: "promoted".to_owned(),
-                    ..Default::default()
-                }),
-            };
-            let told = told.unwrap_or_else(|| v1::MirrorStatus {
-                doing: "starting".to_owned(),
+            let said = |doing: &str, detail: &str| v1::MirrorStatus {
+                doing: doing.to_owned(),
+                detail: detail.to_owned(),
                 ..Default::default()
-            });
+            };
+            let told = match &volume.mirror {
+                Some(mirror) if mirror.was_handed_over() => said("handed-over", &mirror.reason),
+                Some(_) => self.ctx.mirrors.status(id).unwrap_or_else(|| {
+                    said(
+                        "starting",
+                        "no node follows it yet: they must run with --mirror-of",
+                    )
+                }),
+                // It is written here, and its bucket may still lack something.
+                None => said("promoted", ""),
+            };
             let (applied, time) = self.ctx.state.head(id).unwrap_or_default();
             // Records that can't be read are told by whoever reads them.
             let sessions = self.ctx.hub.volume(id).ok().flatten();
@@ -292,9 +290,27 @@ impl AdminService {
                 ask.volume
             )));
         }
+        if ask.undo && volume.mirror.as_ref().is_some_and(|mirror| mirror.sealed) {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` was handed over for good",
+                ask.volume
+            )));
+        }
+        if ask.seal
+            && !volume
+                .mirror
+                .as_ref()
+                .is_some_and(v1::MirrorOf::was_handed_over)
+        {
+            return Err(Status::failed_precondition(format!(
+                "volume `{}` is not handed over: somebody has taken it back",
+                ask.volume
+            )));
+        }
         let sessions = self.ctx.hub.volume(VolumeId(volume.id)).ok().flatten();
         if let Some(sessions) = &sessions
             && !ask.undo
+            && !ask.seal
         {
             // What mounts have answered belongs to the history that ends here.
             let recalled = sessions.soft().stop_directories();
@@ -309,6 +325,7 @@ impl AdminService {
             hand_over: ask.hand_over,
             undo: ask.undo,
             at: ask.at,
+            seal: ask.seal,
         };
         let demoted = self.propose_local(Op::VolumeDemote(demote)).await;
         if let Some(sessions) = &sessions
@@ -318,7 +335,11 @@ impl AdminService {
         }
         match demoted? {
             LocalReply::Replayed(position) => {
-                let done = if ask.undo { "taken back" } else { "demoted" };
+                let done = match (ask.undo, ask.seal) {
+                    (true, _) => "taken back",
+                    (false, true) => "handed over for good",
+                    (false, false) => "demoted",
+                };
                 tracing::warn!(volume = ask.volume, %position, "the volume was {done}");
                 Ok(Response::new(v1::DemoteVolumeResponse {
                     position: Some(position.into()),
@@ -428,7 +449,8 @@ impl AdminService {
                 ask.volume
             )));
         };
-        if mirror.state() == v1::MirrorState::Loading {
+        // A load that broke off goes on with the same source only: that another one is right must be said.
+        if mirror.state() == v1::MirrorState::Loading || mirror.reload {
             return Ok(Response::new(v1::MirrorReloadResponse {}));
         }
         // What was applied is served until the source sends a copy.

@@ -374,6 +374,7 @@ impl RaftAdmin {
             core_level_max: core_level_known(),
             // Whoever pretends to be of an earlier release is of one without them.
             fences: core_level_known() == CORE_LEVEL_MAX,
+            seals: core_level_known() == CORE_LEVEL_MAX,
             leader: leader.unwrap_or(0),
             leader_address,
             term: metrics.current_term,
@@ -389,6 +390,7 @@ impl RaftAdmin {
                 Ok(()) => String::new(),
                 Err(fatal) => fatal.to_string(),
             },
+            rot: self.state.rot(),
             ..v1::StatusResponse::default()
         }
     }

@@ -22,6 +22,8 @@ pub struct Digest {
     history: VecDeque<(Position, u128)>,
     /// The first beat that disagreed.
     pub diverged: Option<Position>,
+    /// Sums that a scrub found to be others than those that were kept: at least as many records are wrong.
+    pub rotted: u32,
     /// Beats that agreed.
     pub agreed: u64,
 }
@@ -37,6 +39,7 @@ impl Digest {
             total,
             history: VecDeque::from([(position, total)]),
             diverged: None,
+            rotted: 0,
             agreed: 0,
         }
     }

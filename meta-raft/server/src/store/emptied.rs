@@ -45,6 +45,11 @@ impl Emptied {
             .retain(|(start, end)| *key < start[..] || end[..] <= *key);
     }
 
+    /// Other records have come in the place of some: nothing is known any more.
+    pub(super) fn forget(&mut self) {
+        self.ranges.clear();
+    }
+
     /// Nothing is known.
     pub(super) fn is_empty(&self) -> bool {
         self.ranges.is_empty()

@@ -4,6 +4,8 @@ mod copies;
 mod mirror;
 mod slots;
 
+pub use mirror::sealed;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -109,7 +111,8 @@ impl AppliedGroup<'_> {
     }
 }
 
-/// Whether an entry must be a group of its own: it removes ranges of records, which reads of the same group would still see.
+/// Whether an entry must be a group of its own: it puts a volume's records elsewhere, and reads of the same group would still see
+/// those of before; or it begins to, and what the same group destroys goes last.
 pub fn stands_alone(entry: &Entry) -> bool {
     let EntryPayload::Normal(data) = &entry.payload else {
         return false;
@@ -120,7 +123,7 @@ pub fn stands_alone(entry: &Entry) -> bool {
             matches!(
                 &item.item,
                 Some(Item::Local(v1::LocalCommand {
-                    op: Some(Op::MirrorLoadBegin(_))
+                    op: Some(Op::MirrorLoadBegin(_) | Op::MirrorLoadEnd(_))
                 }))
             )
         })
@@ -150,8 +153,8 @@ struct Group<'g, 'e> {
     /// Sums to write: (volume, bucket).
     sums: BTreeSet<(VolumeId, u8)>,
     destroyed: BTreeSet<VolumeId>,
-    /// Loaded anew: the records go, what is local stays.
-    wiped: BTreeSet<VolumeId>,
+    /// Loaded: the records are those in the other half from now on.
+    swapped: BTreeSet<VolumeId>,
     queues_changed: BTreeSet<VolumeId>,
     /// Freed in this group and not in the store yet.
     freed: BTreeMap<(VolumeId, SegmentId), UnixNanos>,
@@ -179,7 +182,7 @@ impl State {
             batch: WriteBatch::default(),
             sums: BTreeSet::new(),
             destroyed: BTreeSet::new(),
-            wiped: BTreeSet::new(),
+            swapped: BTreeSet::new(),
             queues_changed: BTreeSet::new(),
             freed: BTreeMap::new(),
             unqueued: BTreeSet::new(),
@@ -384,7 +387,7 @@ impl<'e> Group<'_, 'e> {
         if let Some(at) = self.freed.get(&(volume, segment)) {
             return Ok(Some(*at));
         }
-        if self.unqueued.contains(&(volume, segment)) || self.wiped.contains(&volume) {
+        if self.unqueued.contains(&(volume, segment)) || self.swapped.contains(&volume) {
             return Ok(None);
         }
         let of = local::deletion_of(volume, segment);
@@ -412,7 +415,7 @@ impl<'e> Group<'_, 'e> {
             Some(Op::MirrorLoad(load)) => self.load(load),
             Some(Op::MirrorLoadEnd(end)) => self.load_end(end),
             Some(Op::MirrorStop(stop)) => self.mirror_stop(stop),
-            Some(Op::VolumeDemote(demote)) => self.demote(demote),
+            Some(Op::VolumeDemote(demote)) => self.demote(index, time, demote)?,
             Some(Op::MirrorPromote(promote)) => self.promote(index, time, promote)?,
             Some(Op::SlotCreate(create)) => self.slot_create(time, create),
             Some(Op::SlotReport(report)) => self.slot_report(time, report),
@@ -473,6 +476,7 @@ impl<'e> Group<'_, 'e> {
             placed: None,
             slots: BTreeMap::new(),
             copies: v1::CopyState::default(),
+            incoming: None,
             watched: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
@@ -583,11 +587,12 @@ impl<'e> Group<'_, 'e> {
         };
         let replicated = self.generation.replicated();
         let local = self.generation.local();
+        let places = self.generation.halves.places();
         let mut emptied = self.generation.emptied.lock();
         for change in self.overlay.into_changes() {
             if let Some(volume) = change.key.first_chunk() {
                 let volume = VolumeId(u32::from_be_bytes(*volume));
-                if self.destroyed.contains(&volume) || self.wiped.contains(&volume) {
+                if self.destroyed.contains(&volume) {
                     continue;
                 }
             }
@@ -596,10 +601,13 @@ impl<'e> Group<'_, 'e> {
                     if !emptied.is_empty() {
                         emptied.written(&change.key);
                     }
-                    self.batch.put_cf(replicated, &change.key, &new);
+                    self.batch.put_cf(replicated, places.of(&change.key), &new);
                 }
-                None => self.batch.delete_cf(replicated, &change.key),
+                None => self.batch.delete_cf(replicated, places.of(&change.key)),
             }
+        }
+        if !self.swapped.is_empty() {
+            emptied.forget();
         }
         drop(emptied);
         for (volume, bucket) in self.sums {
@@ -621,23 +629,10 @@ impl<'e> Group<'_, 'e> {
                 self.batch.put_cf(local, local::copies(volume), state);
             }
         }
-        for volume in self.wiped {
-            let (from, to) = meta_core::keys::volume_range(volume);
-            self.batch.delete_range_cf(replicated, from, to);
-            for (from, to) in [
-                local::sums(volume),
-                local::places(volume),
-                local::all_pending(volume),
-                local::all_missing(volume),
-                local::all_deletions(volume),
-                local::all_deletions_of(volume),
-            ] {
-                self.batch.delete_range_cf(local, from, to);
+        for volume in self.destroyed.iter().copied() {
+            for (from, to) in places.both(volume) {
+                self.batch.delete_range_cf(replicated, from, to);
             }
-        }
-        for volume in self.destroyed {
-            let (from, to) = meta_core::keys::volume_range(volume);
-            self.batch.delete_range_cf(replicated, from, to);
             for (from, to) in local::all_of(volume) {
                 self.batch.delete_range_cf(local, from, to);
             }
@@ -648,6 +643,17 @@ impl<'e> Group<'_, 'e> {
             .db
             .write_opt(self.batch, &without_wal())
             .map_err(ApplyError::Write)?;
+        self.generation.halves.set(&self.swapped, &self.destroyed);
+        if !self.swapped.is_empty() {
+            // Not before: whoever looked where the records are finds them there. After a crash in between the next load does it.
+            let mut left = WriteBatch::default();
+            for volume in self.swapped {
+                let [(from, to), _] = places.both(volume);
+                left.delete_range_cf(replicated, from, to);
+            }
+            let written = self.generation.db.write_opt(left, &without_wal());
+            written.map_err(ApplyError::Write)?;
+        }
         self.memory.applied = Some(last.log_id);
         Ok((self.items, self.volumes_changed))
     }

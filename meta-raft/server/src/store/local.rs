@@ -14,6 +14,9 @@
 //! | `C` volume, seq (u64), epoch (u32), segment | nothing: the segment is missing since that position, and may be copied |
 //! | `c` volume, segment | MissingSegment: this region's bucket lacks it |
 //! | `O` volume | CopyState: how far this region's bucket is |
+//! | `H` volume | nothing: the volume's records lie in the upper half of the keys, with the highest bit set |
+//! | `I` volume | MirrorIncoming: a copy that is being loaded; its records lie in the half that is not in use |
+//! | `i` volume, bucket (1) | digest sum of what has arrived of it, u128 little endian |
 //! | `W` volume | length of the deletion queue, u64 |
 //! | `P` volume, seq | log index (u64), epoch (u32), time (i64), replayed (1, since mirrors): `seq` is the volume's first command in that entry; sparse |
 
@@ -38,9 +41,12 @@ const SLOT: u8 = b'L';
 const PENDING: u8 = b'C';
 const MISSING: u8 = b'c';
 const COPIES: u8 = b'O';
+const UPPER: u8 = b'H';
+const INCOMING: u8 = b'I';
+const INCOMING_SUM: u8 = b'i';
 
 /// The tags of all records of one volume.
-const TAGS: [u8; 10] = [
+const TAGS: [u8; 13] = [
     VOLUME,
     SUM,
     DELETION,
@@ -51,6 +57,9 @@ const TAGS: [u8; 10] = [
     PENDING,
     MISSING,
     COPIES,
+    UPPER,
+    INCOMING,
+    INCOMING_SUM,
 ];
 
 fn key(tag: u8, volume: VolumeId, rest: &[&[u8]]) -> Vec<u8> {
@@ -81,6 +90,37 @@ pub fn sum(volume: VolumeId, bucket: u8) -> Vec<u8> {
 /// All sums of a volume.
 pub fn sums(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
     range(SUM, volume)
+}
+
+/// Says that a volume's records lie in the upper half of the keys.
+pub fn upper(volume: VolumeId) -> Vec<u8> {
+    key(UPPER, volume, &[])
+}
+
+/// All volumes in the upper half.
+pub fn uppers() -> (Vec<u8>, Vec<u8>) {
+    (vec![UPPER], vec![UPPER + 1])
+}
+
+/// The volume of a key that begins with a tag and a volume.
+pub fn volume_of(key: &[u8]) -> Option<VolumeId> {
+    let volume = key.get(1..)?.first_chunk()?;
+    Some(VolumeId(u32::from_be_bytes(*volume)))
+}
+
+/// The copy that is being loaded.
+pub fn incoming(volume: VolumeId) -> Vec<u8> {
+    key(INCOMING, volume, &[])
+}
+
+/// One of the 256 sums of what has arrived of a copy.
+pub fn incoming_sum(volume: VolumeId, bucket: u8) -> Vec<u8> {
+    key(INCOMING_SUM, volume, &[&[bucket]])
+}
+
+/// All sums of what has arrived of a copy.
+pub fn incoming_sums(volume: VolumeId) -> (Vec<u8>, Vec<u8>) {
+    range(INCOMING_SUM, volume)
 }
 
 /// Order of bytes is order of time, also before 1970.

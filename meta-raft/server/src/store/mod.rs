@@ -18,6 +18,7 @@ pub mod digests;
 pub mod directory;
 mod emptied;
 pub mod group;
+mod halves;
 pub mod identity;
 pub mod local;
 pub mod log;

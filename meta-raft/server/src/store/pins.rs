@@ -164,19 +164,25 @@ impl State {
 
     /// Lets go of what is not needed any more; the newest position that is complete.
     pub fn advance_pins(&self, volume: VolumeId) -> std::io::Result<Option<Arc<Pin>>> {
-        let load = {
+        // The load of the records, and the oldest one whose positions are of the same history.
+        let loads = {
             let memory = self.memory();
             let of = memory.volumes.get(&volume);
-            of.filter(|of| of.record.second.is_some())
-                .map(|of| of.record.mirror.as_ref().map_or(0, |mirror| mirror.load))
+            of.filter(|of| of.record.second.is_some()).map(|of| {
+                let mirror = of.record.mirror.as_ref();
+                mirror.map_or((0, 0), |mirror| (mirror.load, mirror.history_since))
+            })
         };
         let mut gone = Vec::new();
         let mut pins = self.pins();
         let Some(line) = pins.lines.get_mut(&volume) else {
             return Ok(None);
         };
+        let load = loads.map(|(load, _)| load);
         // Of another history, or of a volume that has one bucket.
-        line.complete.take_if(|pin| Some(pin.load) != load);
+        line.complete.take_if(|pin| {
+            !loads.is_some_and(|(load, since)| since <= pin.load && pin.load <= load)
+        });
         while let Some(oldest) = line.waiting.front() {
             let found = match Some(oldest.load) == load {
                 true => self.completeness(volume, oldest.position)?,

@@ -2,6 +2,7 @@
 //! records that rotted at rest differ.
 
 use heliofs_proto::ids::{Position, VolumeId};
+use heliofs_proto::v1;
 use meta_core::{Corruption, Sums, View, keys, query};
 
 use super::state::State;
@@ -20,6 +21,13 @@ pub struct Scrubbed {
     pub records: u64,
     /// Sums, of 256, that are not those that were kept.
     pub differing: Vec<u8>,
+    /// Which load of a mirrored volume the records are of.
+    load: u64,
+}
+
+/// Which load of a mirrored volume is served.
+fn load_of(record: &v1::Volume) -> u64 {
+    record.mirror.as_ref().map_or(0, |mirror| mirror.load)
 }
 
 impl State {
@@ -33,14 +41,15 @@ impl State {
         mut pace: impl FnMut(usize) -> bool,
     ) -> Result<Option<Scrubbed>, Corruption> {
         let generation;
-        let (view, kept) = {
+        let (view, kept, load) = {
             // Groups are applied, and received states switched to, under this lock: sums and records are of one moment.
             let memory = self.memory();
             generation = self.generation();
             let Some(known) = memory.volumes.get(&volume) else {
                 return Ok(None);
             };
-            (SnapshotView::new(&generation), known.digest.sums.clone())
+            let sums = known.digest.sums.clone();
+            (SnapshotView::new(&generation), sums, load_of(&known.record))
         };
         let mut sums = Sums::default();
         let mut records = 0;
@@ -67,13 +76,33 @@ impl State {
                 .collect(),
             sums,
             records,
+            load,
         }))
     }
 
-    /// This node's records of a volume are not what they should be from `position` on.
-    pub fn note_divergence(&self, volume: VolumeId, position: Position) {
-        if let Some(known) = self.memory().volumes.get_mut(&volume) {
-            known.digest.diverged.get_or_insert(position);
+    /// A scrub found that this node's records of a volume are not what they should be.
+    pub fn note_rot(&self, volume: VolumeId, scrubbed: &Scrubbed) {
+        let sums = u32::try_from(scrubbed.differing.len()).unwrap_or(u32::MAX);
+        if let Some(known) = self.memory().volumes.get_mut(&volume)
+            // What was wrong may have been replaced meanwhile.
+            && load_of(&known.record) == scrubbed.load
+        {
+            known.digest.diverged.get_or_insert(scrubbed.position);
+            known.digest.rotted = known.digest.rotted.max(sums);
         }
+    }
+
+    /// What is known to be wrong with this node's records.
+    pub fn rot(&self) -> Vec<v1::Rot> {
+        let memory = self.memory();
+        let wrong = memory.volumes.iter().filter_map(|(volume, known)| {
+            Some(v1::Rot {
+                volume: volume.0,
+                name: known.record.name.clone(),
+                position: Some(known.digest.diverged?.into()),
+                records_min: known.digest.rotted,
+            })
+        });
+        wrong.collect()
     }
 }

@@ -22,6 +22,7 @@ use rocksdb::{
 use super::digests::Digest;
 use super::directory::{StateDirectory, sync_tree};
 use super::emptied::Emptied;
+use super::halves::Halves;
 use super::identity::sync_directory;
 use super::local::{self, Place};
 use super::pins::Pins;
@@ -43,15 +44,26 @@ pub(super) struct Generation {
     number: u64,
     /// Of the apply task.
     pub emptied: Mutex<Emptied>,
+    /// Where the records lie.
+    pub halves: Halves,
 }
 
 impl Generation {
-    fn new(db: DB, number: u64) -> Self {
-        Self {
+    fn new(db: DB, number: u64) -> Result<Self, OpenError> {
+        let mut generation = Self {
             db,
             number,
             emptied: Mutex::default(),
+            halves: Halves::default(),
+        };
+        let mut upper = BTreeSet::new();
+        let (from, to) = local::uppers();
+        for item in generation.local_range(from, to) {
+            let (key, _) = item.map_err(|error| bad("halves", error))?;
+            upper.extend(local::volume_of(&key));
         }
+        generation.halves = Halves::new(upper);
+        Ok(generation)
     }
 
     pub(super) fn replicated(&self) -> &ColumnFamily {
@@ -132,8 +144,17 @@ pub(super) struct Known {
     pub slots: BTreeMap<String, v1::MirrorSlot>,
     /// How far this region's bucket is.
     pub copies: v1::CopyState,
+    /// A copy that is being loaded.
+    pub incoming: Option<Incoming>,
     /// Positions that are pinned on this node; `false`: something of it was removed before it was copied.
     pub watched: BTreeMap<Position, bool>,
+}
+
+/// A copy that is being loaded beside what is served.
+pub(super) struct Incoming {
+    pub record: v1::MirrorIncoming,
+    /// Of what has arrived.
+    pub sums: Sums,
 }
 
 struct Inner {
@@ -224,7 +245,7 @@ impl State {
                 .and_then(|()| directory.switch(number))
                 .map_err(OpenError::io("create the state"))?;
         }
-        let generation = Generation::new(db, number);
+        let generation = Generation::new(db, number)?;
         let memory = load(&generation)?;
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
         let lacking = memory.lacks_any();
@@ -523,7 +544,7 @@ impl State {
         let names = [REPLICATED, LOCAL, rocksdb::DEFAULT_COLUMN_FAMILY_NAME];
         let db =
             DB::open_cf_for_read_only(&Options::default(), &path, names, false).map_err(failed)?;
-        let checkpoint = Generation::new(db, 0);
+        let checkpoint = Generation::new(db, 0)?;
         let (applied, membership) = load_applied(&checkpoint)?;
         Ok((path, applied, membership))
     }
@@ -554,7 +575,7 @@ impl State {
         // Before it is opened: RocksDB then removes files that are of no use any more, and syncs by itself what it writes.
         sync_tree(path).map_err(OpenError::io("sync the received state"))?;
         let db = open_db(path, &self.inner.sizes, &self.inner.cache, false)?;
-        let generation = Generation::new(db, number);
+        let generation = Generation::new(db, number)?;
         let memory = load(&generation)?;
         sync_directory(path)
             .and_then(|()| self.inner.directory.switch(number))
@@ -648,20 +669,32 @@ fn load(generation: &Generation) -> Result<Memory, OpenError> {
     })
 }
 
-fn load_volume(
-    generation: &Generation,
-    volume: VolumeId,
-    record: v1::Volume,
-) -> Result<Known, OpenError> {
+fn load_sums(generation: &Generation, range: (Vec<u8>, Vec<u8>)) -> Result<Sums, OpenError> {
     let mut sums = Sums::default();
-    let (from, to) = local::sums(volume);
-    for item in generation.local_range(from, to) {
+    for item in generation.local_range(range.0, range.1) {
         let (key, value) = item.map_err(|error| bad("digest sums", error))?;
         let (Some(bucket), Ok(sum)) = (key.last(), value.as_ref().try_into()) else {
             return Err(bad("digest sums", "a record of the wrong length"));
         };
         sums.set(*bucket, u128::from_le_bytes(sum));
     }
+    Ok(sums)
+}
+
+fn load_volume(
+    generation: &Generation,
+    volume: VolumeId,
+    record: v1::Volume,
+) -> Result<Known, OpenError> {
+    let sums = load_sums(generation, local::sums(volume))?;
+    let incoming = match generation.local_get(&local::incoming(volume))? {
+        None => None,
+        Some(bytes) => Some(Incoming {
+            record: v1::MirrorIncoming::decode(bytes.as_slice())
+                .map_err(|error| bad("a copy that is being loaded", error))?,
+            sums: load_sums(generation, local::incoming_sums(volume))?,
+        }),
+    };
     let waiting = match generation.local_get(&local::waiting(volume))? {
         None => 0,
         Some(bytes) => u64::from_be_bytes(
@@ -698,7 +731,10 @@ fn load_volume(
     let head_key = meta_core::keys::head(volume);
     let value = generation
         .db
-        .get_cf(generation.replicated(), &head_key)
+        .get_cf(
+            generation.replicated(),
+            generation.halves.places().of(&head_key),
+        )
         .map_err(|error| bad("head", error))?;
     let mut records = BTreeMap::new();
     records.extend(value.map(|value| (head_key, value.into())));
@@ -713,6 +749,7 @@ fn load_volume(
         placed,
         slots,
         copies,
+        incoming,
         watched: BTreeMap::new(),
     })
 }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use meta_core::{Corruption, View};
 use rocksdb::{AsColumnFamilyRef, DB, DBAccess, ReadOptions, SnapshotWithThreadMode};
 
+use super::halves::{self, Places};
 use super::state::{Generation, REPLICATED};
 
 fn failed(error: rocksdb::Error) -> Corruption {
@@ -28,14 +29,17 @@ const LONG_SCAN: Duration = Duration::from_micros(200);
 pub struct SnapshotView<'a> {
     snapshot: SnapshotWithThreadMode<'a, DB>,
     db: &'a DB,
+    /// Where the records were at that moment.
+    places: Places,
 }
 
 impl<'a> SnapshotView<'a> {
     pub(super) fn new(generation: &'a Generation) -> Self {
-        Self {
+        generation.halves.steady(|places| Self {
             snapshot: generation.db.snapshot(),
             db: &generation.db,
-        }
+            places: places.clone(),
+        })
     }
 }
 
@@ -60,6 +64,7 @@ enum Order {
 
 fn collect<D: DBAccess>(
     mut iterator: rocksdb::DBRawIteratorWithThreadMode<'_, D>,
+    upper: bool,
     order: Order,
     records_max: usize,
 ) -> Result<Vec<(Bytes, Bytes)>, Corruption> {
@@ -71,7 +76,11 @@ fn collect<D: DBAccess>(
     while found.len() < records_max
         && let Some((key, value)) = iterator.item()
     {
-        found.push((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value)));
+        let key = match upper {
+            true => halves::lowered(key),
+            false => Bytes::copy_from_slice(key),
+        };
+        found.push((key, Bytes::copy_from_slice(value)));
         if found.len() < records_max {
             match order {
                 Order::Ascending => iterator.next(),
@@ -89,8 +98,11 @@ impl LiveView {
             return Ok(Vec::new());
         }
         let db = &self.generation.db;
-        let iterator = db.raw_iterator_cf_opt(replicated(db), bounded(from, to));
-        collect(iterator, order, records_max)
+        self.generation.halves.steady(|places| {
+            let (from, to, upper) = places.range(from, to);
+            let iterator = db.raw_iterator_cf_opt(replicated(db), bounded(&from, &to));
+            collect(iterator, upper, order, records_max)
+        })
     }
 }
 
@@ -99,10 +111,11 @@ impl SnapshotView<'_> {
         if from >= to || records_max == 0 {
             return Ok(Vec::new());
         }
+        let (from, to, upper) = self.places.range(from, to);
         let iterator = self
             .snapshot
-            .raw_iterator_cf_opt(replicated(self.db), bounded(from, to));
-        collect(iterator, order, records_max)
+            .raw_iterator_cf_opt(replicated(self.db), bounded(&from, &to));
+        collect(iterator, upper, order, records_max)
     }
 }
 
@@ -111,7 +124,8 @@ type Page = Result<Vec<(Bytes, Bytes)>, Corruption>;
 impl View for LiveView {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, Corruption> {
         let db = &self.generation.db;
-        let value = db.get_pinned_cf(replicated(db), key).map_err(failed)?;
+        let read = |places: &Places| db.get_pinned_cf(replicated(db), places.of(key));
+        let value = self.generation.halves.steady(read).map_err(failed)?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
@@ -142,7 +156,7 @@ impl View for SnapshotView<'_> {
     fn get(&self, key: &[u8]) -> Result<Option<Bytes>, Corruption> {
         let value = self
             .snapshot
-            .get_pinned_cf(replicated(self.db), key)
+            .get_pinned_cf(replicated(self.db), self.places.of(key))
             .map_err(failed)?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }

@@ -3,17 +3,18 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
 use heliofs_proto::error::FsError;
 use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
 use heliofs_proto::v1::{self, MirrorState};
 use meta_core::records::{HeadRecord, Record};
-use meta_core::{Change, keys};
+use meta_core::{Sums, keys};
+use prost::Message;
 
 use super::{ApplyError, Group, Outcome};
 use crate::proposer::{LocalReply, Proposed};
 use crate::store::digests::Digest;
-use crate::store::state::Known;
+use crate::store::state::{Incoming, Known};
+use crate::store::{halves, local};
 
 fn invalid(why: impl Into<String>) -> LocalReply {
     LocalReply::Invalid(why.into())
@@ -45,6 +46,9 @@ impl<'e> Group<'_, 'e> {
         replay: &'e v1::Replay,
     ) -> Result<LocalReply, ApplyError> {
         let volume = VolumeId(replay.volume);
+        if self.swapped.contains(&volume) {
+            return Ok(invalid("the volume was loaded in this very entry"));
+        }
         for entry in &replay.entries {
             let Some(known) = self.memory.volumes.get(&volume) else {
                 return Ok(LocalReply::NoSuchVolume);
@@ -118,8 +122,62 @@ impl<'e> Group<'_, 'e> {
         LocalReply::Done
     }
 
+    /// What was handed over is not taken back any more: an undo names the position before.
+    fn seal(
+        &mut self,
+        index: u64,
+        time: UnixNanos,
+        demote: &v1::VolumeDemote,
+    ) -> Result<LocalReply, ApplyError> {
+        let volume = VolumeId(demote.volume);
+        let Some(known) = self.memory.volumes.get_mut(&volume) else {
+            return Ok(LocalReply::NoSuchVolume);
+        };
+        let position = known.digest.position;
+        let at = demote.at.map(Position::from).unwrap_or_default();
+        let handed_over = |mirror: &&mut v1::MirrorOf| mirror.was_handed_over();
+        let Some(mirror) = known.record.mirror.as_mut().filter(handed_over) else {
+            return Ok(invalid("the volume was taken back"));
+        };
+        let same = mirror.source == demote.successor;
+        let other = format!("the volume was handed over to {}", mirror.source);
+        if at != position {
+            return Ok(match same && mirror.sealed && at < position {
+                // Asked twice.
+                true => LocalReply::Replayed(position),
+                false => invalid(format!("{other} at {position}")),
+            });
+        }
+        if same {
+            mirror.sealed = true;
+            let record = known.record.clone();
+            self.put_volume(&record);
+        }
+        // Whoever reads the log knows the position and not to whom the volume was handed over: it is taken either way.
+        self.command(index, time, Cow::Owned(sealed(volume)))?;
+        if !same {
+            return Ok(invalid(other));
+        }
+        let known = self.memory.volumes.get(&volume);
+        Ok(LocalReply::Replayed(
+            known.map_or(position, |known| known.digest.position),
+        ))
+    }
+
     /// No command of the volume takes effect from here on; the answer is the position that it stays at.
-    pub(super) fn demote(&mut self, demote: &v1::VolumeDemote) -> LocalReply {
+    pub(super) fn demote(
+        &mut self,
+        index: u64,
+        time: UnixNanos,
+        demote: &v1::VolumeDemote,
+    ) -> Result<LocalReply, ApplyError> {
+        match demote.seal {
+            true => self.seal(index, time, demote),
+            false => Ok(self.hand_over(demote)),
+        }
+    }
+
+    fn hand_over(&mut self, demote: &v1::VolumeDemote) -> LocalReply {
         let volume = VolumeId(demote.volume);
         let Some(known) = self.memory.volumes.get_mut(&volume) else {
             return LocalReply::NoSuchVolume;
@@ -142,6 +200,7 @@ impl<'e> Group<'_, 'e> {
                 }
                 known.record.mirror = None;
                 let record = known.record.clone();
+                self.drop_incoming(volume);
                 self.put_volume(&record);
                 return LocalReply::Replayed(position);
             }
@@ -192,6 +251,9 @@ impl<'e> Group<'_, 'e> {
         promote: &v1::MirrorPromote,
     ) -> Result<LocalReply, ApplyError> {
         let volume = VolumeId(promote.volume);
+        if self.swapped.contains(&volume) {
+            return Ok(invalid("the volume was loaded in this very entry"));
+        }
         let Some(known) = self.memory.volumes.get_mut(&volume) else {
             return Ok(LocalReply::NoSuchVolume);
         };
@@ -213,6 +275,8 @@ impl<'e> Group<'_, 'e> {
         }
         known.record.fence.clone_from(&promote.fence);
         let record = known.record.clone();
+        // A copy that is not whole is of a source that is not followed any more.
+        self.drop_incoming(volume);
         self.put_volume(&record);
         let begin = v1::Command {
             volume: volume.0,
@@ -228,7 +292,7 @@ impl<'e> Group<'_, 'e> {
         ))
     }
 
-    /// The entry stands alone in its group (see [`super::stands_alone`]).
+    /// From here on parts of a copy may arrive; what is served stays until the copy is whole.
     pub(super) fn load_begin(&mut self, begin: &v1::MirrorLoadBegin) -> LocalReply {
         let volume = VolumeId(begin.volume);
         let Some(mirror) = &begin.mirror else {
@@ -237,16 +301,20 @@ impl<'e> Group<'_, 'e> {
         if volume.0 == 0 || begin.name.is_empty() {
             return invalid("a mirror needs the volume's id and a name");
         }
-        let mut others = self.memory.volumes.iter();
-        if let Some((other, _)) =
-            others.find(|(id, known)| **id != volume && known.record.name == begin.name)
-        {
-            return LocalReply::VolumeExists(*other);
+        if !halves::has_halves(volume) {
+            return invalid(format!("volume id {volume} is too large to be mirrored"));
+        }
+        if self.destroyed.contains(&volume) || self.swapped.contains(&volume) {
+            // By the same entry: its records are removed behind everything else that the group writes.
+            return invalid("the volume has just been destroyed or loaded: ask again");
+        }
+        if let Some(other) = self.named_so(begin) {
+            return LocalReply::VolumeExists(other);
         }
         let before = self.memory.volumes.get(&volume);
         let load = match before.map(|known| known.record.mirror.as_ref()) {
             None => 1,
-            Some(Some(known)) => known.load + 1,
+            Some(Some(known)) => known.load.max(known.loading) + 1,
             Some(None) => {
                 return invalid(format!(
                     "volume {volume} exists in this cluster and is no mirror: a mirrored volume keeps its id, so that this one \
@@ -254,100 +322,94 @@ impl<'e> Group<'_, 'e> {
                 ));
             }
         };
-        let (storage, second) = buckets(before.map(|known| &known.record), begin);
-        let shared = match (&begin.storage, before) {
-            (None, Some(known)) => known.record.mirror.as_ref().is_some_and(|it| it.shared),
-            _ => second.is_none(),
-        };
-        let record = v1::Volume {
-            id: volume.0,
-            name: begin.name.clone(),
-            storage,
-            copy_bytes_per_second: before.map_or(0, |known| known.record.copy_bytes_per_second),
-            settings: begin.settings,
-            mirror: Some(v1::MirrorOf {
-                state: MirrorState::Loading.into(),
-                reason: String::new(),
+        self.drop_incoming(volume);
+        let incoming = Incoming {
+            record: v1::MirrorIncoming {
                 load,
                 parts: 0,
-                shared,
-                ..mirror.clone()
-            }),
-            second,
-            // What is loaded anew on demand, without a word of the source, keeps what is known.
-            fence: match (&begin.storage, before) {
-                (None, Some(known)) => known.record.fence.clone(),
-                _ => begin.fence.clone(),
+                begin: Some(begin.clone()),
             },
-            ..v1::Volume::default()
+            sums: Sums::default(),
         };
-        let known = Known {
-            record: record.clone(),
+        self.put_local(&local::incoming(volume), &incoming.record.encode_to_vec());
+        let known = self.memory.volumes.entry(volume).or_insert_with(|| Known {
+            record: v1::Volume {
+                id: volume.0,
+                name: begin.name.clone(),
+                storage: begin.storage.clone(),
+                settings: begin.settings,
+                mirror: Some(v1::MirrorOf {
+                    state: MirrorState::Loading.into(),
+                    reason: String::new(),
+                    load: 0,
+                    shared: true,
+                    ..mirror.clone()
+                }),
+                ..v1::Volume::default()
+            },
             digest: Digest::default(),
-            // What waited for deletion may live in the history that is loaded; `gc` finds what does not.
             waiting: 0,
             placed: None,
-            // Its own mirrors have another history, or other places of it.
-            slots: before.map_or_else(BTreeMap::new, |known| {
-                let mut slots = known.slots.clone();
-                for slot in slots.values_mut() {
-                    "the volume was loaded anew".clone_into(&mut slot.invalid);
-                }
-                slots
-            }),
-            // What the bucket has is found out again when the records are there.
-            copies: before.map_or_else(v1::CopyState::default, |known| v1::CopyState {
-                pending_segments: 0,
-                pending_bytes: 0,
-                quarantined_segments: 0,
-                gaps: Vec::new(),
-                ..known.copies.clone()
-            }),
+            slots: BTreeMap::new(),
+            copies: v1::CopyState::default(),
+            incoming: None,
             watched: BTreeMap::new(),
-        };
-        let slots: Vec<v1::MirrorSlot> = known.slots.values().cloned().collect();
-        self.memory.volumes.insert(volume, known);
-        for slot in &slots {
-            self.put_local(
-                &crate::store::local::slot(volume, &slot.name),
-                &prost::Message::encode_to_vec(slot),
-            );
+        });
+        known.incoming = Some(incoming);
+        if let Some(mirror) = &mut known.record.mirror {
+            mirror.loading = load;
         }
-        self.wiped.insert(volume);
-        self.queues_changed.insert(volume);
-        self.copies_changed.insert(volume);
-        self.sums.retain(|(of, _)| *of != volume);
+        let record = known.record.clone();
         if self.memory.next_volume <= volume.0 {
             self.memory.next_volume = volume.0 + 1;
             let next = self.memory.next_volume.to_be_bytes();
-            self.put_local(crate::store::local::NEXT_VOLUME, &next);
+            self.put_local(local::NEXT_VOLUME, &next);
         }
         self.put_volume(&record);
         LocalReply::Load(load)
     }
 
-    /// The mirror of a load that is under way, or why there is none.
-    fn loading(&mut self, volume: VolumeId, load: u64) -> Result<&mut Known, LocalReply> {
+    /// Another volume that has the name of one that is loaded.
+    fn named_so(&self, begin: &v1::MirrorLoadBegin) -> Option<VolumeId> {
+        let mut others = self.memory.volumes.iter();
+        others
+            .find(|(id, known)| id.0 != begin.volume && known.record.name == begin.name)
+            .map(|(id, _)| *id)
+    }
+
+    /// What has arrived of a copy goes, and so does whatever else lies in the half that is not in use.
+    fn drop_incoming(&mut self, volume: VolumeId) {
+        let [_, (from, to)] = self.generation.halves.places().both(volume);
+        let replicated = self.generation.replicated();
+        self.batch.delete_range_cf(replicated, from, to);
+        let local = self.generation.local();
+        self.batch.delete_cf(local, local::incoming(volume));
+        let (from, to) = local::incoming_sums(volume);
+        self.batch.delete_range_cf(local, from, to);
+        if let Some(known) = self.memory.volumes.get_mut(&volume) {
+            known.incoming = None;
+        }
+    }
+
+    /// The copy of a load that is under way, or why there is none.
+    fn loading(&mut self, volume: VolumeId, load: u64) -> Result<&mut Incoming, LocalReply> {
         let known = self.memory.volumes.get_mut(&volume);
         let known = known.ok_or(LocalReply::NoSuchVolume)?;
-        let mirror = known.record.mirror.as_ref();
-        if mirror.is_some_and(|m| m.state() == MirrorState::Loading && m.load == load) {
-            Ok(known)
-        } else {
-            Err(invalid(format!("load {load} is not under way")))
-        }
+        let incoming = known.incoming.as_mut();
+        incoming
+            .filter(|incoming| incoming.record.load == load)
+            .ok_or_else(|| invalid(format!("load {load} is not under way")))
     }
 
     pub(super) fn load(&mut self, load: &v1::MirrorLoad) -> LocalReply {
         let volume = VolumeId(load.volume);
-        let known = match self.loading(volume, load.load) {
-            Ok(known) => known,
+        let incoming = match self.loading(volume, load.load) {
+            Ok(incoming) => incoming,
             Err(refusal) => return refusal,
         };
-        let mirror = known.record.mirror.get_or_insert_default();
-        if load.part != mirror.parts {
-            let why = format!("part {} came instead of {}", load.part, mirror.parts);
-            return invalid(why);
+        if load.part != incoming.record.parts {
+            let parts = incoming.record.parts;
+            return invalid(format!("part {} came instead of {parts}", load.part));
         }
         let (from, to) = keys::volume_range(volume);
         let head = keys::head(volume);
@@ -356,40 +418,37 @@ impl<'e> Group<'_, 'e> {
         if !load.records.iter().all(fits) {
             return invalid("a record of another volume, or the head, which comes last");
         }
-        mirror.parts += 1;
-        let record = known.record.clone();
-        let changes: Vec<Change> = load
-            .records
-            .iter()
-            .map(|record| Change {
-                key: Bytes::clone(&record.key),
-                old: None,
-                new: Some(Bytes::clone(&record.value)),
-            })
-            .collect();
-        let (position, time) = (known.digest.position, known.digest.time);
-        let mut summed = Vec::with_capacity(changes.len());
-        known.digest.absorb(position, time, &changes, |bucket| {
-            summed.push((volume, bucket));
-        });
-        self.sums.extend(summed);
-        self.overlay.absorb(&changes);
+        incoming.record.parts += 1;
+        let mut summed = BTreeMap::new();
+        for record in &load.records {
+            incoming.sums.add(&record.key, &record.value);
+            let bucket = meta_core::digest::bucket(&record.key);
+            summed.insert(bucket, incoming.sums.get(bucket));
+        }
+        let record = incoming.record.encode_to_vec();
         // Not `put_volume`: nothing that anybody watches has changed.
-        self.put_local(
-            &crate::store::local::volume(volume),
-            &prost::Message::encode_to_vec(&record),
-        );
+        self.put_local(&local::incoming(volume), &record);
+        for (bucket, sum) in summed {
+            self.put_local(&local::incoming_sum(volume, bucket), &sum.to_le_bytes());
+        }
+        let places = self.generation.halves.places();
+        let replicated = self.generation.replicated();
+        for record in &load.records {
+            let key = places.beside(&record.key);
+            self.batch.put_cf(replicated, key, &record.value);
+        }
         LocalReply::Done
     }
 
+    /// The copy takes the place of what was served. The entry stands alone in its group (see [`super::stands_alone`]).
     pub(super) fn load_end(&mut self, end: &v1::MirrorLoadEnd) -> LocalReply {
         let volume = VolumeId(end.volume);
-        let known = match self.loading(volume, end.load) {
-            Ok(known) => known,
+        let incoming = match self.loading(volume, end.load) {
+            Ok(incoming) => incoming,
             Err(refusal) => return refusal,
         };
-        let mine = known.digest.total().to_le_bytes();
-        if end.digest != mine[..] {
+        let sums = incoming.sums.clone();
+        if end.digest != sums.total().to_le_bytes()[..] {
             return invalid("the records that arrived are not those that were sent");
         }
         let key = keys::head(volume);
@@ -397,32 +456,127 @@ impl<'e> Group<'_, 'e> {
             Ok(head) => head,
             Err(error) => return invalid(format!("the head that arrived: {error}")),
         };
-        let sums = known.digest.sums.clone();
-        known.digest = Digest::new(head.position, head.time, sums);
-        let mirror = known.record.mirror.get_or_insert_default();
-        mirror.set_state(MirrorState::Following);
-        let record = known.record.clone();
-        self.overlay.absorb(&[Change {
-            key,
-            old: None,
-            new: Some(end.head.clone()),
-        }]);
+        let begin = incoming.record.begin.clone().unwrap_or_default();
+        if let Some(other) = self.named_so(&begin) {
+            return LocalReply::VolumeExists(other);
+        }
+        let Some(before) = self.memory.volumes.remove(&volume) else {
+            return LocalReply::NoSuchVolume;
+        };
+        let record = loaded(&before, &begin, end.load, &head);
+        let mut slots = before.slots;
+        for slot in slots.values_mut() {
+            // Its own mirrors have another history, or other places of it.
+            "the volume was loaded anew".clone_into(&mut slot.invalid);
+            self.put_local(&local::slot(volume, &slot.name), &slot.encode_to_vec());
+        }
+        let families = self.generation.local();
+        for (from, to) in [
+            local::places(volume),
+            local::all_pending(volume),
+            local::all_missing(volume),
+            local::all_deletions(volume),
+            local::all_deletions_of(volume),
+            local::incoming_sums(volume),
+        ] {
+            self.batch.delete_range_cf(families, from, to);
+        }
+        self.batch.delete_cf(families, local::incoming(volume));
+        let places = self.generation.halves.places();
+        match places.is_upper(&key) {
+            true => self.batch.delete_cf(families, local::upper(volume)),
+            false => self.put_local(&local::upper(volume), &[]),
+        }
+        let replicated = self.generation.replicated();
+        self.batch
+            .put_cf(replicated, places.beside(&key), &end.head);
+        let known = Known {
+            record: record.clone(),
+            digest: Digest::new(head.position, head.time, sums),
+            // What waited for deletion may live in the history that was loaded; `gc` finds what does not.
+            waiting: 0,
+            placed: None,
+            slots,
+            // What the bucket has is found out again.
+            copies: v1::CopyState {
+                pending_segments: 0,
+                pending_bytes: 0,
+                quarantined_segments: 0,
+                gaps: Vec::new(),
+                ..before.copies
+            },
+            incoming: None,
+            watched: BTreeMap::new(),
+        };
+        self.memory.volumes.insert(volume, known);
+        self.swapped.insert(volume);
+        self.queues_changed.insert(volume);
+        self.copies_changed.insert(volume);
+        self.sums
+            .extend((0..=u8::MAX).map(|bucket| (volume, bucket)));
         self.put_volume(&record);
         self.walk_after_load(volume);
         LocalReply::Replayed(head.position)
     }
 }
 
+/// The command that a final hand-over takes a position with: it opens no epoch, and changes nothing but how far the volume is.
+pub fn sealed(volume: VolumeId) -> v1::Command {
+    v1::Command {
+        volume: volume.0,
+        op: Some(v1::command::Op::EpochBegin(v1::EpochBegin { epoch: 0 })),
+        ..v1::Command::default()
+    }
+}
+
+/// The record of a volume of which a copy was loaded.
+fn loaded(before: &Known, begin: &v1::MirrorLoadBegin, load: u64, head: &HeadRecord) -> v1::Volume {
+    let (storage, second) = buckets(&before.record, begin);
+    let was = before.record.mirror.clone().unwrap_or_default();
+    let shared = match &begin.storage {
+        None => was.shared,
+        Some(_) => second.is_none(),
+    };
+    // What was shown before is a part of what is shown now.
+    let at = before.digest.position;
+    let goes_on = was.load > 0
+        && at <= head.position
+        && crate::changelog::other_epoch(&head.epochs, at).is_none();
+    v1::Volume {
+        id: begin.volume,
+        name: begin.name.clone(),
+        storage,
+        copy_bytes_per_second: before.record.copy_bytes_per_second,
+        settings: begin.settings,
+        mirror: Some(v1::MirrorOf {
+            state: MirrorState::Following.into(),
+            reason: String::new(),
+            load,
+            loading: 0,
+            history_since: match goes_on {
+                true => was.history_since,
+                false => load,
+            },
+            shared,
+            ..begin.mirror.clone().unwrap_or_default()
+        }),
+        second,
+        // What is loaded anew on demand, without a word of the source, keeps what is known.
+        fence: match (&begin.storage, was.load) {
+            (None, 1..) => before.record.fence.clone(),
+            _ => begin.fence.clone(),
+        },
+        ..v1::Volume::default()
+    }
+}
+
 /// The bucket of this region and the other one, when a volume is loaded; without a storage of the source they stay as they are. Who has a bucket keeps it, also a source that was
 /// demoted and becomes the mirror of its successor, if that writes into another one.
 fn buckets(
-    before: Option<&v1::Volume>,
+    before: &v1::Volume,
     begin: &v1::MirrorLoadBegin,
 ) -> (Option<v1::StorageConfig>, Option<v1::StorageConfig>) {
     let theirs = begin.storage.clone();
-    let Some(before) = before else {
-        return (theirs, None);
-    };
     let ours = before.storage.clone();
     if theirs.is_none() {
         // What is loaded says where its objects are.

@@ -8,6 +8,9 @@ use super::Group;
 use crate::proposer::LocalReply;
 use crate::store::local;
 
+/// Log that is kept for a mirror at most, if nobody said how much.
+const LOG_BYTES_MAX: u64 = 1 << 30;
+
 impl Group<'_, '_> {
     fn put_slot(&mut self, slot: &v1::MirrorSlot) {
         let volume = VolumeId(slot.volume);
@@ -17,7 +20,8 @@ impl Group<'_, '_> {
         }
     }
 
-    /// From here on log and segments are kept. One that exists stays as it is, unless it is to begin anew.
+    /// From here on log and segments are kept. One that exists stays as it is, unless it is to begin anew; it then keeps
+    /// its cap if none is named.
     pub(super) fn slot_create(&mut self, time: UnixNanos, create: &v1::SlotCreate) -> LocalReply {
         let Some(asked) = &create.slot else {
             return LocalReply::Invalid("a slot needs a name".to_owned());
@@ -37,7 +41,11 @@ impl Group<'_, '_> {
             complete: now,
             oldest: now,
             paused: before.is_some_and(|before| before.paused),
-            log_bytes_max: before.map_or(asked.log_bytes_max, |before| before.log_bytes_max),
+            log_bytes_max: match (asked.log_bytes_max, before) {
+                (0, Some(before)) => before.log_bytes_max,
+                (0, None) => LOG_BYTES_MAX,
+                (bytes, _) => bytes,
+            },
             invalid: String::new(),
             created: time.0,
             reported: time.0,
