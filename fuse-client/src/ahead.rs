@@ -330,6 +330,11 @@ impl State {
         self.settled == self.answered
     }
 
+    /// Changes that were answered and not sent.
+    pub fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
     /// What has to be settled for everything that was answered until now to be.
     pub fn mark(&self) -> u64 {
         self.answered

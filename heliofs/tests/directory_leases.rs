@@ -193,7 +193,7 @@ fn change(rng: &mut StdRng, root: &Path, model: &mut BTreeMap<PathBuf, Option<St
             let opened = OpenOptions::new().write(true).create_new(true).open(&full);
             match opened {
                 Ok(mut file) => {
-                    let text = if n % 3 == 0 {
+                    let text = if n.is_multiple_of(3) {
                         String::new()
                     } else {
                         format!("{n}")

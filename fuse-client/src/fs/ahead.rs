@@ -59,16 +59,25 @@ impl Fs {
         let ahead = &self.coherence.ahead;
         let give_up = tokio::time::Instant::now() + WAIT_MAX;
         loop {
-            let planned = {
+            let (planned, queued) = {
                 let mut state = ahead.lock();
-                match state.is_idle() || !self.trusted() {
+                let mark = state.mark();
+                let planned = match state.is_idle() || !self.trusted() {
                     true => Plan::Usual,
                     false => plan(&mut state),
-                }
+                };
+                let queued = match state.mark() == mark {
+                    true => 0,
+                    false => state.queued(),
+                };
+                (planned, queued)
             };
             let mut moved = match planned {
                 Plan::Answered(answer) => {
-                    ahead.work.notify_one();
+                    // Who sends knows of those in between.
+                    if queued == 1 || queued == BATCH {
+                        ahead.work.notify_one();
+                    }
                     return Ok(Some(answer));
                 }
                 Plan::Usual => return Ok(None),
