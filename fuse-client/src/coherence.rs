@@ -27,6 +27,7 @@ use meta_client::{Recalled, Watcher};
 use parking_lot::{Condvar, Mutex, RwLock, RwLockReadGuard};
 use tokio::sync::{mpsc, watch};
 
+use crate::ahead::Ahead;
 use crate::fs::KERNEL_LIFETIME_MAX;
 use crate::fs::dir::DirHandle;
 use crate::inode::InodeTable;
@@ -126,6 +127,8 @@ pub struct Coherence {
     pub cache: MetaCache,
     /// Open and dirty inodes.
     pub inodes: InodeTable,
+    /// Directories that are this mount's alone.
+    pub ahead: Ahead,
     /// Memory for uncommitted data.
     pub budget: Arc<Budget>,
     open_dirs: Mutex<HashMap<u64, Vec<Weak<DirHandle>>>>,
@@ -151,6 +154,7 @@ impl Coherence {
         Arc::new(Self {
             cache: MetaCache::new(inodes_max, names_max),
             inodes: InodeTable::new(budget.clone()),
+            ahead: Ahead::default(),
             budget,
             open_dirs: Mutex::default(),
             lanes: (0..NOTIFIERS).map(|_| Lane::default()).collect(),
@@ -169,6 +173,19 @@ impl Coherence {
     /// Write leases that are wanted back. Taken once; a second call returns `None`.
     pub(crate) fn recalls(&self) -> Option<mpsc::UnboundedReceiver<Recalled>> {
         self.recalls.lock().take()
+    }
+
+    /// A directory's lease is not to be used any more; [`Ahead`] is frozen for that already.
+    pub(crate) fn return_directory(&self, ino: u64) {
+        // Without a receiver the mount is going, and the lease goes with the session.
+        let _: Result<(), _> = self.recalled.send(Recalled { ino, grant: 0 });
+    }
+
+    /// As [`Coherence::return_directory`], of all directories.
+    pub(crate) fn return_all_directories(&self) {
+        if self.ahead.suspend() {
+            self.return_directory(0);
+        }
     }
 
     /// The kernel is about to be told `ino`'s attributes (0: none), and that `name` in a parent names it. Under the gate.
@@ -314,6 +331,10 @@ impl Watcher for Coherence {
             .unwrap_or_default();
         self.cache.invalidate(invalidation);
         let ino = invalidation.ino;
+        if let Some(directory) = self.ahead.outdated(ino) {
+            // From here on the server does not tell what becomes of it.
+            self.return_directory(directory);
+        }
         if invalidation.content
             && let Some(inode) = self.inodes.get(ino)
         {
@@ -345,6 +366,7 @@ impl Watcher for Coherence {
     }
 
     fn forget_all(&self) {
+        self.return_all_directories();
         self.cache.forget_all();
         for inode in self.inodes.all() {
             inode.lock().forget();

@@ -4,11 +4,13 @@
 //! - [`attr`]: getattr, setattr; [`namespace`]: lookup and everything that makes, moves or removes names; [`dir`]: listings
 //! - [`file`]: open, close; [`data`]: read, write, sync, truncate, fallocate, copy, seek
 //! - [`xattr`]: extended attributes and ACLs; [`lock`]: fcntl and flock locks
+//! - `ahead`: changes that are answered before the cluster has them
 //! - [`background`]: what runs beside: session events, deletion of dead segments
 //!
 //! Operations wait through failovers within the session's deadline.
 
 mod adopt;
+mod ahead;
 pub mod attr;
 pub mod background;
 pub mod data;
@@ -234,8 +236,11 @@ impl Fs {
         }
     }
 
-    /// Attributes as this mount shows them: with uncommitted data.
+    /// Attributes as this mount shows them: with uncommitted data, and with what was answered ahead.
     fn show(&self, mut attr: v1::Attr) -> v1::Attr {
+        if let Some(ahead) = self.coherence.ahead.lock().known(attr.ino) {
+            attr = ahead;
+        }
         if attr.kind() == v1::FileKind::File
             && let Some(inode) = self.coherence.inodes.get(attr.ino)
         {
@@ -254,7 +259,9 @@ impl Fs {
             Op::SetAttr(change) => change.size.is_some(),
             _ => false,
         };
+        self.make_way(&op).await?;
         let reply = self.session().mutate(caller.into(), op).await?;
+        self.made_way(&reply).await;
         Ok(self.absorb(generation, reply, own_content))
     }
 
@@ -265,6 +272,13 @@ impl Fs {
     ) -> Result<(v1::Reply, Position), ClientError> {
         let generation = self.coherence.cache.generation();
         let caller = Caller::default().into();
+        if let Err(errno) = self.make_way(&op).await {
+            // The next flush tries again.
+            return Err(ClientError::Unavailable {
+                waited: ahead::WAIT_MAX,
+                detail: format!("what was answered before has not taken effect: {errno}"),
+            });
+        }
         let reply = self.session().mutate_raw(caller, op).await?;
         let at = reply.position.map(Position::from).unwrap_or_default();
         self.saw_epoch(at);
@@ -292,6 +306,7 @@ impl Fs {
         if let Some(attr) = &reply.attr {
             self.clock.saw(attr.ctime);
         }
+        self.coherence.ahead.lock().saw(at);
         for ino in &reply.forget {
             // As if somebody else had changed it: what the command did there is not in the reply.
             self.coherence.invalidated(&v1::Invalidation {

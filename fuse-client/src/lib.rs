@@ -23,6 +23,7 @@
 //! # Ok(()) }
 //! ```
 
+pub mod ahead;
 pub mod clock;
 pub mod coherence;
 pub mod compact;

@@ -7,6 +7,7 @@ use heliofs_proto::v1;
 use heliofs_proto::v1::command::Op;
 
 use super::{Caller, Entry, Fs};
+use crate::ahead::Plan;
 use crate::errno::{Errno, FsResult};
 use crate::inode::Inode;
 
@@ -49,10 +50,41 @@ pub struct AttrChange {
     pub kill_suidgid: bool,
 }
 
+impl AttrChange {
+    /// As it is proposed.
+    pub(crate) fn to_wire(self, ino: u64) -> v1::SetAttr {
+        v1::SetAttr {
+            ino,
+            mode: self.mode,
+            uid: self.uid,
+            gid: self.gid,
+            size: self.size,
+            atime: self.atime.map(SetTime::to_wire),
+            mtime: self.mtime.map(SetTime::to_wire),
+            kill_suidgid: self.kill_suidgid,
+        }
+    }
+}
+
 impl Fs {
     /// Attributes of an inode, with uncommitted data shown.
     pub async fn get_attr(&self, ino: u64) -> FsResult<Entry> {
         let generation = self.coherence.cache.generation();
+        let known = self
+            .ahead(|ahead| match ahead.attr(ino) {
+                Plan::Answered(attr) => Plan::Answered((attr, ahead.at())),
+                Plan::Wait => Plan::Wait,
+                Plan::Usual => Plan::Usual,
+            })
+            .await?;
+        if let Some((attr, at)) = known {
+            return Ok(Entry {
+                attr: self.show(attr),
+                at,
+                generation,
+            });
+        }
+        self.settled(&[ino]).await?;
         if self.trusted()
             && let Some((attr, at)) = self.coherence.cache.attr(ino)
         {
@@ -83,7 +115,28 @@ impl Fs {
         caller: Caller,
     ) -> FsResult<Entry> {
         self.writable()?;
-        let Some(inode) = self.coherence.inodes.get(ino) else {
+        let generation = self.coherence.cache.generation();
+        let inode = self.coherence.inodes.get(ino);
+        if change.size.is_none() && (change.mtime.is_none() || inode.is_none()) {
+            let changed = self
+                .ahead(|ahead| {
+                    let changed = ahead.set_attr(ino, &change, (caller, self.clock.now()));
+                    match changed {
+                        Plan::Answered(changed) => Plan::Answered((changed, ahead.at())),
+                        Plan::Wait => Plan::Wait,
+                        Plan::Usual => Plan::Usual,
+                    }
+                })
+                .await?;
+            if let Some((changed, at)) = changed {
+                return Ok(Entry {
+                    attr: self.show(changed?),
+                    at,
+                    generation,
+                });
+            }
+        }
+        let Some(inode) = inode else {
             return self.propose_attr(ino, &change, caller).await?.entry(self);
         };
         if change.size.is_none() && change.mtime.is_none() {
@@ -140,17 +193,7 @@ impl Fs {
         change: &AttrChange,
         caller: Caller,
     ) -> FsResult<super::Changed> {
-        let op = Op::SetAttr(v1::SetAttr {
-            ino,
-            mode: change.mode,
-            uid: change.uid,
-            gid: change.gid,
-            size: change.size,
-            atime: change.atime.map(SetTime::to_wire),
-            mtime: change.mtime.map(SetTime::to_wire),
-            kill_suidgid: change.kill_suidgid,
-        });
-        self.mutate(caller, op).await
+        self.mutate(caller, Op::SetAttr(change.to_wire(ino))).await
     }
 
     /// Clears what a write by `caller` must clear, before the write is answered, so that the next stat shows it.

@@ -84,6 +84,7 @@ impl Fs {
         if !self.options.read_only {
             self.runtime.spawn(self.clone().run_flusher());
             self.runtime.spawn(self.clone().run_recalls());
+            self.runtime.spawn(self.clone().run_ahead());
             self.runtime.spawn(self.clone().run_room());
         }
         // A mirror's mounts clean up its own bucket, from which nobody else deletes.

@@ -171,6 +171,7 @@ impl Fs {
 
     /// fsync: once this is `Ok`, everything that was written before is stored and committed, or staged.
     pub async fn sync(self: &Arc<Self>, file: &FileHandle) -> FsResult<()> {
+        self.settled_all(Some(file.inode.ino)).await?;
         if self.stage(&file.inode, Stage::Private).await? {
             return Ok(());
         }
@@ -281,6 +282,7 @@ impl Fs {
     ) -> FsResult<u64> {
         let inode = &file.inode;
         self.flush(inode).await?;
+        self.settled(&[inode.ino]).await?;
         let mut at = offset;
         loop {
             let session = self.session();

@@ -78,6 +78,16 @@ pub struct Listed {
     pub entry: Option<Entry>,
 }
 
+/// What has become of an entry since its page was read.
+enum Current {
+    /// It is this.
+    Is(Listed),
+    /// It is no more.
+    Gone,
+    /// The page must be read anew.
+    Outdated,
+}
+
 impl DirHandle {
     /// A name of the directory changed at `at`; `None`: any.
     pub fn changed(&self, name: Option<&Bytes>, at: Position) {
@@ -159,10 +169,11 @@ impl Fs {
                 && let Some(entry) = listing.buffer.get(next)
             {
                 match self.current(&handle, &listing, entry) {
-                    Some(entry) => listed.push(entry),
-                    None if fetches < FETCHES_MAX => break,
+                    Current::Is(entry) => listed.push(entry),
+                    Current::Gone => {}
+                    Current::Outdated if fetches < FETCHES_MAX => break,
                     // It changes all the time; what was read is as true as anything else could be.
-                    None => listed.push(self.as_read(&listing, entry)),
+                    Current::Outdated => listed.push(self.as_read(&listing, entry)),
                 }
                 next += 1;
             }
@@ -215,6 +226,7 @@ impl Fs {
         from: u64,
         plus: bool,
     ) -> FsResult<()> {
+        self.settled(&[handle.ino]).await?;
         let cache = &self.coherence.cache;
         let generation = cache.generation();
         handle.changes.lock().forgotten = false;
@@ -277,25 +289,36 @@ impl Fs {
         Ok(())
     }
 
-    /// The entry as it is now; `None` when the page it was read with is outdated.
-    fn current(
-        &self,
-        handle: &DirHandle,
-        listing: &Listing,
-        entry: &v1::DirEntry,
-    ) -> Option<Listed> {
-        if handle.is_stale(&entry.name, listing.at) {
-            return None;
-        }
+    /// The entry as it is now.
+    fn current(&self, handle: &DirHandle, listing: &Listing, entry: &v1::DirEntry) -> Current {
         let mut listed = self.as_read(listing, entry);
+        let known = {
+            let state = self.coherence.ahead.lock();
+            let known = state.listed(handle.ino, &entry.name, entry.ino);
+            known.map(|known| (known, state.at()))
+        };
+        if let Some(((same, attr), at)) = known {
+            if !same {
+                return Current::Gone;
+            }
+            if let (Some(shown), Some(attr)) = (&mut listed.entry, attr) {
+                (shown.attr, shown.at) = (self.show(attr), at);
+                return Current::Is(listed);
+            }
+        } else if handle.is_stale(&entry.name, listing.at) {
+            return Current::Outdated;
+        }
         if let Some(shown) = &mut listed.entry {
             match self.coherence.cache.newer_attr(entry.ino, listing.at) {
                 Ok(Some(newer)) => shown.attr = self.show(newer),
+                // Not for the kernel to keep: changes of it may be under way.
+                Ok(None) if known.is_some() => shown.at = Position::START,
                 Ok(None) => {}
-                Err(_) => return None,
+                Err(_) if known.is_some() => shown.at = Position::START,
+                Err(_) => return Current::Outdated,
             }
         }
-        Some(listed)
+        Current::Is(listed)
     }
 
     fn as_read(&self, listing: &Listing, entry: &v1::DirEntry) -> Listed {

@@ -124,6 +124,7 @@ impl Fs {
             // Whoever opens the file must not believe in data that could not be stored.
             self.flush(inode).await?;
         }
+        self.settled(&[ino]).await?;
         let cache = &self.coherence.cache;
         let generation = cache.generation();
         let session = self.session();
@@ -251,7 +252,12 @@ impl Fs {
         !fails
             && self.options.defer_close
             && self.has_ample_room(quota_room)
-            && self.session.load().holds_write_lease(Ino(inode.ino))
+            && (self.session.load().holds_write_lease(Ino(inode.ino)) || self.is_unseen(inode.ino))
+    }
+
+    /// Whether nobody else can see the file without asking for the directory that it was made in.
+    fn is_unseen(&self, ino: u64) -> bool {
+        self.trusted() && self.coherence.ahead.lock().is_pending(ino)
     }
 
     /// Whether all that this mount holds back would fit twice into the volume, and into the file's tightest quota. Near a limit

@@ -60,6 +60,7 @@ impl Fs {
         wait: bool,
         caller: Caller,
     ) -> FsResult<()> {
+        self.settled(&[ino]).await?;
         let session = self.session();
         let wait = wait && lock.kind != v1::LockKind::Unlock;
         let granted = session.lock(lock.to_wire(ino, wait));
@@ -98,6 +99,7 @@ impl Fs {
 
     /// The first lock in the way of `lock`.
     pub async fn test_lock(&self, ino: u64, lock: LockRange) -> FsResult<Option<v1::Lock>> {
+        self.settled(&[ino]).await?;
         Ok(self.session().test_lock(lock.to_wire(ino, false)).await?)
     }
 

@@ -12,6 +12,7 @@ use heliofs_proto::v1::command::Op;
 use meta_client::ClientError;
 
 use super::{Caller, Changed, Entry, Fs};
+use crate::ahead::Plan;
 use crate::errno::{Errno, FsResult};
 use crate::meta_cache::{Found, Generation, PREFETCH_ENTRIES};
 
@@ -51,16 +52,47 @@ pub(super) fn check_name(name: &[u8]) -> FsResult<()> {
     Ok(())
 }
 
+/// An answer with the position that it reflects.
+fn with_position<T>(plan: Plan<T>, at: Position) -> Plan<(T, Position)> {
+    match plan {
+        Plan::Answered(answer) => Plan::Answered((answer, at)),
+        Plan::Wait => Plan::Wait,
+        Plan::Usual => Plan::Usual,
+    }
+}
+
 impl Fs {
     /// What `name` in directory `parent` is.
     pub async fn lookup(self: &Arc<Self>, parent: u64, name: &[u8]) -> FsResult<Looked> {
         check_name(name)?;
         let cache = &self.coherence.cache;
         let generation = cache.generation();
+        let known = self
+            .ahead(|ahead| with_position(ahead.lookup(parent, name), ahead.at()))
+            .await?;
+        match known {
+            Some((None, at)) => return Ok(Looked::Absent { at, generation }),
+            Some((Some((_, Some(attr))), at)) => {
+                return Ok(Looked::Found(Entry {
+                    attr: self.show(attr),
+                    at,
+                    generation,
+                }));
+            }
+            Some((Some((ino, None)), _)) => return Ok(Looked::Found(self.get_attr(ino).await?)),
+            None => self.settled(&[parent]).await?,
+        }
         if self.trusted() {
+            // Before the look: what has changed up to there is known to the cache by now.
+            let before = self.coherence.ahead.lock().at();
             match cache.lookup(parent, name) {
                 Found::Attr(attr, at) => {
                     self.metrics.cache_hits.inc();
+                    let ahead = self.coherence.ahead.lock().known(attr.ino);
+                    let (attr, at) = match ahead {
+                        Some(ahead) => (ahead, at.max(before)),
+                        None => (attr, at),
+                    };
                     return Ok(Looked::Found(Entry {
                         attr: self.show(attr),
                         at,
@@ -170,6 +202,27 @@ impl Fs {
         check_name(name)?;
         let name = Bytes::copy_from_slice(name);
         let kind = node.kind;
+        let generation = self.coherence.cache.generation();
+        let made = self
+            .ahead(|ahead| {
+                let by = (caller, self.clock.now());
+                let made = ahead.create((parent, &name), &node, exclusive, by);
+                if let (Plan::Answered(Ok(attr)), true) = (&made, open) {
+                    // Under the lock, so that it is known when the answer comes.
+                    self.session().expect_open(Ino(attr.ino));
+                }
+                with_position(made, ahead.at())
+            })
+            .await?;
+        if let Some((made, at)) = made {
+            let attr = made?;
+            let entry = Entry {
+                attr,
+                at,
+                generation,
+            };
+            return Ok((entry, true, None));
+        }
         let create = v1::Create {
             parent,
             name: name.clone(),
@@ -179,10 +232,14 @@ impl Fs {
             rdev: node.rdev,
             symlink_target: node.target,
             exclusive,
+            ino: 0,
         };
+        let session = self.session();
         let changed = if open {
+            self.make_way(&Op::Create(create.clone())).await?;
             let generation = self.coherence.cache.generation();
             let reply = self.session().create_open(caller.into(), create).await?;
+            self.made_way(&reply).await;
             self.absorb(generation, reply, false)
         } else {
             self.mutate(caller, Op::Create(create)).await?
@@ -193,6 +250,7 @@ impl Fs {
             self.coherence
                 .cache
                 .put_new_directory(changed.generation, entry.attr.ino, changed.at);
+            self.directory_made(&session, &entry.attr, changed.at);
         }
         Ok((entry, changed.reply.created, changed.reply.quota_room))
     }
@@ -218,6 +276,12 @@ impl Fs {
     ) -> FsResult<()> {
         check_name(name)?;
         let name = Bytes::copy_from_slice(name);
+        let gone = self
+            .ahead(|ahead| ahead.unlink((parent, &name), directory, (caller, self.clock.now())))
+            .await?;
+        if let Some(gone) = gone {
+            return gone.map(drop);
+        }
         let op = Op::Unlink(v1::Unlink {
             parent,
             name: name.clone(),
@@ -272,6 +336,17 @@ impl Fs {
             self.store_before_replacing((parent, &name), (new_parent, &new_name))
                 .await?;
         }
+        let moved = match exchange {
+            true => None,
+            false => {
+                let (from, to) = ((parent, &name), (new_parent, &new_name));
+                self.ahead(|ahead| ahead.rename(from, to, no_replace, (caller, self.clock.now())))
+                    .await?
+            }
+        };
+        if let Some(moved) = moved {
+            return moved.map(drop);
+        }
         let op = Op::Rename(v1::Rename {
             parent,
             name: name.clone(),
@@ -314,18 +389,20 @@ impl Fs {
             return Ok(());
         }
         let cache = &self.coherence.cache;
-        if self.trusted() && matches!(cache.lookup(new_parent, new_name), Found::Absent(_)) {
+        let is_leased = |ino| self.coherence.ahead.lock().is_leased(ino);
+        if is_leased(new_parent) {
+            if let Looked::Absent { .. } = self.lookup(new_parent, new_name).await? {
+                return Ok(());
+            }
+        } else if self.trusted() && matches!(cache.lookup(new_parent, new_name), Found::Absent(_)) {
             return Ok(());
         }
         let ino = match cache.lookup(parent, name) {
-            Found::Attr(attr, _) => attr.ino,
-            Found::Absent(_) | Found::Unknown { .. } => {
-                let name = Bytes::copy_from_slice(name);
-                match self.session().try_lookup(Ino(parent), name).await? {
-                    (Some(attr), _) => attr.ino,
-                    (None, _) => return Ok(()),
-                }
-            }
+            Found::Attr(attr, _) if !is_leased(parent) => attr.ino,
+            _ => match self.lookup(parent, name).await? {
+                Looked::Found(found) => found.attr.ino,
+                Looked::Absent { .. } => return Ok(()),
+            },
         };
         match self.coherence.inodes.get(ino) {
             Some(inode) => self.flush(&inode).await,
@@ -355,6 +432,7 @@ impl Fs {
 
     /// The target of a symlink.
     pub async fn read_link(&self, ino: u64) -> FsResult<Bytes> {
+        self.settled(&[ino]).await?;
         match self.session().read_link(Ino(ino)).await {
             Err(ClientError::Verdict(FsError::NotFound)) => Err(Errno::STALE),
             answer => Ok(answer?),

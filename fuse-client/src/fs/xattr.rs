@@ -52,6 +52,7 @@ impl Fs {
         {
             return value.ok_or(Errno::NODATA);
         }
+        self.settled(&[ino]).await?;
         let generation = cache.generation();
         let name = Bytes::copy_from_slice(name);
         let (value, at) = self.session().try_get_xattr(Ino(ino), name.clone()).await?;
@@ -65,6 +66,7 @@ impl Fs {
         if attr.flags == 0 {
             return Ok(Bytes::new());
         }
+        self.settled(&[ino]).await?;
         let (names, _) = self.session().list_xattr(Ino(ino)).await?;
         let mut list = Vec::new();
         for name in names {

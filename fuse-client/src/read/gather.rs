@@ -165,6 +165,7 @@ impl Fs {
 
     /// Asks the server for a page of extents from `from` on; an answer that is older than what is known is dropped.
     pub(crate) async fn fetch_extents(&self, inode: &Inode, from: u64) -> FsResult<()> {
+        self.settled(&[inode.ino]).await?;
         let session = self.session();
         let (page, at) = session
             .get_extents(Ino(inode.ino), from, u64::MAX - from, PAGE_EXTENTS)

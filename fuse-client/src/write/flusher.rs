@@ -232,8 +232,15 @@ impl Fs {
                 }
             }
             recalled.sort_unstable();
-            recalled.dedup();
-            self.answer_recalls(recalled);
+            // Those without a number are of this mount's own making, and each of them counts.
+            recalled.dedup_by(|again, recall| again == recall && recall.grant != 0);
+            let directory = {
+                let state = self.coherence().ahead.lock();
+                move |recall: &Recalled| recall.grant == 0 || state.is_leased(recall.ino)
+            };
+            let (directories, files) = recalled.into_iter().partition(directory);
+            self.return_directories(directories);
+            self.answer_recalls(files);
         }
     }
 
@@ -401,6 +408,9 @@ impl Fs {
 
     /// Flushes everything; for unmount. Returns the inodes whose data is not stored.
     pub async fn flush_all(self: &Arc<Self>) -> Vec<u64> {
+        if let Err(error) = self.settled_all(None).await {
+            tracing::error!(%error, "changes that were answered are not known to have taken effect");
+        }
         let all: Vec<Arc<Inode>> = self.dirty().lock().values().cloned().collect();
         let sized = all.into_iter().map(|inode| {
             let bytes = inode.lock().pieces.bytes();

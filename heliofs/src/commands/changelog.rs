@@ -2,7 +2,7 @@
 
 use clap::Args;
 use heliofs_proto::ids::{Epoch, Position};
-use heliofs_proto::v1::{self, QuotaKind, command::Op};
+use heliofs_proto::v1::{self, QuotaKind, change::Op as Change, command::Op};
 use meta_client::changelog::ChangelogItem;
 use serde_json::{Value, json};
 
@@ -239,6 +239,27 @@ fn describe(op: &Op) -> (&'static str, Value) {
                 "moves": op.moves.len(),
                 "bytes": op.moves.iter().map(|each| each.length).sum::<u64>(),
                 "segments": op.segments.iter().map(|each| format!("{:016x}", each.id)).collect::<Vec<_>>(),
+            }),
+        ),
+        Op::InosReserve(op) => ("inos-reserve", json!({ "count": op.count })),
+        Op::Batch(op) => (
+            "batch",
+            json!({
+                "changes": op
+                    .changes
+                    .iter()
+                    .filter_map(|change| change.op.clone())
+                    .map(|op| {
+                        let (name, fields) = describe(&match op {
+                            Change::Create(op) => Op::Create(op),
+                            Change::Link(op) => Op::Link(op),
+                            Change::Unlink(op) => Op::Unlink(op),
+                            Change::Rename(op) => Op::Rename(op),
+                            Change::SetAttr(op) => Op::SetAttr(op),
+                        });
+                        json!({ name: fields })
+                    })
+                    .collect::<Vec<_>>(),
             }),
         ),
         Op::Reap(op) => ("reap", json!({ "inode": op.ino })),

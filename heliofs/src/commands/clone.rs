@@ -394,6 +394,7 @@ impl<'a> Cloner<'a> {
             rdev: source.rdev,
             symlink_target,
             exclusive: true,
+            ino: 0,
         });
         let made = self.change(self.caller(source), create).await?.attr;
         Ok(made.map(|attr| attr.ino).unwrap_or_default())

@@ -65,6 +65,8 @@ pub struct SessionOptions {
     pub watcher: Option<Arc<dyn Watcher>>,
     /// Ask for write leases with opens for writing and creates. Recalls go to the watcher.
     pub takes_leases: bool,
+    /// Take write leases of directories with their making. Recalls go to the watcher, too.
+    pub takes_directories: bool,
     /// At a mirror with a bucket of its own: read only what that bucket has all of.
     pub complete: bool,
 }
@@ -84,6 +86,7 @@ impl Default for SessionOptions {
             volume_token: Bytes::new(),
             watcher: None,
             takes_leases: false,
+            takes_directories: false,
             complete: false,
         }
     }
@@ -281,6 +284,18 @@ impl Session {
     /// while the leader has not been heard for a lease.
     pub fn holds_write_lease(&self, ino: Ino) -> bool {
         self.lease_valid() && self.shared().state.lock().holds_lease(ino.0)
+    }
+
+    /// Whether this session holds the write lease of a directory that it made, and nobody wants it back. For as long as the
+    /// lease of the session is valid ([`Session::lease_valid`]), nobody else sees what is in it.
+    pub fn holds_directory(&self, ino: Ino) -> bool {
+        self.shared().state.lock().holds_directory(ino.0)
+    }
+
+    /// Returns the write lease of a directory, wanted back or not: all changes that were answered under it have taken effect, or
+    /// can't.
+    pub fn return_directory(&self, ino: Ino) {
+        self.shared().return_directory(ino.0);
     }
 
     /// Answers a recall: everything that was written under the lease is committed, or can't be.

@@ -70,7 +70,7 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
             });
         }
     };
-    check_core_level(view, volume)?;
+    let level = check_core_level(view, volume)?;
     head.position = next_position(head.position, command);
     if head
         .epochs
@@ -80,6 +80,14 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
         head.epochs.push((head.position.epoch, head.position.seq));
     }
     head.time = head.time.max(stamp.time);
+    if let Some(Op::Batch(batch)) = &command.op
+        && level >= limits::CORE_LEVEL_BATCHES
+    {
+        // What a program was told stays true, as long as its machine's clock is about right.
+        let most = stamp.time.0.saturating_add(limits::CHANGE_AHEAD_MAX);
+        let told = ops::batch::latest(batch).min(most);
+        head.time = head.time.max(UnixNanos(told));
+    }
 
     let refused = |error: FsError| v1::Reply {
         position: Some(head.position.into()),
@@ -91,8 +99,12 @@ pub fn apply(view: &impl View, stamp: Stamp, command: &v1::Command) -> Result<Ap
         Once::Refused(error) => refused(error),
         Once::Repeated(reply) => *reply,
         Once::First => {
-            let done = dispatch(&mut txn, command)
-                .and_then(|reply| ops::charge::settle(&mut txn, command, reply));
+            let fresh = || Txn::new(view, command, head.position, head.time);
+            let done = match &command.op {
+                Some(Op::Batch(batch)) => changes(&mut txn, batch, fresh),
+                _ => dispatch(&mut txn, command),
+            };
+            let done = done.and_then(|reply| ops::charge::settle(&mut txn, command, reply));
             let reply = match done {
                 Ok(mut reply) => {
                     reply.position = Some(head.position.into());
@@ -138,10 +150,10 @@ pub fn next_position(head: Position, command: &v1::Command) -> Position {
     }
 }
 
-fn check_core_level(view: &impl View, volume: VolumeId) -> Result<(), Corruption> {
+fn check_core_level(view: &impl View, volume: VolumeId) -> Result<u32, Corruption> {
     let key = keys::settings(volume);
     let Some(value) = view.get(&key)? else {
-        return Ok(());
+        return Ok(0);
     };
     let level = SettingsRecord::decode(&key, &value)?.0.core_level;
     if level > limits::core_level_known() {
@@ -151,7 +163,28 @@ fn check_core_level(view: &impl View, volume: VolumeId) -> Result<(), Corruption
             known: limits::core_level_known(),
         });
     }
-    Ok(())
+    Ok(level)
+}
+
+/// A batch, up to the first change that is refused: what that one did before is dropped with the transaction, and those ahead of
+/// it are made once more.
+fn changes<V: View>(txn: &mut Txn<V>, batch: &v1::Batch, fresh: impl Fn() -> Txn<V>) -> OpResult {
+    use ops::batch::{Ran, run};
+    let (count, refused) = match run(txn, batch, batch.changes.len())? {
+        Ran::Whole(reply) => return Ok(*reply),
+        Ran::Stopped(count, refused) => (count, refused),
+    };
+    *txn = fresh();
+    match run(txn, batch, count)? {
+        Ran::Whole(mut reply) => {
+            reply.refused = refused as i32;
+            Ok(*reply)
+        }
+        Ran::Stopped(..) => {
+            let what = format!("volume {}: a batch had two outcomes", txn.volume);
+            Err(OpError::Corrupt(Corruption::Contradiction(what)))
+        }
+    }
 }
 
 /// What is known of a request before it is applied.
@@ -234,6 +267,9 @@ fn dispatch<V: View>(txn: &mut Txn<V>, command: &v1::Command) -> OpResult {
         Op::SessionBegin(op) => ops::session::begin(txn, op),
         Op::SessionEnd(op) => ops::session::end(txn, op),
         Op::SegmentsAllocate(op) => ops::segments::allocate(txn, op),
+        Op::InosReserve(op) => ops::session::reserve_inos(txn, op),
+        // Of changes, not of one.
+        Op::Batch(_) => Err(FsError::NotSupported.into()),
         Op::Create(op) => ops::create::create(txn, op),
         Op::Link(op) => ops::link::link(txn, op),
         Op::Unlink(op) => ops::unlink::unlink(txn, op),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The highest behaviour that this build can apply. A volume's `core_level` is raised only by a logged command.
-pub const CORE_LEVEL_MAX: u32 = 4;
+pub const CORE_LEVEL_MAX: u32 = 5;
 
 /// What [`core_level_known`] answers.
 static KNOWN: AtomicU32 = AtomicU32::new(CORE_LEVEL_MAX);
@@ -28,6 +28,27 @@ pub const CORE_LEVEL_CONDITIONS: u32 = 3;
 /// From this level on a command that overwrites is measured by what it leaves, also where what it overwrites is removed later;
 /// and chains of quotas are bounded from below, too.
 pub const CORE_LEVEL_GROWTH: u32 = 4;
+
+/// From this level on sessions reserve inode numbers, and commands may be batches of changes that were answered before.
+pub const CORE_LEVEL_BATCHES: u32 = 5;
+
+/// Changes of one `Batch`; a rename over something changes some ten records, a create in the place of another fewer.
+pub const CHANGES_PER_BATCH_MAX: usize = 64;
+
+/// By how much a change's time may be before the volume's, nanoseconds: 10 minutes. A mount does not wait that long for a leader.
+pub const CHANGE_AGE_MAX: i64 = 600 * 1_000_000_000;
+
+/// By how much the volume's time follows a change's past the proposer's clock, nanoseconds: 1 s.
+pub const CHANGE_AHEAD_MAX: i64 = 1_000_000_000;
+
+/// Inode numbers that one `InosReserve` gives out.
+pub const INOS_PER_RESERVATION_MAX: u32 = 65_536;
+
+/// Ranges of reserved inode numbers that a session has; one more makes it lose the oldest.
+pub const INO_RANGES_MAX: usize = 4;
+
+/// Inodes that a volume must have left beside a hundredth of its limit for changes to be answered before they are proposed.
+pub const INODES_SPARE: u64 = 10_000;
 
 /// Extents that one command removes in place; more become an erase record that `EraseStep` works off. Each removal touches the
 /// extent and perhaps its segment's record, so that twice this number stays well below 1,000.

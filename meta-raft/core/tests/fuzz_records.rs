@@ -132,6 +132,12 @@ fn corpus() -> Vec<Bytes> {
         .encode(),
         SessionRecord {
             acknowledged_below: 12,
+            inos: vec![],
+        }
+        .encode(),
+        SessionRecord {
+            acknowledged_below: 12,
+            inos: vec![7..9, 1 << 40..1 << 41],
         }
         .encode(),
         HeadRecord {

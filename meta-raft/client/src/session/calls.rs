@@ -202,6 +202,24 @@ impl Session {
         accepted(mutated(self.shared().wait(answer).await?)?)
     }
 
+    /// Proposes changes that were answered already, at most 64, and waits for as long as it takes. What they did is in the reply:
+    /// a refusal as a whole, too. Regular files that they make count as open, if [`Session::expect_open`] said so.
+    ///
+    /// Errors: `SessionGone`, and then nobody knows whether they took effect.
+    pub async fn batch(&self, changes: Vec<v1::Change>) -> Result<v1::Reply, ClientError> {
+        let command = v1::Command {
+            op: Some(v1::command::Op::Batch(v1::Batch { changes })),
+            ..Default::default()
+        };
+        let answer = self.shared().submit_batch(command)?;
+        mutated(self.shared().wait(answer).await?)
+    }
+
+    /// A file that a batch to come makes is open from now on. Paid back with one [`Session::release`].
+    pub fn expect_open(&self, ino: Ino) {
+        self.shared().expect_open(ino.0);
+    }
+
     /// Takes back one open. Does not wait, can't fail.
     pub fn release(&self, ino: Ino) {
         self.shared().release(ino.0);

@@ -88,6 +88,24 @@ impl Shared {
         wake(state);
     }
 
+    pub(super) fn return_directory(&self, ino: u64) {
+        let mut state = self.state.lock();
+        state.return_directory(ino);
+        wake(state);
+    }
+
+    pub(super) fn submit_batch(&self, command: v1::Command) -> Result<AnswerReceiver, ClientError> {
+        let (sender, receiver) = oneshot::channel();
+        let mut state = self.state.lock();
+        state.submit_batch(command, sender, Instant::now())?;
+        wake(state);
+        Ok(receiver)
+    }
+
+    pub(super) fn expect_open(&self, ino: u64) {
+        self.state.lock().expect_open(ino);
+    }
+
     pub(super) fn submit_lock(&self, lock: v1::Lock) -> Result<(u64, AnswerReceiver), ClientError> {
         self.submit(Body::Lock(lock))
     }

@@ -97,6 +97,22 @@ impl Opens {
         Need::Nothing
     }
 
+    /// One open of a file that the server does not know yet; it registers the file when it makes it ([`Opens::made`]).
+    pub(super) fn expect(&mut self, ino: u64) {
+        self.inodes.entry(ino).or_default().count += 1;
+    }
+
+    /// A batch that made the file was answered: the server registered it.
+    pub(super) fn made(&mut self, ino: u64) -> Need {
+        match self.inodes.get_mut(&ino) {
+            Some(open) => {
+                open.registered = true;
+                Need::Nothing
+            }
+            None => Need::Release,
+        }
+    }
+
     /// One open less.
     pub(super) fn release(&mut self, ino: u64) -> Need {
         let Some(open) = self.inodes.get_mut(&ino) else {
@@ -182,6 +198,21 @@ impl Opens {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_made_later_is_registered_or_released_then() {
+        let mut opens = Opens::default();
+        opens.expect(7);
+        opens.expect(8);
+        assert!(opens.registered().is_empty());
+        assert_eq!(opens.release(8), Need::Release);
+        assert_eq!(
+            (opens.made(7), opens.made(8)),
+            (Need::Nothing, Need::Release)
+        );
+        assert_eq!(opens.registered(), [7]);
+        assert_eq!(opens.release(7), Need::Release);
+    }
 
     #[test]
     fn the_server_hears_of_the_first_open_and_of_the_last_release() {

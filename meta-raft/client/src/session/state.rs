@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use heliofs_proto::error::FsError;
 use heliofs_proto::limits::{IN_FLIGHT_MAX, WIRE_VERSION};
 use heliofs_proto::v1;
+use heliofs_proto::v1::command::Op;
 use heliofs_proto::v1::request::Body;
 use prost::Message;
 use tokio::sync::oneshot;
@@ -107,6 +108,8 @@ pub(super) struct State {
     stalled: VecDeque<u64>,
     window: Window,
     opens: Opens,
+    /// Directories whose write lease was granted and not returned: by which grant, and whether it is wanted back.
+    directories: HashMap<u64, (u64, bool)>,
     locks: HeldLocks,
     pulse: Pulse,
     /// Of the task that sends, while it has nothing to do.
@@ -127,6 +130,7 @@ impl State {
             stalled: VecDeque::new(),
             window: Window::new(IN_FLIGHT_MAX),
             opens: Opens::default(),
+            directories: HashMap::new(),
             locks: HeldLocks::default(),
             pulse: Pulse::new(now),
             waker: None,
@@ -196,6 +200,25 @@ impl State {
         Ok(())
     }
 
+    /// As [`State::submit`] for a batch, whose outcome is waited for without bound.
+    pub(super) fn submit_batch(
+        &mut self,
+        command: v1::Command,
+        caller: oneshot::Sender<Outcome>,
+        now: Instant,
+    ) -> Result<(), ClientError> {
+        let id = self.submit(Body::Command(command), Some(caller), now)?;
+        if let Some(pending) = self.pending.get_mut(&id) {
+            pending.bounded = false;
+        }
+        Ok(())
+    }
+
+    /// Counts an open of a file that a batch to come makes.
+    pub(super) fn expect_open(&mut self, ino: u64) {
+        self.opens.expect(ino);
+    }
+
     /// Counts an open and queues what its caller needs. [`State::release`] takes the count back, also after a failure.
     pub(super) fn submit_open(
         &mut self,
@@ -232,7 +255,24 @@ impl State {
 
     /// The server wants a file's write lease back; it gets it through [`State::return_lease`].
     pub(super) fn lease_recalled(&mut self, recall: Recalled) {
-        self.opens.lease_recalled(recall);
+        match self.directories.get_mut(&recall.ino) {
+            Some((grant, recalled)) => *recalled |= *grant == recall.grant,
+            None => self.opens.lease_recalled(recall),
+        }
+    }
+
+    /// Whether this session holds a directory's write lease, and nobody wants it back.
+    pub(super) fn holds_directory(&self, ino: u64) -> bool {
+        self.directories
+            .get(&ino)
+            .is_some_and(|(_, recalled)| !recalled)
+    }
+
+    /// Returns a directory's write lease, wanted back or not. Nothing happens if it is not held.
+    pub(super) fn return_directory(&mut self, ino: u64) {
+        if let Some((grant, _)) = self.directories.remove(&ino) {
+            self.push(Out::ReturnLease(Recalled { ino, grant }));
+        }
     }
 
     /// Whether data may be kept back under the file's write lease, as far as the leader said.
@@ -243,6 +283,10 @@ impl State {
     /// Answers a recall. Said again by the next hello when it is lost with the stream.
     pub(super) fn return_lease(&mut self, recall: Recalled) {
         self.opens.lease_returned(recall);
+        let held = self.directories.get(&recall.ino);
+        if held.is_some_and(|(grant, _)| *grant == recall.grant) {
+            self.directories.remove(&recall.ino);
+        }
         self.push(Out::ReturnLease(recall));
     }
 
@@ -303,6 +347,15 @@ impl State {
             leases: self.opens.leases(),
             short_lived: options.short_lived,
             takes_leases: options.takes_leases,
+            takes_directories: options.takes_directories,
+            directories: self
+                .directories
+                .iter()
+                .map(|(ino, (grant, _))| v1::WriteLease {
+                    ino: *ino,
+                    grant: *grant,
+                })
+                .collect(),
         }
     }
 
@@ -384,6 +437,7 @@ impl State {
         self.outbox.clear();
         self.stalled.clear();
         self.opens.clear();
+        self.directories.clear();
         self.locks = HeldLocks::default();
         let gone = ClientError::SessionGone(reason.to_owned());
         let completions = self
@@ -525,6 +579,7 @@ impl State {
         };
         let ok = response.error() == FsError::None;
         let mut session_gone = response.error() == FsError::SessionGone;
+        let mut needs = Vec::new();
         match &pending.body {
             Body::Command(command) => {
                 self.window.resolve(command.sequence);
@@ -537,6 +592,27 @@ impl State {
                             self.opens.lease_granted(ino, response.write_lease);
                         }
                         self.meet(need, ino, now);
+                    }
+                    if let Some(ino) = created(command, reply, v1::FileKind::Directory)
+                        && response.write_lease != 0
+                    {
+                        self.directories.insert(ino, (response.write_lease, false));
+                    }
+                    if let Some(Op::Batch(batch)) = &command.op {
+                        for (ino, is_file) in made_by(batch, reply) {
+                            if is_file {
+                                let need = self.opens.made(ino);
+                                needs.push((need, ino));
+                            }
+                        }
+                        for lease in &response.write_leases {
+                            let mut made = made_by(batch, reply);
+                            if made.any(|(ino, is_file)| ino == lease.ino && is_file) {
+                                self.opens.lease_granted(lease.ino, lease.grant);
+                            } else {
+                                self.directories.insert(lease.ino, (lease.grant, false));
+                            }
+                        }
                     }
                 }
             }
@@ -558,6 +634,9 @@ impl State {
             Body::Lock(lock) if ok => self.locks.granted(lock),
             Body::ReleaseLocks(of) if ok => self.locks.released(of.ino, of.owner, of.flock),
             _ => {}
+        }
+        for (need, ino) in needs {
+            self.meet(need, ino, now);
         }
         if let Some(caller) = pending.caller {
             completions.push((caller, Ok(response)));
@@ -629,10 +708,26 @@ impl State {
 
 /// The inode of a successful create of a regular file, also of one that existed.
 fn created_file(command: &v1::Command, reply: &v1::Reply) -> Option<u64> {
+    created(command, reply, v1::FileKind::File)
+}
+
+/// What the changes of a batch that took effect have made under numbers that they name, and whether it is a regular file.
+fn made_by(batch: &v1::Batch, reply: &v1::Reply) -> impl Iterator<Item = (u64, bool)> {
+    let accepted = reply.error() == FsError::None;
+    let applied = if accepted { reply.applied as usize } else { 0 };
+    let changes = batch.changes.iter().take(applied);
+    changes.filter_map(|change| match &change.op {
+        Some(v1::change::Op::Create(create)) if create.ino != 0 => {
+            Some((create.ino, create.kind() == v1::FileKind::File))
+        }
+        _ => None,
+    })
+}
+
+/// The inode of a successful create of something of this kind.
+fn created(command: &v1::Command, reply: &v1::Reply, kind: v1::FileKind) -> Option<u64> {
     match &command.op {
-        Some(v1::command::Op::Create(create))
-            if create.kind() == v1::FileKind::File && reply.error() == FsError::None =>
-        {
+        Some(Op::Create(create)) if create.kind() == kind && reply.error() == FsError::None => {
             reply.attr.as_ref().map(|attr| attr.ino)
         }
         _ => None,

@@ -153,7 +153,14 @@ pub(crate) fn settle<V: View>(
     let refuses = txn.session != SessionId::SYSTEM
         && matches!(
             command.op,
-            Some(Op::Create(_) | Op::Commit(_) | Op::CopyRange(_) | Op::SetAttr(_) | Op::Rename(_))
+            Some(
+                Op::Create(_)
+                    | Op::Commit(_)
+                    | Op::CopyRange(_)
+                    | Op::SetAttr(_)
+                    | Op::Rename(_)
+                    | Op::Batch(_)
+            )
         );
     let unasked = charges.unasked;
     let mut totals: BTreeMap<(QuotaKind, u64), (QuotaRecord, Delta)> = BTreeMap::new();

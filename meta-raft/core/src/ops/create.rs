@@ -7,11 +7,11 @@ use heliofs_proto::limits::SYMLINK_BYTES_MAX;
 use heliofs_proto::v1::{self, AttrFlag, FileKind};
 
 use super::posix_acl::{self, Acl};
-use super::{dir, privileges, trash, xattr};
+use super::{dir, privileges, session, trash, xattr};
 use crate::change::Corruption;
 use crate::keys;
-use crate::limits::CORE_LEVEL_QUOTAS;
-use crate::records::{InodeRecord, SNAPSHOT};
+use crate::limits::{CORE_LEVEL_BATCHES, CORE_LEVEL_QUOTAS, INODES_SPARE};
+use crate::records::{InodeRecord, QuotaCounters, SNAPSHOT};
 use crate::txn::{OpError, OpResult, Txn};
 use crate::view::View;
 
@@ -40,7 +40,12 @@ pub(crate) fn create<V: View>(txn: &mut Txn<V>, op: &v1::Create) -> OpResult {
         };
     }
     trash::protect(txn, parent, &op.name)?;
-    let ino = new_ino(txn)?;
+    let ino = match op.ino {
+        wanted if wanted != 0 && txn.settings()?.core_level >= CORE_LEVEL_BATCHES => {
+            reserved_ino(txn, Ino(wanted))?
+        }
+        _ => new_ino(txn)?,
+    };
     let mut inode = InodeRecord {
         kind,
         mode: op.mode & 0o7777,
@@ -92,8 +97,27 @@ pub(crate) fn create<V: View>(txn: &mut Txn<V>, op: &v1::Create) -> OpResult {
         attr: Some(inode.attr(ino)),
         parent: Some(dir.attr(parent)),
         created: true,
+        deferrable: kind == FileKind::Directory && may_defer(txn, &inode)?,
         ..v1::Reply::default()
     })
+}
+
+/// See `Reply.deferrable`.
+fn may_defer<V: View>(txn: &mut Txn<V>, inode: &InodeRecord) -> OpResult<bool> {
+    Ok(!inode.is_snapshot() && !inode.has(AttrFlag::Acl) && volume_may_defer(txn)?)
+}
+
+/// As far as the volume is concerned: see `Reply.deferrable`.
+pub(crate) fn volume_may_defer<V: View>(txn: &mut Txn<V>) -> OpResult<bool> {
+    let settings = txn.settings()?;
+    if settings.core_level < CORE_LEVEL_BATCHES || settings.trash_days != 0 {
+        return Ok(false);
+    }
+    let counters = txn.counters()?;
+    let inodes_max = settings.inodes_max;
+    let spare = INODES_SPARE.saturating_add(inodes_max / 100);
+    let has_room = inodes_max == 0 || counters.used_inodes.saturating_add(spare) < inodes_max;
+    Ok(has_room && counters.quotas == QuotaCounters::default())
 }
 
 /// Whether what the caller creates belongs to a snapshot. Below core level 2 there are none, whatever the caller says.
@@ -139,16 +163,29 @@ pub(crate) fn plain_directory<V: View>(
 }
 
 fn new_ino<V: View>(txn: &mut Txn<V>) -> OpResult<Ino> {
-    let inodes_max = txn.settings()?.inodes_max;
+    count_inode(txn)?;
     let epoch = txn.epoch();
+    let counters = txn.counters()?;
+    let ino = Ino::new(epoch, counters.next_ino).ok_or(FsError::NoSpace)?;
+    counters.next_ino += 1;
+    Ok(ino)
+}
+
+/// An inode of a number that the session reserved.
+fn reserved_ino<V: View>(txn: &mut Txn<V>, ino: Ino) -> OpResult<Ino> {
+    session::take_ino(txn, ino)?;
+    count_inode(txn)?;
+    Ok(ino)
+}
+
+fn count_inode<V: View>(txn: &mut Txn<V>) -> OpResult<()> {
+    let inodes_max = txn.settings()?.inodes_max;
     let counters = txn.counters()?;
     if inodes_max != 0 && counters.used_inodes >= inodes_max {
         return Err(FsError::NoSpace.into());
     }
-    let ino = Ino::new(epoch, counters.next_ino).ok_or(FsError::NoSpace)?;
-    counters.next_ino += 1;
     counters.used_inodes += 1;
-    Ok(ino)
+    Ok(())
 }
 
 fn put_target<V: View>(

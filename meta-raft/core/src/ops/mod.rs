@@ -3,8 +3,9 @@
 //! Namespace: [`create`], [`link`], [`unlink`], [`rename`], [`set_attr`], [`xattr`], with [`dir`], [`trash`], [`privileges`] and [`posix_acl`] for what
 //! they share.
 //! Data: [`commit`], [`fallocate`], [`copy_range`], [`relocate`], [`erase`], [`reap`], with [`extents`] and [`segments`] for what they share.
-//! The rest: [`volume`], [`session`], [`remove_tree`]; [`quota`], with [`charge`] for what other commands have to do with quotas.
+//! The rest: [`batch`], [`volume`], [`session`], [`remove_tree`]; [`quota`], with [`charge`] for what other commands have to do with quotas.
 
+pub(crate) mod batch;
 pub(crate) mod charge;
 pub(crate) mod commit;
 pub(crate) mod copy_range;

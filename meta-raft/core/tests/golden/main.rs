@@ -112,3 +112,8 @@ fn every_script_is_run() {
         );
     }
 }
+
+#[test]
+fn batches_do_what_their_script_says() {
+    run("batch.txt");
+}

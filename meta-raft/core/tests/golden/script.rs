@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use heliofs_proto::ids::{Ino, SessionId, UnixNanos, VolumeId};
-use heliofs_proto::v1::{self, FileKind, QuotaKind, command::Op, set_time};
+use heliofs_proto::v1::{self, FileKind, QuotaKind, change::Op as Change, command::Op, set_time};
 use meta_core::{Applied, Stamp, Sums, apply, invariants, query};
 
 use crate::show;
@@ -184,7 +184,10 @@ impl Volume {
                 pid: 1,
                 snapshot: words.flag("snapshot"),
             }),
-            op: Some(self.op(&words)?),
+            op: Some(match line.strip_prefix("batch ") {
+                Some(changes) => self.batch(changes)?,
+                None => self.op(&words)?,
+            }),
         };
         self.time = match words.options.get("time") {
             Some(time) => time.parse().map_err(|_| format!("time {time}"))?,
@@ -222,6 +225,31 @@ impl Volume {
         }
     }
 
+    /// `batch s=1 | mkdir /a ino=5 at=7 | unlink /b`
+    fn batch(&self, line: &str) -> Result<Op, Failure> {
+        let changes = line.split('|').skip(1).map(|line| {
+            let words = Words::new(line);
+            let op = match self.op(&words)? {
+                Op::Create(op) => Change::Create(op),
+                Op::Link(op) => Change::Link(op),
+                Op::Unlink(op) => Change::Unlink(op),
+                Op::Rename(op) => Change::Rename(op),
+                Op::SetAttr(op) => Change::SetAttr(op),
+                op => return Err(format!("{op:?} in a batch")),
+            };
+            Ok(v1::Change {
+                caller: Some(v1::Caller {
+                    uid: words.or("uid", 0)? as u32,
+                    ..v1::Caller::default()
+                }),
+                time: words.or("at", 0)? as i64,
+                op: Some(op),
+            })
+        });
+        let changes = changes.collect::<Result<_, Failure>>()?;
+        Ok(Op::Batch(v1::Batch { changes }))
+    }
+
     fn op(&self, words: &Words<'_>) -> Result<Op, Failure> {
         let verb = words.get(0)?;
         let kind = match verb {
@@ -254,6 +282,9 @@ impl Volume {
             "settings" => Op::SettingsUpdate(v1::SettingsUpdate {
                 settings: Some(settings()?),
             }),
+            "reserve" => Op::InosReserve(v1::InosReserve {
+                count: number(words.get(1)?)? as u32,
+            }),
             "session" => Op::SessionBegin(v1::SessionBegin { cluster_id: 7 }),
             "end" => Op::SessionEnd(v1::SessionEnd {
                 session: CLUSTER | number(words.get(1)?)?,
@@ -277,6 +308,7 @@ impl Volume {
                         _ => Bytes::new(),
                     },
                     exclusive: verb != "create" || words.flag("excl"),
+                    ino: words.or("ino", 0)?,
                 })
             }
             "link" => {

@@ -58,7 +58,17 @@ fn reply(reply: &v1::Reply) -> String {
     if reply.value != 0 {
         words.push(format!("value={}", reply.value));
     }
+    if reply.applied != 0 || reply.refused != 0 {
+        words.push(format!("applied={}", reply.applied));
+    }
+    if reply.refused != 0 {
+        words.push(format!("refused={}", error(reply.refused())));
+    }
+    if !reply.orphans.is_empty() {
+        words.push(format!("orphans={:?}", reply.orphans));
+    }
     let flags = [
+        (reply.deferrable, "deferrable"),
         (reply.done, "done"),
         (reply.created, "created"),
         (reply.orphaned, "orphaned"),
@@ -313,7 +323,12 @@ fn fields(tag: Tag, key: &Bytes, bytes: &Bytes) -> Vec<(&'static str, String)> {
         }
         Tag::Session => {
             let record = SessionRecord::decode(key, bytes).unwrap();
-            vec![("acknowledged_below", record.acknowledged_below.to_string())]
+            let below = record.acknowledged_below;
+            let below = match record.inos.is_empty() {
+                true => below.to_string(),
+                false => format!("{below} inos={:?}", record.inos),
+            };
+            vec![("acknowledged_below", below)]
         }
         Tag::Settings => {
             let settings = SettingsRecord::decode(key, bytes).unwrap().0;

@@ -102,6 +102,7 @@ fn refused_by_quotas(command: &Command, error: FsError, quotas: &[v1::Quota]) ->
                 }
                 Op::CopyRange(op) => (op.length, 0),
                 Op::Create(_) => (0, 1),
+                Op::Batch(_) => (1 << 40, 1 << 40),
                 // A directory with a quota of its own takes along what is charged to it.
                 Op::Rename(_) | Op::SetAttr(_) => (1 << 40, 1 << 40),
                 op => panic!("over quota by {op:?}"),
@@ -424,6 +425,12 @@ fn reached(scripts: fn() -> BoxedStrategy<Vec<Step>>) -> BTreeMap<String, usize>
             let mut what = vec![format!("{op} {}", applied.reply.error().as_str_name())];
             let files = applied.reply.files.iter();
             what.extend(files.map(|file| format!("file {}", file.error().as_str_name())));
+            if matches!(command.op, Some(Op::Batch(_))) && applied.reply.error() == FsError::None {
+                what.push(match applied.reply.refused() {
+                    FsError::None => "batch whole".to_owned(),
+                    _ => "batch stopped".to_owned(),
+                });
+            }
             for what in what {
                 if erasing > 0 {
                     *reached.entry(format!("{what} while erasing")).or_default() += 1;
@@ -453,6 +460,10 @@ fn scripts_reach_what_they_are_meant_to_reach() {
         ("Reap FS_ERROR_NONE while erasing", 5),
         ("Rename FS_ERROR_NONE", 30),
         ("Rename FS_ERROR_INVALID", 5),
+        ("Batch FS_ERROR_NONE", 100),
+        ("batch whole", 40),
+        ("batch stopped", 40),
+        ("InosReserve FS_ERROR_NONE", 50),
         ("Create FS_ERROR_EXISTS", 20),
         ("Create FS_ERROR_ALREADY_ACKNOWLEDGED", 1),
         ("Relocate FS_ERROR_NONE", 100),

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use heliofs_proto::error::FsError;
 use heliofs_proto::limits::{FILE_BYTES_MAX, NAME_BYTES_MAX, SEGMENTS_PER_BLOCK};
-use heliofs_proto::v1::{self, Command, FileKind, Reply, command::Op};
+use heliofs_proto::v1::{self, Command, FileKind, Reply, change::Op as Change, command::Op};
 
 use crate::world::Byte;
 
@@ -78,6 +78,8 @@ pub(crate) struct Session {
     pub(crate) ended: bool,
     pub(crate) acknowledged_below: u64,
     pub(crate) replies: BTreeMap<u64, Reply>,
+    /// Inode numbers that it may name.
+    pub(crate) inos: Vec<std::ops::Range<u64>>,
 }
 
 #[derive(Clone, Debug)]
@@ -184,10 +186,24 @@ impl Reference {
                 }
                 Ok(())
             }
-            Op::Create(op) => self.create(op, reply, command.caller.unwrap_or_default()),
+            Op::InosReserve(op) if op.count == 0 => Err(FsError::Invalid),
+            Op::InosReserve(op) => {
+                assert!(reply.value > 1 && !self.nodes.contains_key(&reply.value));
+                let session = self.sessions.get_mut(&command.session).expect("checked");
+                let range = reply.value..reply.value + u64::from(op.count);
+                session.inos.push(range);
+                let lost = session.inos.len().saturating_sub(4);
+                session.inos.drain(..lost);
+                Ok(())
+            }
+            Op::Batch(op) => self.batch(op, command.session, reply),
+            Op::Create(op) => {
+                self.take_ino(op.ino, command.session)?;
+                self.create(op, reply, command.caller.unwrap_or_default())
+            }
             Op::Link(op) => self.link(op),
-            Op::Unlink(op) => self.unlink(op, reply),
-            Op::Rename(op) => self.rename(op, reply),
+            Op::Unlink(op) => self.unlink(op, Some(reply)),
+            Op::Rename(op) => self.rename(op, Some(reply)),
             Op::SetAttr(op) => self.set_attr(op),
             Op::SetXattr(op) => self.set_xattr(op),
             Op::RemoveXattr(op) => self.remove_xattr(op),
@@ -203,6 +219,91 @@ impl Reference {
             Op::QuotaSet(_) | Op::QuotaRemove(_) | Op::QuotaStep(_) => Ok(()),
             Op::EpochBegin(_) => Ok(()),
         }
+    }
+
+    /// The number that a create names is one of those that the session has left, and those below it are not any more.
+    fn take_ino(&mut self, ino: u64, session: u64) -> Verdict {
+        if ino == 0 {
+            return Ok(());
+        }
+        let session = self.sessions.get_mut(&session).ok_or(FsError::Invalid)?;
+        let range = session.inos.iter_mut().find(|range| range.contains(&ino));
+        range.ok_or(FsError::Invalid)?.start = ino + 1;
+        session.inos.retain(|range| !range.is_empty());
+        Ok(())
+    }
+
+    /// The changes up to the first that can't be made.
+    fn batch(&mut self, op: &v1::Batch, session: u64, reply: &Reply) -> Verdict {
+        if op.changes.is_empty() || op.changes.len() > 64 {
+            return Err(FsError::Invalid);
+        }
+        let now = self.time;
+        let mut earliest = now - 600_000_000_000;
+        let mut orphans = Vec::new();
+        let mut done = (op.changes.len(), FsError::None);
+        for (index, change) in op.changes.iter().enumerate() {
+            let before = self.clone();
+            self.time = match change.time {
+                0 => now,
+                time => time.clamp(earliest, now),
+            };
+            earliest = self.time;
+            let named = |ino| Reply {
+                attr: Some(v1::Attr {
+                    ino,
+                    ..v1::Attr::default()
+                }),
+                created: true,
+                ..Reply::default()
+            };
+            let verdict = match change.op.as_ref().expect("scripts set an op") {
+                Change::Create(op) => {
+                    let existing = self.entry(op.parent, &op.name);
+                    match existing {
+                        Ok(None) => self.take_ino(op.ino, session),
+                        _ => Ok(()),
+                    }
+                    .and_then(|()| {
+                        self.create(op, &named(op.ino), change.caller.unwrap_or_default())
+                    })
+                }
+                Change::Link(op) => self.link(op),
+                Change::Unlink(op) => {
+                    let ino = self.entry(op.parent, &op.name);
+                    self.unlink(op, None)
+                        .map(|()| orphans.extend(ino.ok().flatten()))
+                }
+                Change::Rename(op) => {
+                    let ino = self.entry(op.new_parent, &op.new_name);
+                    self.rename(op, None)
+                        .map(|()| orphans.extend(ino.ok().flatten()))
+                }
+                Change::SetAttr(op) => self.set_attr(op),
+            };
+            // Of quotas nothing is known here.
+            let crossing = reply.refused() == FsError::CrossDevice
+                && reply.applied as usize == index
+                && matches!(change.op, Some(Change::Rename(_) | Change::Link(_)));
+            if let Err(error) = verdict {
+                *self = before;
+                done = (index, error);
+                break;
+            } else if crossing {
+                *self = before;
+                done = (index, FsError::CrossDevice);
+                break;
+            }
+        }
+        self.time = now;
+        assert_eq!((reply.applied as usize, reply.refused()), done, "{op:?}");
+        orphans.retain(|ino| self.nodes[ino].orphan);
+        orphans.sort_unstable();
+        orphans.dedup();
+        let mut told = reply.orphans.clone();
+        told.sort_unstable();
+        assert_eq!(told, orphans, "{op:?}");
+        Ok(())
     }
 
     // ---- names
@@ -319,7 +420,7 @@ impl Reference {
         Ok(())
     }
 
-    fn unlink(&mut self, op: &v1::Unlink, reply: &Reply) -> Verdict {
+    fn unlink(&mut self, op: &v1::Unlink, reply: Option<&Reply>) -> Verdict {
         let ino = self.entry(op.parent, &op.name)?.ok_or(FsError::NotFound)?;
         let node = &self.nodes[&ino];
         match (op.directory, node.is_directory()) {
@@ -330,7 +431,9 @@ impl Reference {
         }
         self.point(op.parent, &op.name, None);
         self.lose_name(ino);
-        assert_eq!(reply.orphaned, self.nodes[&ino].orphan);
+        if let Some(reply) = reply {
+            assert_eq!(reply.orphaned, self.nodes[&ino].orphan);
+        }
         Ok(())
     }
 
@@ -347,7 +450,7 @@ impl Reference {
         false
     }
 
-    fn rename(&mut self, op: &v1::Rename, reply: &Reply) -> Verdict {
+    fn rename(&mut self, op: &v1::Rename, reply: Option<&Reply>) -> Verdict {
         if op.no_replace && op.exchange {
             return Err(FsError::Invalid);
         }
@@ -394,7 +497,9 @@ impl Reference {
                 (moved.parent, moved.ctime) = (old, time);
             } else {
                 self.lose_name(target);
-                assert_eq!(reply.orphaned, self.nodes[&target].orphan);
+                if let Some(reply) = reply {
+                    assert_eq!(reply.orphaned, self.nodes[&target].orphan);
+                }
             }
         }
         Ok(())

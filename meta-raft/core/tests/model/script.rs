@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use heliofs_proto::limits::SEGMENTS_PER_BLOCK;
-use heliofs_proto::v1::{self, Caller, Command, FileKind, QuotaKind, command::Op};
+use heliofs_proto::v1::{
+    self, Caller, Command, FileKind, QuotaKind, change::Op as Change, command::Op,
+};
 use proptest::prelude::*;
 
 use crate::reference::{CAPABILITY, Reference};
@@ -46,6 +48,8 @@ pub(crate) enum Step {
     Quota(u8, Pick, u16, u8),
     NoQuota(u8, Pick),
     Count(Pick),
+    Reserve(u8),
+    Batch(Vec<(Step, i16)>),
 }
 
 pub(crate) fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
@@ -99,8 +103,25 @@ pub(crate) fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
         3 => (0u8..6, pick(), any::<u16>(), any::<u8>()).prop_map(|(a, b, c, d)| Step::Quota(a, b, c, d)),
         1 => (0u8..6, pick()).prop_map(|(a, b)| Step::NoQuota(a, b)),
         4 => pick().prop_map(Step::Count),
+        2 => any::<u8>().prop_map(Step::Reserve),
+        6 => batch(),
     ];
     prop::collection::vec(step, 1..count)
+}
+
+/// Changes of names, some of which can't be made.
+fn batch() -> impl Strategy<Value = Step> {
+    let (pick, name) = (any::<Pick>, 0u8..7);
+    let change = prop_oneof![
+        8 => (pick(), name.clone(), 0u8..8).prop_map(|(a, b, c)| Step::Create(a, b, c, true)),
+        1 => (pick(), pick(), name.clone()).prop_map(|(a, b, c)| Step::Link(a, b, c)),
+        2 => (pick(), name.clone(), any::<bool>()).prop_map(|(a, b, c)| Step::Unlink(a, b, c)),
+        2 => (pick(), name.clone(), pick(), name, 4u8..8)
+            .prop_map(|(a, b, c, d, e)| Step::Rename(a, b, c, d, e)),
+        1 => (pick(), any::<u16>(), any::<u8>()).prop_map(|(a, b, c)| Step::Mode(a, b, c)),
+        1 => (pick(), any::<i32>()).prop_map(|(a, b)| Step::Mtime(a, b)),
+    ];
+    prop::collection::vec((change, any::<i16>()), 1..8).prop_map(Step::Batch)
 }
 
 /// Scripts that are about quotas: few names, many directories, much moving about, and walks that are left half done.
@@ -479,6 +500,10 @@ impl Writer {
                 };
                 return Some(system(Op::QuotaStep(v1::QuotaStep { directory })));
             }
+            Step::Reserve(count) => Op::InosReserve(v1::InosReserve {
+                count: u32::from(*count),
+            }),
+            Step::Batch(changes) => self.batch(reference, changes)?,
             Step::Capacity(bytes) => {
                 let settings = v1::VolumeSettings {
                     core_level: meta_core::limits::CORE_LEVEL_MAX,
@@ -491,6 +516,44 @@ impl Writer {
             }
         };
         Some(self.client(op))
+    }
+
+    /// Made of what there is before the first of them. Creates name numbers of the session's, rarely others.
+    fn batch(&mut self, reference: &Reference, steps: &[(Step, i16)]) -> Option<Op> {
+        let ranges = reference.sessions.get(&self.session)?.inos.iter();
+        let mut numbers = ranges.flat_map(|range| range.clone().step_by(2));
+        let mut changes = Vec::new();
+        for (step, at) in steps {
+            let mark = (self.sequence, self.sent.len());
+            let command = self.command(reference, step, 0)?;
+            // It was never sent by itself.
+            self.sequence = mark.0;
+            self.sent.truncate(mark.1);
+            let op = match command.op? {
+                Op::Create(mut op) => {
+                    op.exclusive = true;
+                    op.ino = match at % 50 {
+                        0 => 2,
+                        _ => numbers.next()?,
+                    };
+                    Change::Create(op)
+                }
+                Op::Link(op) => Change::Link(op),
+                Op::Unlink(op) => Change::Unlink(op),
+                Op::Rename(op) => Change::Rename(op),
+                Op::SetAttr(op) => Change::SetAttr(op),
+                op => panic!("no change of names: {op:?}"),
+            };
+            changes.push(v1::Change {
+                caller: command.caller,
+                time: match at % 7 {
+                    0 => 0,
+                    _ => reference.time + i64::from(*at),
+                },
+                op: Some(op),
+            });
+        }
+        Some(Op::Batch(v1::Batch { changes }))
     }
 
     /// Moves of bytes that lie where they are said to; rarely not, as if they had been overwritten meanwhile.

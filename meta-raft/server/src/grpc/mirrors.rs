@@ -307,6 +307,18 @@ impl AdminService {
                 ask.volume
             )));
         }
+        let sessions = self.ctx.hub.volume(VolumeId(volume.id)).ok().flatten();
+        if let Some(sessions) = &sessions
+            && !ask.undo
+            && !ask.seal
+        {
+            // What mounts have answered belongs to the history that ends here.
+            let recalled = sessions.soft().stop_directories();
+            for returned in recalled {
+                // An error is how the wait ends.
+                returned.await.ok();
+            }
+        }
         let demote = v1::VolumeDemote {
             volume: volume.id,
             successor: ask.successor,
@@ -315,7 +327,13 @@ impl AdminService {
             at: ask.at,
             seal: ask.seal,
         };
-        match self.propose_local(Op::VolumeDemote(demote)).await? {
+        let demoted = self.propose_local(Op::VolumeDemote(demote)).await;
+        if let Some(sessions) = &sessions
+            && (ask.undo || demoted.is_err())
+        {
+            sessions.soft().grant_directories_again();
+        }
+        match demoted? {
             LocalReply::Replayed(position) => {
                 let done = match (ask.undo, ask.seal) {
                     (true, _) => "taken back",

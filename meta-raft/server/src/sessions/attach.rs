@@ -248,6 +248,7 @@ impl SessionsService {
             build: hello.build.clone(),
             pid: hello.pid,
             takes_leases: hello.takes_leases,
+            takes_directories: hello.takes_directories,
         };
         let stream = self.ctx.hub.next_stream();
         let now = Instant::now();
@@ -260,6 +261,7 @@ impl SessionsService {
                 soft.follow_all(stream, now + self.ctx.hub.timings().lease);
             }
             let locks: Vec<v1::Lock> = hello.locks.iter().filter_map(|held| held.lock).collect();
+            soft.reassert_directories(session, &hello.directories);
             soft.reassert(session, &hello.opens, &hello.leases, &locks)
                 .and(soft.settle(session, now))
         };

@@ -105,6 +105,11 @@ impl Effects {
         effects
     }
 
+    /// The inodes.
+    pub fn inos(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().map(|(ino, _)| *ino)
+    }
+
     fn entry(&mut self, ino: u64) -> &mut Effect {
         let at = self
             .0

@@ -8,6 +8,7 @@
 pub mod attach;
 pub mod copies;
 pub mod deletions;
+mod directories;
 mod fenced;
 pub mod grace;
 pub mod hub;

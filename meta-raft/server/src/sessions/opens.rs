@@ -14,8 +14,8 @@ pub const OPENS_PER_SESSION_MAX: usize = 1 << 20;
 #[derive(Default)]
 struct SessionOpens {
     inos: HashSet<u64>,
-    /// By sequence of the create.
-    pins: BTreeMap<u64, u64>,
+    /// By sequence of the create, or of the batch.
+    pins: BTreeMap<u64, Vec<u64>>,
 }
 
 /// An open that was registered.
@@ -68,7 +68,9 @@ impl Opens {
     /// A create by `session` under `sequence` was applied: holds the inode until the reply is acknowledged.
     pub fn pin(&mut self, session: u64, sequence: u64, ino: u64) {
         let opens = self.sessions.entry(session).or_default();
-        if opens.pins.insert(sequence, ino).is_none() {
+        let pinned = opens.pins.entry(sequence).or_default();
+        if !pinned.contains(&ino) {
+            pinned.push(ino);
             *self.holders.entry(ino).or_default() += 1;
         }
     }
@@ -89,6 +91,7 @@ impl Opens {
         let dropped = std::mem::replace(&mut opens.pins, kept);
         dropped
             .into_values()
+            .flatten()
             .filter(|ino| drop_holder(&mut self.holders, *ino))
             .collect()
     }
@@ -115,7 +118,7 @@ impl Opens {
         opens
             .inos
             .into_iter()
-            .chain(opens.pins.into_values())
+            .chain(opens.pins.into_values().flatten())
             .filter(|ino| drop_holder(&mut self.holders, *ino))
             .collect()
     }
@@ -129,7 +132,12 @@ impl Opens {
     pub fn is_alone(&self, session: u64, ino: u64) -> bool {
         let own = self.sessions.get(&session).map_or(0, |opens| {
             u32::from(opens.inos.contains(&ino))
-                + opens.pins.values().filter(|pinned| **pinned == ino).count() as u32
+                + opens
+                    .pins
+                    .values()
+                    .flatten()
+                    .filter(|pinned| **pinned == ino)
+                    .count() as u32
         });
         self.holders.get(&ino).copied().unwrap_or(0) <= own
     }

@@ -227,6 +227,12 @@ pub fn told_by_mutation(command: &v1::Command, reply: &v1::Reply) -> Vec<Told> {
         Some(Op::SetAttr(op)) => told.push(op.ino, content),
         Some(Op::SetXattr(op)) => told.push(op.ino, What::XATTR),
         Some(Op::RemoveXattr(op)) => told.push(op.ino, What::XATTR),
+        // Whoever made them knows what came of them without being told.
+        Some(Op::Batch(op)) => {
+            for change in op.changes.iter().take(reply.applied as usize) {
+                told_by_change(change, &mut told);
+            }
+        }
         Some(Op::Commit(op)) => op
             .files
             .iter()
@@ -239,6 +245,7 @@ pub fn told_by_mutation(command: &v1::Command, reply: &v1::Reply) -> Vec<Told> {
             | Op::SessionBegin(_)
             | Op::SessionEnd(_)
             | Op::SegmentsAllocate(_)
+            | Op::InosReserve(_)
             | Op::Relocate(_)
             | Op::Reap(_)
             | Op::EraseStep(_)
@@ -251,6 +258,29 @@ pub fn told_by_mutation(command: &v1::Command, reply: &v1::Reply) -> Vec<Told> {
         | None => {}
     }
     told.0
+}
+
+fn told_by_change(change: &v1::Change, told: &mut ToldList) {
+    use v1::change::Op;
+    let directory = What::ENTRIES.and(What::ATTR);
+    match &change.op {
+        Some(Op::Create(op)) => {
+            told.push(op.parent, directory);
+            let content = What::ATTR.and(What::CONTENT);
+            told.push(op.ino, content.and(What::ENTRIES).and(What::XATTR));
+        }
+        Some(Op::Link(op)) => {
+            told.push(op.parent, directory);
+            told.push(op.ino, What::ATTR);
+        }
+        Some(Op::Unlink(op)) => told.push(op.parent, directory),
+        Some(Op::Rename(op)) => {
+            told.push(op.parent, directory);
+            told.push(op.new_parent, directory);
+        }
+        Some(Op::SetAttr(op)) => told.push(op.ino, What::ATTR),
+        None => {}
+    }
 }
 
 struct ToldList(Vec<Told>);
@@ -286,6 +316,8 @@ pub fn refuse_command(command: &v1::Command, read_only: bool) -> Option<FsError>
         | Op::QuotaStep(_)
         | Op::EpochBegin(_) => Some(FsError::NotPermitted),
         Op::SegmentsAllocate(_)
+        | Op::InosReserve(_)
+        | Op::Batch(_)
         | Op::Create(_)
         | Op::Link(_)
         | Op::Unlink(_)

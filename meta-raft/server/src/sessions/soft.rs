@@ -51,6 +51,8 @@ pub struct ClientFacts {
     pub pid: u32,
     /// It takes write leases.
     pub takes_leases: bool,
+    /// It takes those of directories.
+    pub takes_directories: bool,
 }
 
 struct Attached {
@@ -135,6 +137,10 @@ pub struct Soft {
     streams: HashMap<StreamId, (u64, Outbox)>,
     opens: Opens,
     leases: WriteLeases,
+    /// Commands under way that remove or move directories whose names are in these, and whose they are.
+    removals: Vec<(u64, u64)>,
+    /// The volume is about to be written elsewhere: no leases of directories are granted.
+    stopped: bool,
     locks: LockTable,
     interest: Interest,
     grace: Grace,
@@ -165,6 +171,8 @@ impl Soft {
             streams: HashMap::new(),
             opens: Opens::default(),
             leases: WriteLeases::default(),
+            removals: Vec::new(),
+            stopped: false,
             locks: LockTable::default(),
             interest: Interest::new(inodes_told_max),
             grace,
@@ -281,6 +289,14 @@ impl Soft {
             }
         }
         self.freed(&freed)
+    }
+
+    /// A resumed session says which leases of directories it did not return: it is asked to.
+    pub fn reassert_directories(&mut self, session: u64, named: &[v1::WriteLease]) {
+        self.leases.reassert_directories(session, named);
+        for lease in named {
+            self.send(session, Outgoing::Recall(*lease));
+        }
     }
 
     /// The session is complete: it is no longer waited for.
@@ -503,6 +519,103 @@ impl Soft {
             .collect()
     }
 
+    /// As [`Soft::recall`], for all directories.
+    pub fn recall_directories(&mut self, by: u64) -> Vec<Returned> {
+        let inos = self.leases.directories_held_against(by);
+        inos.into_iter()
+            .filter_map(|ino| self.recall(by, ino))
+            .collect()
+    }
+
+    /// Recalls all leases of directories, and grants no more.
+    pub fn stop_directories(&mut self) -> Vec<Returned> {
+        self.stopped = true;
+        self.recall_directories(0)
+    }
+
+    /// After [`Soft::stop_directories`]: the volume goes on to be written here.
+    pub fn grant_directories_again(&mut self) {
+        self.stopped = false;
+    }
+
+    /// Nobody but `by` holds a directory's lease.
+    pub fn no_directories_against(&self, by: u64) -> bool {
+        self.leases.no_directories_against(by)
+    }
+
+    /// A command of `session` is under way that may remove or move directories whose names are in these. Until
+    /// [`Soft::end_removal`], no lease is granted to others of what they make there: what is removed would be looked for too
+    /// early.
+    pub fn begin_removal(&mut self, session: u64, parents: &[u64]) {
+        let all = parents.iter().map(|parent| (session, *parent));
+        self.removals.extend(all);
+    }
+
+    /// The command is applied, or was not proposed.
+    pub fn end_removal(&mut self, session: u64, parents: &[u64]) {
+        for parent in parents {
+            let found = self
+                .removals
+                .iter()
+                .position(|one| *one == (session, *parent));
+            if let Some(found) = found {
+                self.removals.swap_remove(found);
+            }
+        }
+    }
+
+    fn grant_directory(&mut self, session: u64, parent: u64, ino: u64) {
+        let known = self.sessions.get(&session);
+        let takes = known.is_some_and(|known| known.facts.takes_directories && !known.ending);
+        let mut removals = self.removals.iter();
+        if takes && !self.stopped && !removals.any(|(by, at)| *at == parent && *by != session) {
+            self.leases.grant_directory(session, ino);
+        }
+    }
+
+    /// What a session's command made: files count as open, and leases are granted of files and directories.
+    fn made(&mut self, command: &v1::Command, reply: &v1::Reply, repeated: bool) {
+        use v1::FileKind;
+        use v1::command::Op;
+        let session = command.session;
+        match &command.op {
+            Some(Op::Create(op)) if op.kind() == FileKind::File => {
+                if let Some(attr) = &reply.attr {
+                    self.opens.pin(session, command.sequence, attr.ino);
+                    self.grant_lease(session, attr.ino);
+                }
+            }
+            Some(Op::Create(op)) if op.kind() == FileKind::Directory => {
+                // An answer that is repeated may have been seen by others since.
+                if let Some(attr) = &reply.attr
+                    && reply.deferrable
+                    && !repeated
+                {
+                    self.grant_directory(session, op.parent, attr.ino);
+                }
+            }
+            Some(Op::Batch(op)) => {
+                let takes_leases = self
+                    .sessions
+                    .get(&session)
+                    .is_some_and(|known| known.facts.takes_leases);
+                for made in made_by(op, reply) {
+                    if made.kind() == FileKind::File {
+                        self.opens.pin(session, command.sequence, made.ino);
+                        if repeated {
+                            self.grant_lease(session, made.ino);
+                        } else if takes_leases {
+                            self.leases.grant(session, made.ino);
+                        }
+                    } else if made.kind() == FileKind::Directory && reply.deferrable && !repeated {
+                        self.grant_directory(session, made.parent, made.ino);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// A recall is answered.
     pub fn return_lease(&mut self, session: u64, lease: v1::WriteLease) {
         self.leases.give_back(session, lease);
@@ -714,6 +827,12 @@ impl Soft {
         let by = attached(command.session).map(|attached| attached.stream);
         let streams = &self.streams;
         let wire_position = Some(v1::Position::from(position));
+        // Whoever changes something in a leased directory has recalled the lease; what the system does has not.
+        let mut outdated: Vec<u64> = Vec::new();
+        if !self.leases.no_directories_against(command.session) {
+            let held = |ino: &u64| self.leases.is_directory_held_against(command.session, *ino);
+            outdated.extend(effects.inos().filter(held));
+        }
         let mut send = |stream: StreamId, message: v1::Invalidation| {
             if let Some((_, outbox)) = streams.get(&stream) {
                 let message = v1::Invalidation {
@@ -744,7 +863,6 @@ impl Soft {
             && reply
                 .position
                 .is_some_and(|first| first.seq != position.seq);
-        let mut outdated = Vec::new();
         if let Some(stream) = by {
             for told in reads::told_by_mutation(command, reply) {
                 self.interest.tell(stream, told, &mut send);
@@ -769,11 +887,11 @@ impl Soft {
             if refused {
                 return wake;
             }
-            if let Some(ino) = opened_by(command, reply)
-                && self.sessions.contains_key(&command.session)
-            {
-                self.opens.pin(command.session, command.sequence, ino);
-                self.grant_lease(command.session, ino);
+            if self.sessions.contains_key(&command.session) {
+                self.made(command, reply, repeated);
+            }
+            for ino in &reply.orphans {
+                self.orphans.add(*ino);
             }
             if reply.orphaned {
                 match orphaned_by(command, reply) {
@@ -781,7 +899,7 @@ impl Soft {
                     None => self.orphans.search_all(),
                 }
             }
-            let reap = reply.orphaned || wake.reap;
+            let reap = reply.orphaned || !reply.orphans.is_empty() || wake.reap;
             let work = matches!(
                 command.op,
                 Some(
@@ -830,6 +948,48 @@ impl Soft {
             // Only the answer to a repeated create can come this late: the file was removed meanwhile.
             tracing::debug!(session, ino, ?error, "a created file can't be held open");
         }
+        response.write_lease = self.leases.holds(session, ino);
+        outbox.send(Outgoing::Response(response));
+    }
+
+    /// As [`Soft::answer_create`], of a batch: `made` are the files and directories that took effect.
+    pub fn answer_batch(
+        &mut self,
+        session: u64,
+        made: &[v1::Create],
+        outbox: &Outbox,
+        mut response: v1::Response,
+    ) {
+        for made in made {
+            if made.kind() == v1::FileKind::File
+                && let Err(error) = self.opens.open(session, made.ino)
+            {
+                tracing::debug!(
+                    session,
+                    ino = made.ino,
+                    ?error,
+                    "a created file can't be held open"
+                );
+            }
+            let grant = self.leases.holds(session, made.ino);
+            if grant != 0 {
+                response.write_leases.push(v1::WriteLease {
+                    ino: made.ino,
+                    grant,
+                });
+            }
+        }
+        outbox.send(Outgoing::Response(response));
+    }
+
+    /// As [`Soft::answer_create`], of a directory.
+    pub fn answer_mkdir(
+        &mut self,
+        session: u64,
+        ino: u64,
+        outbox: &Outbox,
+        mut response: v1::Response,
+    ) {
         response.write_lease = self.leases.holds(session, ino);
         outbox.send(Outgoing::Response(response));
     }
@@ -967,14 +1127,16 @@ impl Soft {
     }
 }
 
-/// The inode that a successful create opens for its session.
-pub fn opened_by(command: &v1::Command, reply: &v1::Reply) -> Option<u64> {
-    match &command.op {
-        Some(v1::command::Op::Create(create)) if create.kind() == v1::FileKind::File => {
-            reply.attr.as_ref().map(|attr| attr.ino)
-        }
+/// What the changes of a batch that took effect have made under numbers that they name.
+pub fn made_by<'a>(
+    batch: &'a v1::Batch,
+    reply: &v1::Reply,
+) -> impl Iterator<Item = &'a v1::Create> + use<'a> {
+    let changes = batch.changes.iter().take(reply.applied as usize);
+    changes.filter_map(|change| match &change.op {
+        Some(v1::change::Op::Create(create)) if create.ino != 0 => Some(create),
         _ => None,
-    }
+    })
 }
 
 /// The inode that lost its last name by a command whose reply says `orphaned`. `None`: the reply does not name it.

@@ -24,7 +24,7 @@ use super::outbox::{Outbox, Outgoing};
 use super::reads::{self, Answer, refusal};
 use super::soft::Wake;
 use super::write_leases::Returned;
-use super::{copies, deletions, fenced, maintain, summary};
+use super::{copies, deletions, directories, fenced, maintain, summary};
 use crate::proposer::{ProposeError, Proposed};
 use crate::read_gate::ReadError;
 
@@ -58,11 +58,40 @@ enum Done {
     /// A mutation.
     Mutation {
         id: u64,
-        creates_file: bool,
+        makes: Makes,
         outcome: Result<Proposed, ProposeError>,
     },
     /// The stream can't go on here.
     Leave(Leave),
+}
+
+/// What a mutation makes that its session gets leases of.
+enum Makes {
+    Nothing,
+    File,
+    Directory,
+    /// The creates of a batch, and which of its changes they are.
+    Batch(Vec<(usize, v1::Create)>),
+}
+
+impl Makes {
+    fn of(command: &v1::Command) -> Self {
+        match &command.op {
+            Some(Op::Create(op)) if op.kind() == v1::FileKind::File => Self::File,
+            Some(Op::Create(op)) if op.kind() == v1::FileKind::Directory => Self::Directory,
+            Some(Op::Batch(op)) => {
+                let changes = op.changes.iter().enumerate();
+                let creates = changes.filter_map(|(at, change)| match &change.op {
+                    Some(v1::change::Op::Create(create)) if create.ino != 0 => {
+                        Some((at, create.clone()))
+                    }
+                    _ => None,
+                });
+                Self::Batch(creates.collect())
+            }
+            _ => Self::Nothing,
+        }
+    }
 }
 
 /// Why the stream can't go on here.
@@ -302,8 +331,7 @@ impl SessionStream {
         }
         command.volume = self.volume.id.0;
         command.session = self.session;
-        let creates_file =
-            matches!(&command.op, Some(Op::Create(op)) if op.kind() == v1::FileKind::File);
+        let makes = Makes::of(&command);
         let ctx = self.ctx.clone();
         let volume = Arc::clone(&self.volume);
         let session = self.session;
@@ -317,15 +345,23 @@ impl SessionStream {
                     returned.await.ok();
                 }
             }
+            let removes = directories::removes(&command);
+            if !removes.is_empty() {
+                volume.soft().begin_removal(session, &removes);
+            }
+            let made_way = directories::make_way(&ctx, &volume, session, &command).await;
+            if let Err(corruption) = made_way {
+                volume.soft().end_removal(session, &removes);
+                return Done::Leave(Leave::Corrupt(corruption));
+            }
             let outcome = match ctx.proposer.fences().is_fenced(volume.id) {
                 false => ctx.proposer.propose(Item::Command(command)).await,
                 true => fenced::propose(&ctx, volume.id, command).await,
             };
-            Done::Mutation {
-                id,
-                creates_file,
-                outcome,
+            if !removes.is_empty() {
+                volume.soft().end_removal(session, &removes);
             }
+            Done::Mutation { id, makes, outcome }
         })
     }
 
@@ -333,11 +369,7 @@ impl SessionStream {
         match done {
             Done::Answered(weight) => *in_flight -= weight,
             Done::Leave(leave) => return Err(leave),
-            Done::Mutation {
-                id,
-                creates_file,
-                outcome,
-            } => {
+            Done::Mutation { id, makes, outcome } => {
                 *in_flight -= 1;
                 let reply = match outcome {
                     Ok(Proposed::Reply(reply)) => reply,
@@ -358,19 +390,34 @@ impl SessionStream {
                     }
                 };
                 let gone = reply.error() == FsError::SessionGone;
-                let opened = reply.attr.as_ref().map(|attr| attr.ino);
-                let opened = opened.filter(|_| creates_file && reply.error() == FsError::None);
+                let accepted = reply.error() == FsError::None;
+                let made = reply.attr.as_ref().filter(|_| accepted);
+                let made = made.map_or(0, |attr| attr.ino);
+                let applied = if accepted { reply.applied as usize } else { 0 };
                 let response = v1::Response {
                     id,
                     body: Some(v1::response::Body::Reply(reply)),
                     ..Default::default()
                 };
-                match opened {
-                    Some(ino) => {
+                let (session, outbox) = (self.session, &self.outbox);
+                match makes {
+                    Makes::File if made != 0 => {
                         let mut soft = self.volume.soft();
-                        soft.answer_create(self.session, ino, &self.outbox, response);
+                        soft.answer_create(session, made, outbox, response);
                     }
-                    None => self.outbox.send(Outgoing::Response(response)),
+                    Makes::Directory if made != 0 => {
+                        let mut soft = self.volume.soft();
+                        soft.answer_mkdir(session, made, outbox, response);
+                    }
+                    Makes::Batch(made) => {
+                        let took_effect = made.into_iter().filter(|(at, _)| *at < applied);
+                        let made: Vec<_> = took_effect.map(|(_, create)| create).collect();
+                        let mut soft = self.volume.soft();
+                        soft.answer_batch(session, &made, outbox, response);
+                    }
+                    Makes::Nothing | Makes::File | Makes::Directory => {
+                        outbox.send(Outgoing::Response(response));
+                    }
                 }
                 if gone {
                     self.outbox.send(Outgoing::SessionEnded);
@@ -386,7 +433,7 @@ impl SessionStream {
         let (ctx, volume) = (self.ctx.clone(), Arc::clone(&self.volume));
         let (session, stream, outbox) = (self.session, self.stream, self.outbox.clone());
         async move {
-            if round.reads.iter().any(|read| read.opened.is_some()) {
+            if round.reads.iter().any(|read| may_be_leased(&read.body)) {
                 // Until then somebody whose write lease an earlier leader granted may not be back.
                 volume.caches_known().await;
             }
@@ -459,9 +506,11 @@ impl SessionStream {
                 if waits.is_empty() {
                     break;
                 }
-                for (read, returned) in waits {
-                    // An error is how the wait ends.
-                    returned.await.ok();
+                for (read, recalled) in waits {
+                    for returned in recalled {
+                        // An error is how the wait ends.
+                        returned.await.ok();
+                    }
                     reads.push(read);
                 }
             }
@@ -579,7 +628,7 @@ fn hold_back(
     volume: &VolumeSessions,
     session: u64,
     reads: &mut Vec<Read>,
-    waits: &mut Vec<(Read, Returned)>,
+    waits: &mut Vec<(Read, Vec<Returned>)>,
 ) {
     let mut soft = volume.soft();
     if soft.no_leases() {
@@ -590,10 +639,12 @@ fn hold_back(
             Body::Open(ask) => ask.ino,
             Body::GetAttr(ask) => ask.ino,
             Body::GetExtents(ask) => ask.ino,
+            Body::Lookup(ask) => ask.parent,
+            Body::ReadDir(ask) => ask.ino,
             _ => 0,
         };
         match soft.recall(session, ino) {
-            Some(returned) => waits.push((read, returned)),
+            Some(returned) => waits.push((read, vec![returned])),
             None => reads.push(read),
         }
     }
@@ -606,7 +657,7 @@ fn held_back_by_name(
     session: u64,
     reads: Vec<Read>,
     answers: Vec<(u64, Answer)>,
-    waits: &mut Vec<(Read, Returned)>,
+    waits: &mut Vec<(Read, Vec<Returned>)>,
 ) -> Vec<(u64, Answer)> {
     let mut soft = volume.soft();
     if soft.no_leases() {
@@ -614,25 +665,38 @@ fn held_back_by_name(
     }
     let mut kept = Vec::with_capacity(answers.len());
     for (read, (id, mut answer)) in reads.into_iter().zip(answers) {
-        let ino = match &mut answer.response.body {
+        let inos = match &mut answer.response.body {
             Some(v1::response::Body::DirPage(page)) => {
                 for entry in &mut page.entries {
                     if soft.is_leased_against(session, entry.ino) {
                         entry.attr = None;
                     }
                 }
-                0
+                Vec::new()
             }
-            Some(v1::response::Body::Attr(attr)) => attr.ino,
-            Some(v1::response::Body::Walk(walk)) => walk.attrs.last().map_or(0, |attr| attr.ino),
-            _ => 0,
+            Some(v1::response::Body::Attr(attr)) => vec![attr.ino],
+            // A name in a leased directory may be there or not.
+            Some(v1::response::Body::Walk(walk)) => walk.attrs.iter().map(|a| a.ino).collect(),
+            _ => Vec::new(),
         };
-        match soft.recall(session, ino) {
-            Some(returned) => waits.push((read, returned)),
-            None => kept.push((id, answer)),
+        let recalls = inos.into_iter();
+        let recalled: Vec<_> = recalls
+            .filter_map(|ino| soft.recall(session, ino))
+            .collect();
+        match recalled.is_empty() {
+            false => waits.push((read, recalled)),
+            true => kept.push((id, answer)),
         }
     }
     kept
+}
+
+/// Reads of what another session may hold a write lease of.
+fn may_be_leased(body: &Body) -> bool {
+    matches!(
+        body,
+        Body::Open(_) | Body::Lookup(_) | Body::GetAttr(_) | Body::ReadDir(_) | Body::Walk(_)
+    )
 }
 
 /// The files whose content, length or time of change this command reads or sets, so that what was written before must be

@@ -2,6 +2,8 @@
 //!
 //! A session that is alone with a file gets its lease with the open. Whoever else wants to see the file recalls the lease and
 //! waits until the holder has committed what it has, or is gone.
+//!
+//! A directory's lease is granted with its making and never again: whoever holds it knows that nobody else has seen what is in it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -14,6 +16,7 @@ pub type Returned = oneshot::Receiver<()>;
 struct Lease {
     session: u64,
     grant: u64,
+    directory: bool,
     /// The holder was asked to return it, and who waits for that.
     recalled: Option<Vec<oneshot::Sender<()>>>,
 }
@@ -27,10 +30,15 @@ pub struct Recall {
     pub returned: Returned,
 }
 
+/// Directories that one session holds leases of; beyond it none are granted.
+pub const DIRECTORIES_MAX: usize = 8192;
+
 /// The leases of one volume.
 #[derive(Default)]
 pub struct WriteLeases {
     leases: HashMap<u64, Lease>,
+    /// How many of them are of directories, by session.
+    directories: HashMap<u64, usize>,
     /// The greatest grant's number so far.
     grants: u64,
 }
@@ -39,6 +47,16 @@ impl WriteLeases {
     /// Gives `ino`'s lease to `session`, which is alone with the file; false if it or another session holds one already. A
     /// recalled lease stays recalled.
     pub fn grant(&mut self, session: u64, ino: u64) -> bool {
+        self.insert(session, ino, false)
+    }
+
+    /// Gives a directory's lease to the session that has just made it, unless it holds too many; false if not.
+    pub fn grant_directory(&mut self, session: u64, ino: u64) -> bool {
+        let held = self.directories.get(&session).copied().unwrap_or(0);
+        held < DIRECTORIES_MAX && self.insert(session, ino, true)
+    }
+
+    fn insert(&mut self, session: u64, ino: u64, directory: bool) -> bool {
         if self.leases.contains_key(&ino) {
             return false;
         }
@@ -46,10 +64,45 @@ impl WriteLeases {
         let lease = Lease {
             session,
             grant: self.grants,
+            directory,
             recalled: None,
         };
         self.leases.insert(ino, lease);
+        if directory {
+            *self.directories.entry(session).or_default() += 1;
+        }
         true
+    }
+
+    fn remove(&mut self, ino: u64) {
+        if let Some(lease) = self.leases.remove(&ino)
+            && lease.directory
+            && let Some(held) = self.directories.get_mut(&lease.session)
+        {
+            *held = held.saturating_sub(1);
+        }
+    }
+
+    /// Whether another session than `session` holds the lease of this inode, which is a directory.
+    pub fn is_directory_held_against(&self, session: u64, ino: u64) -> bool {
+        let lease = self.leases.get(&ino);
+        lease.is_some_and(|lease| lease.directory && lease.session != session)
+    }
+
+    /// Directories whose lease another session than `by` holds.
+    pub fn directories_held_against(&self, by: u64) -> Vec<u64> {
+        if self.no_directories_against(by) {
+            return Vec::new();
+        }
+        let others = |(_, lease): &(&u64, &Lease)| lease.directory && lease.session != by;
+        let others = self.leases.iter().filter(others);
+        others.map(|(ino, _)| *ino).collect()
+    }
+
+    /// No session but `by` holds a directory's lease.
+    pub fn no_directories_against(&self, by: u64) -> bool {
+        let mut sessions = self.directories.iter();
+        sessions.all(|(session, held)| *session == by || *held == 0)
     }
 
     /// The grant by which `session` may hold back data of `ino`; 0: none, or it was recalled.
@@ -92,14 +145,14 @@ impl WriteLeases {
     /// `session` released the file. Who waits for its lease goes on.
     pub fn end(&mut self, session: u64, ino: u64) {
         if self.is(session, ino, None) {
-            self.leases.remove(&ino);
+            self.remove(ino);
         }
     }
 
     /// `session` returns a lease. Who waits for it goes on. Nothing happens when it is not of the grant that is held now.
     pub fn give_back(&mut self, session: u64, lease: v1::WriteLease) {
         if self.is(session, lease.ino, Some(lease.grant)) {
-            self.leases.remove(&lease.ino);
+            self.remove(lease.ino);
         }
     }
 
@@ -119,7 +172,7 @@ impl WriteLeases {
     ) -> (Vec<u64>, Vec<v1::WriteLease>) {
         let inos: HashSet<u64> = named.iter().map(|lease| lease.ino).collect();
         self.leases
-            .retain(|ino, lease| lease.session != session || inos.contains(ino));
+            .retain(|ino, lease| lease.session != session || lease.directory || inos.contains(ino));
         let (mut held, mut recalled) = (Vec::new(), Vec::new());
         for &named in named {
             // Numbers of an earlier leader go on, and none of them comes twice.
@@ -128,6 +181,7 @@ impl WriteLeases {
             let lease = self.leases.entry(named.ino).or_insert(Lease {
                 session,
                 grant: named.grant,
+                directory: false,
                 // Somebody opened the file while the holder was away, and has seen what there was.
                 recalled: (!alone).then(Vec::new),
             });
@@ -140,9 +194,35 @@ impl WriteLeases {
         (held, recalled)
     }
 
+    /// As [`WriteLeases::reassert`], of directories. None of them goes on: the session returns them all when what it has answered
+    /// has taken effect, and until then others wait, also at a leader that has not granted them.
+    pub fn reassert_directories(&mut self, session: u64, named: &[v1::WriteLease]) {
+        let inos: HashSet<u64> = named.iter().map(|lease| lease.ino).collect();
+        self.leases.retain(|ino, lease| {
+            lease.session != session || !lease.directory || inos.contains(ino)
+        });
+        for named in named {
+            self.grants = self.grants.max(named.grant);
+            let lease = self.leases.entry(named.ino).or_insert(Lease {
+                session,
+                grant: named.grant,
+                directory: true,
+                recalled: None,
+            });
+            if lease.session == session && lease.directory {
+                lease.grant = named.grant;
+                lease.recalled.get_or_insert_default();
+            }
+        }
+        let own = |lease: &&Lease| lease.directory && lease.session == session;
+        let held = self.leases.values().filter(own).count();
+        self.directories.insert(session, held);
+    }
+
     /// All of a session's leases end.
     pub fn end_session(&mut self, session: u64) {
         self.leases.retain(|_, lease| lease.session != session);
+        self.directories.remove(&session);
     }
 
     /// Whether somebody waits for a lease of this session.
@@ -213,6 +293,38 @@ mod tests {
         leases.end_session(1);
         assert!(is_over(&mut waits));
         assert_eq!(leases.held_against(1), [9]);
+    }
+
+    #[test]
+    fn directories_outlive_a_stream_only_to_be_returned() {
+        let mut leases = WriteLeases::default();
+        assert!(leases.grant_directory(1, 7) && leases.grant_directory(1, 8) && leases.grant(1, 9));
+        assert_eq!(leases.directories_held_against(2).len(), 2);
+        assert!(leases.no_directories_against(1) && leases.directories_held_against(1).is_empty());
+        assert!(leases.is_directory_held_against(0, 7) && !leases.is_directory_held_against(0, 9));
+        let mut dropped = leases.recall(2, 8).unwrap().returned;
+        // 10 was granted by an earlier leader.
+        leases.reassert_directories(1, &[lease(7, 1), lease(10, 40)]);
+        assert!(is_over(&mut dropped));
+        assert_eq!(leases.holds(1, 9), 3, "that is a file's");
+        let mut waits: Vec<_> = [7, 10].map(|ino| leases.recall(2, ino).unwrap()).into();
+        assert!(waits.iter().all(|wait| wait.ask.is_none()), "asked already");
+        leases.reassert(1, &[lease(9, 3)], |_| true);
+        assert!(waits.iter_mut().all(|wait| !is_over(&mut wait.returned)));
+        leases.give_back(1, lease(7, 1));
+        leases.give_back(1, lease(10, 40));
+        assert!(waits.iter_mut().all(|wait| is_over(&mut wait.returned)));
+        assert!(leases.no_directories_against(2));
+    }
+
+    #[test]
+    fn a_session_holds_so_many_directories() {
+        let mut leases = WriteLeases::default();
+        let most = DIRECTORIES_MAX as u64;
+        assert!((1..=most).all(|ino| leases.grant_directory(1, ino)));
+        assert!(!leases.grant_directory(1, most + 1) && leases.grant_directory(2, most + 1));
+        leases.give_back(1, lease(1, 1));
+        assert!(leases.grant_directory(1, most + 2));
     }
 
     #[test]

@@ -326,3 +326,146 @@ async fn nobody_is_granted_a_lease_beside_others() {
     let _ = soft.release(1, 7);
     assert!(!soft.is_leased_against(2, 7));
 }
+
+fn takes_directories(soft: &mut Soft, session: u64, now: Instant) -> Frames {
+    let (outbox, frames) = outbox();
+    let facts = ClientFacts {
+        takes_leases: true,
+        takes_directories: true,
+        ..Default::default()
+    };
+    assert!(soft.attach(session, session + 100, outbox, facts, now));
+    frames
+}
+
+/// Session 1 makes directory `ino` in `parent`.
+fn mkdir(seq: u64, (parent, ino): (u64, u64), deferrable: bool) -> AppliedItem<'static> {
+    let op = Op::Create(v1::Create {
+        parent,
+        kind: v1::FileKind::Directory as i32,
+        ..Default::default()
+    });
+    let reply = v1::Reply {
+        position: Some(position(seq).into()),
+        attr: Some(v1::Attr {
+            ino,
+            ..Default::default()
+        }),
+        created: true,
+        deferrable,
+        ..Default::default()
+    };
+    applied(seq, 1, op, reply, Vec::new())
+}
+
+#[tokio::test]
+async fn a_directory_s_lease_comes_with_its_making_alone() {
+    let now = Instant::now();
+    let mut soft = soft(&[1, 2], now);
+    let mut first = takes_directories(&mut soft, 1, now);
+    let _second = takes_directories(&mut soft, 2, now);
+    let _ = soft.settle(1, now).and(soft.settle(2, now));
+    let held = |soft: &Soft, ino| soft.is_leased_against(2, ino);
+
+    let _ = soft.applied(&mkdir(1, (5, 10), false), now);
+    assert!(!held(&soft, 10), "the core says no");
+    soft.begin_removal(2, &[5]);
+    let _ = soft.applied(&mkdir(2, (5, 11), true), now);
+    let _ = soft.applied(&mkdir(3, (6, 12), true), now);
+    assert!(!held(&soft, 11), "somebody may be removing it");
+    assert!(held(&soft, 12), "elsewhere nobody is");
+    soft.end_removal(2, &[5]);
+    let mut again = mkdir(4, (5, 11), true);
+    again.reply.position = Some(position(2).into());
+    let _ = soft.applied(&again, now);
+    assert!(!held(&soft, 11), "a repeated answer grants nothing");
+    let _ = soft.applied(&mkdir(5, (5, 13), true), now);
+    assert!(held(&soft, 13));
+
+    // What the system changes in it is told to the holder, and nobody waits.
+    let step = Op::RemoveTreeStep(v1::RemoveTreeStep { intent: 1 });
+    let touched = Touched::Inode {
+        ino: Ino(12),
+        attr: true,
+        content: false,
+        xattr: false,
+    };
+    let _ = soft.applied(
+        &applied(6, 0, step, v1::Reply::default(), vec![touched]),
+        now,
+    );
+    let mut recalls = Vec::new();
+    while recalls.is_empty() {
+        recalls = first.next().await.unwrap().unwrap().recalls;
+    }
+    assert_eq!(recalls[0].ino, 12);
+
+    let waits = soft.stop_directories();
+    assert_eq!(waits.len(), 2);
+    let _ = soft.applied(&mkdir(7, (5, 14), true), now);
+    assert!(!held(&soft, 14), "the volume is about to go elsewhere");
+    soft.grant_directories_again();
+    let _ = soft.end_session(1, now);
+    for returned in waits {
+        assert!(returned.await.is_err(), "the wait is over");
+    }
+    assert!(soft.no_leases());
+}
+
+#[tokio::test]
+async fn a_batch_opens_its_files_and_its_response_names_the_leases() {
+    let now = Instant::now();
+    let mut soft = soft(&[1], now);
+    let (outbox, mut frames) = outbox();
+    let facts = ClientFacts {
+        takes_leases: true,
+        takes_directories: true,
+        ..Default::default()
+    };
+    assert!(soft.attach(1, 101, outbox.clone(), facts, now));
+    let _ = soft.settle(1, now);
+    let create = |ino, kind: v1::FileKind| v1::Create {
+        parent: 5,
+        kind: kind as i32,
+        ino,
+        ..Default::default()
+    };
+    let made = [
+        create(20, v1::FileKind::File),
+        create(21, v1::FileKind::Directory),
+        create(22, v1::FileKind::File),
+    ];
+    let changes = made.iter().map(|create| v1::Change {
+        op: Some(v1::change::Op::Create(create.clone())),
+        ..Default::default()
+    });
+    let op = Op::Batch(v1::Batch {
+        changes: changes.collect(),
+    });
+    // The third was refused; the first has lost its name again.
+    let reply = v1::Reply {
+        position: Some(position(1).into()),
+        applied: 2,
+        orphans: vec![20],
+        deferrable: true,
+        ..Default::default()
+    };
+    let wake = soft.applied(&applied(1, 1, op, reply, Vec::new()), now);
+    assert!(wake.reap);
+    soft.answer_batch(1, &made[..2], &outbox, v1::Response::default());
+    let response = frames.next().await.unwrap().unwrap().responses.remove(0);
+    let leased: Vec<u64> = response
+        .write_leases
+        .iter()
+        .map(|lease| lease.ino)
+        .collect();
+    assert_eq!(leased, [20, 21]);
+    let rested = now + 2 * TIMEOUT;
+    assert_eq!(soft.begin_reaps(9, rested), [0; 0], "it is open");
+    let _ = soft.release(1, 20);
+    assert_eq!(
+        soft.begin_reaps(9, rested),
+        [0; 0],
+        "the batch's answer is not acknowledged"
+    );
+}
