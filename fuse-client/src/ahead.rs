@@ -184,6 +184,17 @@ impl Ahead {
     }
 }
 
+/// What became of a listed entry since it was read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Listed {
+    /// Nothing.
+    Same,
+    /// The name, or the inode, is still in the directory, but not together.
+    Moved,
+    /// Neither is.
+    Gone,
+}
+
 impl State {
     /// Whether nothing is leased, and nothing under way: the usual way is the only one.
     pub fn is_idle(&self) -> bool {
@@ -418,7 +429,7 @@ impl State {
             let concerned: HashSet<u64> = queued.all_inos().collect();
             for ino in concerned {
                 let failure = Failure { errno, told: false };
-                self.failures.entry(ino).or_insert(failure);
+                self.failures.insert(ino, failure);
             }
         }
         let leased = self.leased();
@@ -430,6 +441,17 @@ impl State {
         self.since = None;
         self.settled = self.answered;
         leased
+    }
+
+    /// Inodes and directories of which answered changes were lost, and those of which it isn't known yet.
+    pub fn lost(&self) -> Vec<u64> {
+        let known = self.failures.keys();
+        known.chain(self.pending.keys()).copied().collect()
+    }
+
+    /// The numbers that were reserved may not be what the cluster knows.
+    pub fn forget_inos(&mut self) {
+        self.inos.clear();
     }
 
     /// What became of changes of this inode, or of names in this directory, that were answered and could not be made. For fsync,
@@ -478,12 +500,19 @@ impl State {
         }))
     }
 
-    /// Of an entry of a leased directory's listing: whether it still is what it was, and its attributes as far as they are known
-    /// here. `None`: the directory is not leased.
-    pub fn listed(&self, parent: u64, name: &[u8], ino: u64) -> Option<(bool, Option<v1::Attr>)> {
+    /// Of an entry of a leased directory's listing: what became of it, and its attributes as far as they are known here. `None`:
+    /// the directory is not leased.
+    pub fn listed(&self, parent: u64, name: &[u8], ino: u64) -> Option<(Listed, Option<v1::Attr>)> {
         let entry = self.directories.get(&parent)?.names.get(name);
-        let same = entry.is_some_and(|entry| entry.ino == ino);
-        Some((same, self.nodes.get(&ino).and_then(|node| node.attr)))
+        let node = self.nodes.get(&ino);
+        let listed = match entry {
+            Some(entry) if entry.ino == ino => Listed::Same,
+            // Another file took the name, or it has another name now, which the page may not have.
+            Some(_) => Listed::Moved,
+            None if node.is_some_and(|node| node.parent == parent) => Listed::Moved,
+            None => Listed::Gone,
+        };
+        Some((listed, node.and_then(|node| node.attr)))
     }
 
     /// Something is proposed about these in the usual way: from here on their attributes are asked for in the usual way.

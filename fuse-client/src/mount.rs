@@ -213,6 +213,12 @@ async fn finish(
     if !lost.is_empty() {
         lost = fs.stage_all(lost).await;
     }
+    // Changes of names that were answered, and are known to be lost, or not known to be there.
+    let names = fs.coherence().ahead.lock().lost();
+    if !names.is_empty() {
+        tracing::error!(inodes = ?names, "changes of these were answered, and are lost or not known to be there");
+        lost.extend(names);
+    }
     fs.stop();
     fs.coherence().close();
     let joined = tokio::task::spawn_blocking(move || {

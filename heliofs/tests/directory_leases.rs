@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use support::{Cluster, Mount, wait_for};
@@ -21,6 +22,10 @@ fn volume(name: &str, nodes: usize) -> Cluster {
     let cluster = Cluster::with_dirs(nodes, |_, _| None, &[]);
     cluster.format_file(name, &["--trash-days", "0"]);
     cluster
+}
+
+fn ahead(cluster: &Cluster, volume: &str) -> Mount {
+    Mount::of(cluster, volume, &["--dir-ahead"])
 }
 
 /// Commands of this name in the volume's history.
@@ -98,7 +103,7 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, String> {
 #[test]
 fn bursts_of_changes_are_seen_at_once_by_another_mount() {
     let cluster = volume("bursts", 3);
-    let (a, b) = (cluster.mount("bursts"), cluster.mount("bursts"));
+    let (a, b) = (ahead(&cluster, "bursts"), ahead(&cluster, "bursts"));
     for round in 0..8 {
         let top = format!("d{round}");
         fs::create_dir(a.join(&top)).unwrap();
@@ -289,7 +294,7 @@ fn change(rng: &mut StdRng, root: &Path, model: &mut BTreeMap<PathBuf, Option<St
 #[test]
 fn whatever_two_mounts_do_by_turns_both_see_the_same() {
     let cluster = volume("turns", 1);
-    let (a, b) = (cluster.mount("turns"), cluster.mount("turns"));
+    let (a, b) = (ahead(&cluster, "turns"), ahead(&cluster, "turns"));
     let seed = rand::random::<u64>();
     println!("seed {seed}");
     let mut rng = StdRng::seed_from_u64(seed);
@@ -356,7 +361,7 @@ fn whatever_two_mounts_do_by_turns_both_see_the_same() {
 #[test]
 fn what_others_move_or_remove_loses_nothing() {
     let cluster = volume("moved", 3);
-    let (a, b) = (cluster.mount("moved"), cluster.mount("moved"));
+    let (a, b) = (ahead(&cluster, "moved"), ahead(&cluster, "moved"));
     for round in 0..30 {
         let (old, new) = (format!("old{round}"), format!("new{round}"));
         fs::create_dir(a.join(&old)).unwrap();
@@ -424,7 +429,7 @@ fn what_others_move_or_remove_loses_nothing() {
 #[test]
 fn a_killed_leader_loses_and_repeats_nothing() {
     let mut cluster = volume("leader", 3);
-    let mount = cluster.mount("leader");
+    let mount = ahead(&cluster, "leader");
     fs::create_dir(mount.join("d")).unwrap();
     for round in 0..3 {
         let top = mount.join("d").join(format!("{round}"));
@@ -448,7 +453,7 @@ fn a_killed_leader_loses_and_repeats_nothing() {
         cluster.start_node(leader);
         expected.sort();
         assert_eq!(names(&top), expected);
-        let other = cluster.mount("leader");
+        let other = ahead(&cluster, "leader");
         assert_eq!(names(&other.join(format!("d/{round}"))), expected);
         assert_eq!(tree(&top), tree(&other.join(format!("d/{round}"))));
     }
@@ -472,9 +477,9 @@ fn prefix(path: &Path) -> usize {
 #[test]
 fn of_a_killed_mount_a_prefix_is_left_and_everything_that_was_synced() {
     let cluster = volume("killed", 1);
-    let other = cluster.mount("killed");
+    let other = ahead(&cluster, "killed");
     for round in 0..4 {
-        let mut mount = cluster.mount("killed");
+        let mut mount = ahead(&cluster, "killed");
         let top = mount.join(format!("d{round}"));
         fs::create_dir(&top).unwrap();
         let synced = 100 + round * 37;
@@ -504,7 +509,7 @@ fn of_a_killed_mount_a_prefix_is_left_and_everything_that_was_synced() {
 #[test]
 fn links_attributes_and_directories_that_are_in_use_go_the_usual_way() {
     let cluster = volume("usual", 1);
-    let (a, b) = (cluster.mount("usual"), cluster.mount("usual"));
+    let (a, b) = (ahead(&cluster, "usual"), ahead(&cluster, "usual"));
     let top = a.join("d");
     fs::create_dir(&top).unwrap();
     fs::write(top.join("one"), "1").unwrap();
@@ -555,9 +560,9 @@ fn links_attributes_and_directories_that_are_in_use_go_the_usual_way() {
 }
 
 #[test]
-fn with_dir_sync_or_a_trash_every_change_waits_for_the_cluster() {
+fn without_the_option_or_with_a_trash_every_change_waits_for_the_cluster() {
     let cluster = volume("sync", 1);
-    let mount = Mount::of(&cluster, "sync", &["--dir-sync"]);
+    let mount = cluster.mount("sync");
     fs::create_dir(mount.join("d")).unwrap();
     for n in 0..20 {
         File::create(mount.join(format!("d/f{n}"))).unwrap();
@@ -565,7 +570,7 @@ fn with_dir_sync_or_a_trash_every_change_waits_for_the_cluster() {
     assert_eq!(commands(&cluster, "sync", "batch"), 0);
     mount.unmount();
     cluster.format_file("trash", &["--trash-days", "1"]);
-    let mount = cluster.mount("trash");
+    let mount = ahead(&cluster, "trash");
     fs::create_dir(mount.join("d")).unwrap();
     for n in 0..20 {
         File::create(mount.join(format!("d/f{n}"))).unwrap();
@@ -573,4 +578,89 @@ fn with_dir_sync_or_a_trash_every_change_waits_for_the_cluster() {
     }
     assert_eq!(commands(&cluster, "trash", "batch"), 0);
     mount.unmount();
+}
+
+/// A mount that was away when others were let in by a new leader: what it had answered must not come after what they have seen.
+#[test]
+fn who_comes_late_to_a_new_leader_changes_nothing_behind_others_backs() {
+    let mut cluster = volume("late", 3);
+    let (a, b) = (ahead(&cluster, "late"), ahead(&cluster, "late"));
+    let top = a.join("d");
+    fs::create_dir(&top).unwrap();
+    fs::write(top.join("before"), "x").unwrap();
+    sync_directory(&top);
+    let leader = cluster.leader();
+    cluster.kill_node(leader);
+    // Within its lease the mount goes on; whether it does is its own affair.
+    let answered = fs::create_dir(top.join("ahead"));
+    a.process.signal(Signal::SIGSTOP);
+    // Another one is let in without it.
+    let seen = names(&b.join("d"));
+    fs::create_dir(b.join("d/others")).unwrap();
+    a.process.signal(Signal::SIGCONT);
+    let synced = File::open(&top).and_then(|top| top.sync_all());
+    println!("answered: {answered:?}, seen by others: {seen:?}, synced: {synced:?}");
+    let mut expected = seen.clone();
+    expected.push("others".to_owned());
+    expected.sort();
+    expected.dedup();
+    wait_for("the same names everywhere", Duration::from_secs(30), || {
+        (names(&b.join("d")) == names(&top)).then_some(())
+    });
+    assert_eq!(names(&b.join("d")), expected);
+    // What was answered and is not there was not confirmed.
+    if answered.is_ok() && !expected.contains(&"ahead".to_owned()) {
+        synced.expect_err("an fsync that confirms what is lost");
+    }
+}
+
+/// `rmr` of a tree in which a mount is at work takes along what is below, and nothing else.
+#[test]
+fn a_tree_that_is_removed_takes_nothing_else_along() {
+    let cluster = volume("removed", 1);
+    let (a, other) = (ahead(&cluster, "removed"), ahead(&cluster, "removed"));
+    for name in ["goes", "stays"] {
+        fs::create_dir(a.join(name)).unwrap();
+    }
+    let over = AtomicBool::new(false);
+    let made = std::thread::scope(|scope| {
+        let busy = |name: &'static str| {
+            let (root, over) = (a.join(name), &over);
+            move || {
+                let mut made = Vec::new();
+                for n in 0.. {
+                    let below = root.join(format!("{n}"));
+                    let file = below.join("file");
+                    let step = fs::create_dir(&below).and_then(|()| fs::write(&file, "x"));
+                    match step {
+                        Ok(()) => made.push(file),
+                        Err(_) if name == "goes" => break,
+                        Err(error) => panic!("{error}"),
+                    }
+                    if over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+                made
+            }
+        };
+        let stays = scope.spawn(busy("stays"));
+        let goes = scope.spawn(busy("goes"));
+        wait_for("some work", Duration::from_secs(30), || {
+            (names(&other.path).len() == 2).then_some(())
+        });
+        let url = cluster.volume_url("removed");
+        cluster.run(&["rmr", &url, "/goes"]).success();
+        over.store(true, Ordering::Relaxed);
+        goes.join().unwrap();
+        stays.join().unwrap()
+    });
+    sync_directory(&a.join("stays"));
+    assert!(made.len() > 1);
+    for file in &made {
+        assert_eq!(fs::read(file).unwrap(), b"x", "{}", file.display());
+    }
+    wait_for("the tree to be gone", Duration::from_secs(30), || {
+        (names(&other.path) == ["stays"]).then_some(())
+    });
 }

@@ -373,6 +373,7 @@ impl Fs {
             }
             Err(error) => {
                 tracing::warn!(%error, "no inode numbers could be reserved: changes wait for the cluster");
+                self.coherence.ahead.lock().forget_inos();
                 self.coherence.return_all_directories();
             }
         }

@@ -16,6 +16,7 @@ use meta_client::ClientError;
 use parking_lot::Mutex;
 
 use super::{Entry, Fs};
+use crate::ahead;
 use crate::errno::FsResult;
 use crate::meta_cache::Generation;
 
@@ -297,9 +298,11 @@ impl Fs {
             let known = state.listed(handle.ino, &entry.name, entry.ino);
             known.map(|known| (known, state.at()))
         };
-        if let Some(((same, attr), at)) = known {
-            if !same {
-                return Current::Gone;
+        if let Some(((what, attr), at)) = known {
+            match what {
+                ahead::Listed::Same => {}
+                ahead::Listed::Moved => return Current::Outdated,
+                ahead::Listed::Gone => return Current::Gone,
             }
             if let (Some(shown), Some(attr)) = (&mut listed.entry, attr) {
                 (shown.attr, shown.at) = (self.show(attr), at);

@@ -74,11 +74,11 @@ pub(crate) struct Serving {
     /// has the file open; the data follows within the flush age, or at once when another mount opens or stats the file.
     #[arg(long)]
     pub(crate) close_sync: bool,
-    /// Every change of names waits for the cluster. Without it, changes in directories that this mount made, and that nobody else
-    /// has looked into, are answered at once and follow within milliseconds; fsync of the file or the directory waits for them,
-    /// and so does whoever looks.
+    /// Changes of names in directories that this mount made, and that nobody else has looked into, are answered at once and follow
+    /// within milliseconds; fsync of the file or the directory waits for them, and so does whoever looks. Without it every such
+    /// change waits for the cluster. New: not yet for what must not be lost.
     #[arg(long)]
-    pub(crate) dir_sync: bool,
+    pub(crate) dir_ahead: bool,
     /// fsync returns once the data is on this machine's disk, in the first cache directory; it follows to the bucket in the
     /// background, also after a crash, when the volume is mounted again with the same cache directory. Until then, if this mount
     /// dies, others see what was stored before.
@@ -188,7 +188,7 @@ impl Serving {
                 "buffer-size" => self.buffer_size = units::parse_size(needed()?).map_err(wrong)?,
                 "io-timeout" => self.io_timeout = parse_io_timeout(needed()?).map_err(wrong)?,
                 "close-sync" => self.close_sync = true,
-                "dir-sync" => self.dir_sync = true,
+                "dir-ahead" => self.dir_ahead = true,
                 "writeback" => self.writeback = true,
                 "upload-delay" => {
                     self.upload_delay = parse_upload_delay(needed()?).map_err(wrong)?;
@@ -230,7 +230,7 @@ impl Serving {
                 _ => {
                     return Err(wrong("unknown option".to_owned()).hint(
                         "known: ro, rw, noatime, relatime, strictatime, allow_other, cache-dir=, cache-size=, buffer-size=, \
-                         io-timeout=, close-sync, dir-sync, flush-age=, writeback, upload-delay=, threads=, no-bgjob, upload-limit=, download-limit=, sync-interval=, follow-promotion, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
+                         io-timeout=, close-sync, dir-ahead, flush-age=, writeback, upload-delay=, threads=, no-bgjob, upload-limit=, download-limit=, sync-interval=, follow-promotion, free-space-ratio=, metrics=, passphrase-file=, encrypt-key=, token-file=",
                     ));
                 }
             }
@@ -305,8 +305,8 @@ impl Serving {
         if self.close_sync {
             arguments.push("--close-sync".into());
         }
-        if self.dir_sync {
-            arguments.push("--dir-sync".into());
+        if self.dir_ahead {
+            arguments.push("--dir-ahead".into());
         }
         if self.allow_other {
             arguments.push("--allow-other".into());
@@ -424,7 +424,7 @@ impl Serving {
                 read_only: self.read_only,
                 watcher: Some(coherence.clone()),
                 takes_leases: !self.read_only && (!self.close_sync || self.writeback),
-                takes_directories: !self.read_only && !self.dir_sync,
+                takes_directories: !self.read_only && self.dir_ahead,
                 complete: self.mirror_read == MirrorRead::Complete,
                 ..SessionOptions::default()
             },
@@ -664,7 +664,7 @@ mod tests {
             buffer_size: 1,
             io_timeout: Duration::from_secs(30),
             close_sync: false,
-            dir_sync: false,
+            dir_ahead: false,
             writeback: false,
             upload_delay: Duration::ZERO,
             recall_wait: Duration::from_secs(60),

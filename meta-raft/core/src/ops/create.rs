@@ -9,7 +9,7 @@ use heliofs_proto::v1::{self, AttrFlag, FileKind};
 use super::posix_acl::{self, Acl};
 use super::{dir, privileges, session, trash, xattr};
 use crate::change::Corruption;
-use crate::keys;
+use crate::keys::{self, Tag};
 use crate::limits::{CORE_LEVEL_BATCHES, CORE_LEVEL_QUOTAS, INODES_SPARE};
 use crate::records::{InodeRecord, QuotaCounters, SNAPSHOT};
 use crate::txn::{OpError, OpResult, Txn};
@@ -111,6 +111,11 @@ fn may_defer<V: View>(txn: &mut Txn<V>, inode: &InodeRecord) -> OpResult<bool> {
 pub(crate) fn volume_may_defer<V: View>(txn: &mut Txn<V>) -> OpResult<bool> {
     let settings = txn.settings()?;
     if settings.core_level < CORE_LEVEL_BATCHES || settings.trash_days != 0 {
+        return Ok(false);
+    }
+    // What is removed at once takes everything below along, whoever is at work there.
+    let (from, to) = keys::tag_range(txn.volume, Tag::RemoveTree);
+    if !txn.scan(&from, &to, 1)?.is_empty() {
         return Ok(false);
     }
     let counters = txn.counters()?;

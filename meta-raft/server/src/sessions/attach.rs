@@ -261,6 +261,9 @@ impl SessionsService {
                 soft.follow_all(stream, now + self.ctx.hub.timings().lease);
             }
             let locks: Vec<v1::Lock> = hello.locks.iter().filter_map(|held| held.lock).collect();
+            if !hello.directories.is_empty() {
+                soft.comes_back_with_directories(session, self.ctx.hub.timings().lease, now);
+            }
             soft.reassert_directories(session, &hello.directories);
             soft.reassert(session, &hello.opens, &hello.leases, &locks)
                 .and(soft.settle(session, now))

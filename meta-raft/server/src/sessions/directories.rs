@@ -1,5 +1,7 @@
 //! What a command has to wait for where others hold write leases of directories: what they have answered comes first.
 
+use std::sync::Arc;
+
 use heliofs_proto::ids::Ino;
 use heliofs_proto::v1::{self, command::Op};
 use meta_core::query::{self, QueryError};
@@ -18,6 +20,28 @@ pub(super) fn removes(command: &v1::Command) -> Vec<u64> {
     }
 }
 
+/// Whether the command concerns directories that it does not name: all of them are recalled, and none is leased before it is
+/// applied.
+pub(super) fn needs_all(command: &v1::Command) -> bool {
+    matches!(command.op, Some(Op::RemoveTree(_) | Op::QuotaSet(_)))
+}
+
+/// As long as it lives no leases of directories are granted.
+pub(super) struct Halt(Arc<VolumeSessions>);
+
+impl Halt {
+    pub(super) fn begin(volume: &Arc<VolumeSessions>) -> Self {
+        volume.soft().begin_halt();
+        Self(Arc::clone(volume))
+    }
+}
+
+impl Drop for Halt {
+    fn drop(&mut self) {
+        self.0.soft().end_halt();
+    }
+}
+
 /// Recalls what others hold of directories that the command names, and waits until it is returned. What it names by a name is
 /// looked up once the directory of that name is nobody's; see [`super::soft::Soft::begin_removal`] for what comes after.
 pub(super) async fn make_way(
@@ -29,7 +53,7 @@ pub(super) async fn make_way(
     if volume.soft().no_directories_against(session) {
         return Ok(());
     }
-    if matches!(command.op, Some(Op::RemoveTree(_) | Op::QuotaSet(_))) {
+    if needs_all(command) {
         // Whatever lies below.
         let recalled = volume.soft().recall_directories(session);
         for returned in recalled {

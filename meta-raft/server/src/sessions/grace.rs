@@ -33,6 +33,11 @@ impl Grace {
         self.awaited.remove(&session);
     }
 
+    /// Whether the session is in the records and did not come back yet.
+    pub fn is_awaited(&self, session: u64) -> bool {
+        self.awaited.contains(&session)
+    }
+
     /// New locks may be granted and sessions expire.
     pub fn is_over(&self, now: Instant) -> bool {
         self.awaited.is_empty() || now >= self.began + self.timeout

@@ -3,7 +3,7 @@
 //! It lies under one mutex per volume, so that "what was told" and "what changed" have one order. No I/O, no waiting: time
 //! is an argument, and what has to be sent goes into the streams' queues.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -141,6 +141,10 @@ pub struct Soft {
     removals: Vec<(u64, u64)>,
     /// The volume is about to be written elsewhere: no leases of directories are granted.
     stopped: bool,
+    /// Commands under way before which all directories are recalled: meanwhile no leases of any are granted.
+    halts: usize,
+    /// Sessions that came back to a new leader when others had been let in: what they answered before is not taken.
+    late: HashSet<u64>,
     locks: LockTable,
     interest: Interest,
     grace: Grace,
@@ -173,6 +177,8 @@ impl Soft {
             leases: WriteLeases::default(),
             removals: Vec::new(),
             stopped: false,
+            halts: 0,
+            late: HashSet::new(),
             locks: LockTable::default(),
             interest: Interest::new(inodes_told_max),
             grace,
@@ -538,6 +544,32 @@ impl Soft {
         self.stopped = false;
     }
 
+    /// Until [`Soft::end_halt`], no lease of a directory is granted to anybody.
+    pub fn begin_halt(&mut self) {
+        self.halts += 1;
+    }
+
+    /// See [`Soft::begin_halt`].
+    pub fn end_halt(&mut self) {
+        self.halts -= 1;
+    }
+
+    /// A session comes back at `now`, with leases of directories: if this is a new leader that has let others in meanwhile, what
+    /// the session has answered and not sent is refused until it has returned them all.
+    pub fn comes_back_with_directories(&mut self, session: u64, lease: Duration, now: Instant) {
+        if self.grace.is_awaited(session) && self.caches_until(lease, now).is_none() {
+            self.late.insert(session);
+        }
+    }
+
+    /// Whether what the session has answered ahead must not be taken any more: others may have seen that it was not there.
+    pub fn is_late(&mut self, session: u64) -> bool {
+        if !self.leases.holds_directories(session) {
+            self.late.remove(&session);
+        }
+        self.late.contains(&session)
+    }
+
     /// Nobody but `by` holds a directory's lease.
     pub fn no_directories_against(&self, by: u64) -> bool {
         self.leases.no_directories_against(by)
@@ -568,7 +600,8 @@ impl Soft {
         let known = self.sessions.get(&session);
         let takes = known.is_some_and(|known| known.facts.takes_directories && !known.ending);
         let mut removals = self.removals.iter();
-        if takes && !self.stopped && !removals.any(|(by, at)| *at == parent && *by != session) {
+        let granting = !self.stopped && self.halts == 0 && !self.late.contains(&session);
+        if takes && granting && !removals.any(|(by, at)| *at == parent && *by != session) {
             self.leases.grant_directory(session, ino);
         }
     }

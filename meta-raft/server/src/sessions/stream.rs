@@ -312,7 +312,10 @@ impl SessionStream {
         id: u64,
         mut command: v1::Command,
     ) -> Option<impl Future<Output = Done> + Send + use<>> {
-        if let Some(error) = reads::refuse_command(&command, self.read_only) {
+        let late =
+            matches!(command.op, Some(Op::Batch(_))) && self.volume.soft().is_late(self.session);
+        let refused = reads::refuse_command(&command, self.read_only);
+        if let Some(error) = refused.or(late.then_some(FsError::Stale)) {
             let position = self.volume.soft().seen();
             let reply = v1::Reply {
                 position: Some(position.into()),
@@ -349,6 +352,8 @@ impl SessionStream {
             if !removes.is_empty() {
                 volume.soft().begin_removal(session, &removes);
             }
+            let halts = directories::needs_all(&command);
+            let _halt = halts.then(|| directories::Halt::begin(&volume));
             let made_way = directories::make_way(&ctx, &volume, session, &command).await;
             if let Err(corruption) = made_way {
                 volume.soft().end_removal(session, &removes);

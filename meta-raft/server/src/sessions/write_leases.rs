@@ -219,6 +219,11 @@ impl WriteLeases {
         self.directories.insert(session, held);
     }
 
+    /// Whether the session has leases of directories.
+    pub fn holds_directories(&self, session: u64) -> bool {
+        self.directories.get(&session).is_some_and(|held| *held > 0)
+    }
+
     /// All of a session's leases end.
     pub fn end_session(&mut self, session: u64) {
         self.leases.retain(|_, lease| lease.session != session);
