@@ -95,6 +95,8 @@ pub struct InodeState {
     pub failure: Option<Errno>,
     /// Data was lost for good: every flush and open says so, until the file is opened with O_TRUNC.
     pub lost: Option<Errno>,
+    /// … but all of it is kept aside: after the last close opens show what others wrote.
+    pub kept_aside: bool,
     /// It has no name any more: once nobody here has it open, what is not stored yet can be forgotten.
     pub unlinked: bool,
     /// What a write must clear.
@@ -142,6 +144,7 @@ impl Inode {
                 dirty_since: None,
                 failure: None,
                 lost: None,
+                kept_aside: false,
                 unlinked: false,
                 privileges: Privileges::Unknown,
                 commit_scheduled: false,
@@ -433,7 +436,7 @@ impl InodeTable {
         if !safe {
             state.owed_releases += 1;
         } else if state.handles == 0 {
-            let lost = state.lost;
+            let lost = state.lost.filter(|_| !state.kept_aside);
             drop(state);
             self.leave(&mut shard, inode, lost);
         }
@@ -446,7 +449,7 @@ impl InodeTable {
         let mut state = inode.lock();
         state.handles -= 1;
         if state.handles == 0 && state.pieces.is_empty() {
-            let lost = state.lost;
+            let lost = state.lost.filter(|_| !state.kept_aside);
             drop(state);
             self.leave(&mut shard, inode, lost);
         }
@@ -461,7 +464,7 @@ impl InodeTable {
         }
         let owed = std::mem::take(&mut state.owed_releases);
         if state.handles == 0 {
-            let lost = state.lost;
+            let lost = state.lost.filter(|_| !state.kept_aside);
             drop(state);
             self.leave(&mut shard, inode, lost);
         }

@@ -90,6 +90,7 @@ impl Fs {
                 state.base_seq = None;
             }
         }
+        state.kept_aside = staged > 0;
         state.pieces.clear();
         state.batches.clear();
         state.staged_base = None;
