@@ -258,6 +258,16 @@ async fn claim_emptied(storage: &v1::StorageConfig, prefix: &str) -> Outcome {
     }
 }
 
+/// A step's outcome, unless a signal comes first; a repair that is broken off leaves whole objects.
+async fn unless_stopped<T>(stop: &mut Stop, step: impl Future<Output = Outcome<T>>) -> Outcome<T> {
+    tokio::select! {
+        biased;
+        _ = stop.wait() => Err(Failure::new("the check was interrupted")
+            .hint("what was stored anew stays; begin again")),
+        done = step => done,
+    }
+}
+
 /// Checks the volume, or what lies below some places of it.
 async fn check(
     options: &Options,
@@ -298,13 +308,14 @@ impl Check<'_> {
         let mut stop = Stop::catch()?;
         let only = match places {
             [] => None,
-            places => Some(self.segments_below(places).await?),
+            places => Some(unless_stopped(&mut stop, self.segments_below(places)).await?),
         };
         if only.is_none() && self.options.from.is_none() {
             self.records(&mut stop, &mut report).await?;
         }
         if self.options.level > Level::Meta && report.stopped_at.is_none() {
-            let mut live = segments::live(self.session, self.options.from.unwrap_or(0)).await?;
+            let live = segments::live(self.session, self.options.from.unwrap_or(0));
+            let mut live = unless_stopped(&mut stop, live).await?;
             if let Some(only) = &only {
                 live.retain(|segment| only.contains(&segment.id));
             }
@@ -321,7 +332,7 @@ impl Check<'_> {
             }
         }
         if let Some(second) = &self.second {
-            self.fetch(second, &mut report).await?;
+            unless_stopped(&mut stop, self.fetch(second, &mut report)).await?;
         }
         let damaged: BTreeSet<u64> = report
             .damages
@@ -330,10 +341,12 @@ impl Check<'_> {
             .map(|damage| damage.id)
             .collect();
         if !damaged.is_empty() {
-            report.users = segments::users(self.session, &damaged).await?;
+            let users = segments::users(self.session, &damaged);
+            report.users = unless_stopped(&mut stop, users).await?;
         }
         if self.options.repair && !damaged.is_empty() {
-            self.repair(volume, &damaged, &mut report).await?;
+            let repairing = self.repair(volume, &damaged, &mut report);
+            unless_stopped(&mut stop, repairing).await?;
         }
         self.show(volume, &report).await?;
         let left = report
