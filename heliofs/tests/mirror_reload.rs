@@ -182,11 +182,13 @@ fn gc_after_a_reload_leaves_what_readers_are_still_shown() {
     assert_eq!(found["deleting"], 1, "{found}");
     let away = buckets.path().join("away");
     fs::rename(&theirs, &away).unwrap();
+    fs::create_dir(&theirs).unwrap();
     let fresh = Mount::of(&mirror, VOLUME, &flags);
     for shown in [&complete, &fresh] {
         assert_eq!(fs::read(shown.join("old")).unwrap(), vec![1; 300_000]);
         assert!(!shown.join("new").exists());
     }
+    fs::remove_dir(&theirs).unwrap();
     fs::rename(&away, &theirs).unwrap();
     // Once nobody is shown it any more it goes, and nothing else does.
     mirror.run(&["mirror", "worker", &far, "--once"]).success();
@@ -196,10 +198,12 @@ fn gc_after_a_reload_leaves_what_readers_are_still_shown() {
     });
     assert_eq!(deleted, 1);
     fs::rename(&theirs, &away).unwrap();
+    fs::create_dir(&theirs).unwrap();
     let last = Mount::of(&mirror, VOLUME, &flags);
     for (name, byte) in [("stays", 2), ("new", 3)] {
         assert_eq!(fs::read(last.join(name)).unwrap(), vec![byte; 300_000]);
     }
+    fs::remove_dir(&theirs).unwrap();
     fs::rename(&away, &theirs).unwrap();
     for mount in [complete, fresh, last, mount] {
         mount.unmount();
