@@ -106,6 +106,10 @@ impl Target for NodeTarget {
         self.0.state.diverged(volume)
     }
 
+    fn replay_limit(&self, volume: VolumeId) -> Option<Position> {
+        self.0.mirrors.holds().limit(volume)
+    }
+
     async fn propose(&self, item: v1::log_item::Item) -> Result<Answered, TargetError> {
         let answer = self.0.proposer.propose(item).await;
         let answer = answer.map_err(|error| match error {

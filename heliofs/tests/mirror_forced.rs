@@ -50,6 +50,14 @@ fn promote(mirror: &Cluster, flags: &[&str]) -> support::Ran {
 
 /// The old source comes back; how many of the entries that it exports are at or before `end`. None is left out before.
 fn rejoin(source: &mut Cluster, mirror: &Cluster, last: u64, end: u64) -> u64 {
+    let entries = exported(source, mirror, last);
+    // Started again, it may have ended sessions of those who died with it: these come later.
+    let before = entries.iter().filter(|it| seq(&it["position"]) <= end);
+    before.count() as u64
+}
+
+/// The old source comes back; all entries that it exports, without a gap after `last`.
+fn exported(source: &mut Cluster, mirror: &Cluster, last: u64) -> Vec<Value> {
     source.start_node(0);
     let file = source.directory.join("tail.json");
     let said = source.run(&[
@@ -72,9 +80,7 @@ fn rejoin(source: &mut Cluster, mirror: &Cluster, last: u64, end: u64) -> u64 {
     for (entry, number) in entries.iter().zip(last + 1..) {
         assert_eq!(entry["position"], format!("0:{number}"), "{entry}");
     }
-    // Started again, it may have ended sessions of those who died with it: these come later.
-    let before = entries.iter().filter(|it| seq(&it["position"]) <= end);
-    before.count() as u64
+    entries
 }
 
 #[test]
@@ -84,12 +90,26 @@ fn what_a_paused_mirror_had_heard_of_is_counted_exactly() {
     let mirror = mirror_of(&source, &source.url(), 1, &["--mirror-name", "east"]);
     let mount = source.mount(VOLUME);
     write_synced(&mount.join("before"), 1, 30_000);
+    fs::create_dir(mount.join("below")).unwrap();
+    write_synced(&mount.join("below/cut"), 2, 30_000);
     catch_up(&source, &mirror, VOLUME);
     let here = source.volume_url(VOLUME);
     source.run(&["mirror", "pause", &here, "east"]).success();
     wait_for_status(&mirror, VOLUME, "the pause", |status| {
         status["doing"] == "paused"
     });
+    // What was there before is changed, under its old name and under another one.
+    let open = |name: &str| {
+        let mut open = File::options();
+        open.write(true).open(mount.join(name)).unwrap()
+    };
+    let mut file = open("before");
+    file.write_all(&[9; 20_000]).unwrap();
+    file.sync_all().unwrap();
+    let file = open("below/cut");
+    file.set_len(100).unwrap();
+    file.sync_all().unwrap();
+    fs::rename(mount.join("below/cut"), mount.join("below/moved")).unwrap();
     let load = Load::start(&mount.path, 2);
     load.wait_for_more(30, Duration::from_secs(60));
     let lost = load.stop();
@@ -113,7 +133,34 @@ fn what_a_paused_mirror_had_heard_of_is_counted_exactly() {
     let expected = format!("at least {real} entries");
     assert!(said.out.contains(&expected), "{expected}: {}", said.out);
     assert!(said.out.contains("it was last heard of at"), "{}", said.out);
-    assert_eq!(rejoin(&mut source, &mirror, last, end), real);
+    let tail = exported(&mut source, &mirror, last);
+    let before = tail.iter().filter(|it| seq(&it["position"]) <= end);
+    assert_eq!(before.count() as u64, real);
+    // An overwrite and a truncation say of which files they are: as these are called at the end of the tail.
+    let overwrites = |entry: &Value| {
+        let files = entry["fields"]["files"].as_array();
+        entry["op"] == "commit"
+            && files.is_some_and(|files| {
+                files
+                    .iter()
+                    .any(|file| file["path"] == "/before" && file["inode"].is_u64())
+            })
+    };
+    assert!(tail.iter().any(overwrites), "{tail:?}");
+    let truncates = |entry: &Value| {
+        let fields = &entry["fields"];
+        entry["op"] == "set-attr" && fields["path"] == "/below/moved" && fields["size"] == 100
+    };
+    assert!(tail.iter().any(truncates), "{tail:?}");
+    let arrived = |path: &Path| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let directory = format!("/{}", path.parent().unwrap().display());
+        let mut entries = tail.iter().map(|entry| &entry["fields"]);
+        entries.any(|it| it["new_name"] == name && it["new_parent_path"] == directory.as_str())
+    };
+    for path in lost.files.keys() {
+        assert!(arrived(path), "{}: {tail:?}", path.display());
+    }
     let now = mirror.mount(VOLUME);
     assert_eq!(fs::read(now.join("before")).unwrap(), vec![1; 30_000]);
     for path in lost.files.keys() {
@@ -159,6 +206,9 @@ fn what_nobody_heard_of_is_not_called_nothing_and_its_files_are_named() {
     assert!(said["source_silent_ms"].as_u64().unwrap() > 0, "{said}");
     assert!(said["source_last_heard"].is_string(), "{said}");
     assert!(said["objects_at_source_only"].as_u64().unwrap() > 0);
+    assert_eq!(said["incomplete_files"], 1, "{said}");
+    let names = serde_json::json!(["/there-only"]);
+    assert_eq!(said["incomplete_file_names"], names, "{said}");
     assert!(said["seconds"].as_f64().unwrap() < 30.0, "{said}");
     println!("forced, with the whole region dead: {} s", said["seconds"]);
     // What is here is served, by a mount that was there as well; sessions of the source are over.
@@ -214,6 +264,167 @@ fn a_mirror_that_never_heard_of_its_source_says_that_the_loss_is_not_known() {
     let said = promote(&mirror, &["--json"]).json();
     assert!(said["lost_entries_known"].is_null(), "{said}");
     assert!(said["source_known_up_to"].is_null(), "{said}");
+}
+
+#[test]
+fn a_source_that_is_killed_under_load_has_lost_what_is_printed_and_less_than_a_second_s_work_more()
+{
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file(VOLUME, &[]);
+    let mirror = mirror_of(&source, &source.url(), 1, &[]);
+    let mut mount = source.mount(VOLUME);
+    catch_up(&source, &mirror, VOLUME);
+    let load = Load::start(&mount.path, 4);
+    load.wait_for_more(20, Duration::from_secs(60));
+    let (first, begun) = (seq(&head(&source)), Instant::now());
+    load.wait_for_more(100, Duration::from_secs(60));
+    let (end, took) = (seq(&head(&source)), begun.elapsed());
+    let rate = (end - first) as f64 / took.as_secs_f64();
+    // In the midst of it.
+    source.kill_node(0);
+    mount.process.kill();
+    load.stop();
+    drop(mount);
+    let said = promote(&mirror, &["--json"]).json();
+    let last = seq(&said["last_position"]);
+    let known = said["lost_entries_known"].as_u64().unwrap();
+    assert!(
+        last + rate as u64 >= end,
+        "{said}: it was at {end}, with the link up"
+    );
+    let tail = exported(&mut source, &mirror, last);
+    let all = tail.len() as u64;
+    // Those of mounts; what the source ended by itself when it was started again is no loss.
+    let of_mounts = tail.iter().filter(|it| it["session"] != "0000000000000000");
+    let of_mounts = of_mounts.count() as u64;
+    println!(
+        "at least {known} entries were lost, and in truth {of_mounts} of mounts, {all} in all, at {rate:.0} entries/s"
+    );
+    assert!(known <= all, "{said}: {all} in truth");
+    let more = of_mounts.saturating_sub(known);
+    assert!(
+        more as f64 <= rate,
+        "{said}: {of_mounts} in truth, at {rate} entries/s"
+    );
+}
+
+#[test]
+fn all_volumes_are_promoted_by_one_command_and_one_that_fails_keeps_no_other_from_it() {
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    let mirror = mirror_of(&source, &source.url(), 1, &["--mirror-name", "east"]);
+    for volume in ["one", "two", "three"] {
+        source.format_file(volume, &[]);
+    }
+    for volume in ["one", "two", "three"] {
+        catch_up(&source, &mirror, volume);
+    }
+    let two = source.volume_url("two");
+    source.run(&["mirror", "pause", &two, "east"]).success();
+    wait_for_status(&mirror, "two", "the pause", |status| {
+        status["doing"] == "paused"
+    });
+    let far = mirror.url();
+    let ran = mirror.run(&["mirror", "promote", &far, "--json"]);
+    let said = ran.json();
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert!(
+        ran.err.contains("1 of 3 volumes were not promoted"),
+        "{ran:?}"
+    );
+    let of = |volume: &str| {
+        let mut each = said.as_array().unwrap().iter();
+        each.find(|it| it["volume"] == volume).unwrap().clone()
+    };
+    for volume in ["one", "three"] {
+        let promoted = of(volume);
+        assert_eq!(promoted["promoted"], true, "{said}");
+        assert_eq!(promoted["lost_entries_known"], 0, "{said}");
+        let now = mirror.mount(volume);
+        write_synced(&now.join("new"), 1, 9_000);
+        now.unmount();
+    }
+    assert_eq!(of("two")["promoted"], false, "{said}");
+    let why = of("two")["error"].as_str().unwrap().to_owned();
+    assert!(why.contains("does not follow its source"), "{said}");
+    // The others are no mirrors any more: it is tried again alone.
+    source.run(&["mirror", "resume", &two, "east"]).success();
+    wait_for_status(&mirror, "two", "the mirror", |status| {
+        status["doing"] == "following"
+    });
+    let again = mirror.run(&["mirror", "promote", &far]).success();
+    assert!(again.out.contains("two"), "{}", again.out);
+    assert!(!again.out.contains("three"), "{}", again.out);
+    mirror
+        .run(&["mirror", "promote", &far])
+        .failure(1, "mirrors no volume");
+}
+
+#[test]
+fn by_force_all_volumes_come_at_once_and_the_files_that_are_not_complete_are_named() {
+    let volumes = ["left", "right"];
+    let ours = scratch();
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    for volume in volumes {
+        source.format_file(volume, &["--trash-days", "0"]);
+    }
+    let mirror = mirror_of(&source, &source.url(), 1, &[]);
+    for volume in volumes {
+        let mut mount = source.mount(volume);
+        write_synced(&mount.join("copied"), 1, 300_000);
+        catch_up(&source, &mirror, volume);
+        give_bucket(&mirror, volume, &ours.path().join(volume), &[]).success();
+        let far = mirror.volume_url(volume);
+        mirror.run(&["mirror", "worker", &far, "--once"]).success();
+        // Nobody copies what comes now.
+        let more = if volume == "left" { 3 } else { 30 };
+        fs::create_dir(mount.join("dir")).unwrap();
+        for n in 0..more {
+            write_synced(&mount.join(format!("dir/{volume}-{n:02}")), 2, 90_000);
+        }
+        write_synced(&mount.join("inline"), 3, 100);
+        write_synced(&mount.join("gone"), 4, 300_000);
+        fs::remove_file(mount.join("gone")).unwrap();
+        write_synced(&mount.join("cut"), 5, 300_000);
+        let cut = File::options().write(true).open(mount.join("cut")).unwrap();
+        cut.set_len(0).unwrap();
+        cut.sync_all().unwrap();
+        catch_up(&source, &mirror, volume);
+        mount.process.kill();
+    }
+    source.kill_node(0);
+    let began = Instant::now();
+    let far = mirror.url();
+    let ask = [
+        "mirror",
+        "promote",
+        &far,
+        "--force",
+        "--i-know-the-source-is-dead",
+    ];
+    let said = mirror.run(&ask).success().out;
+    let took = began.elapsed();
+    println!("two volumes by force: {took:?}\n{said}");
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    assert!(said.contains("3 files are not complete here:"), "{said}");
+    assert!(said.contains("30 files are not complete here:"), "{said}");
+    let named: Vec<&str> = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("  /"))
+        .collect();
+    let mut wanted: Vec<String> = (0..3).map(|n| format!("dir/left-{n:02}")).collect();
+    // The first twenty, and where the others are named.
+    wanted.extend((0..20).map(|n| format!("dir/right-{n:02}")));
+    assert_eq!(named, wanted, "{said}");
+    assert!(said.contains("and 10 more: `heliofs fsck`"), "{said}");
+    for volume in volumes {
+        let rows = said
+            .lines()
+            .filter(|line| line.starts_with(volume) && line.contains("at least"));
+        assert_eq!(rows.count(), 1, "{said}");
+        let now = Mount::of(&mirror, volume, &["--no-bgjob"]);
+        write_synced(&now.join("new"), 1, 9_000);
+        now.unmount();
+    }
 }
 
 /// Ids of the sessions that a cluster knows.

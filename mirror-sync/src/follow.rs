@@ -390,8 +390,10 @@ impl Follower {
                     beyond = Some(upgrade);
                 }
             }
+            // Everything that waits here was committed at the source before whoever holds asks it how far it is.
+            let limit = self.target.replay_limit(volume);
             while under_way.len() < PROPOSALS_MAX
-                && let Some(replay) = plan.pop()
+                && let Some(replay) = plan.pop(limit)
             {
                 self.says.proposals += 1;
                 let target = self.target.clone();

@@ -1,6 +1,6 @@
 //! Frames of a changelog become proposals: many entries in each, bounded. Pure.
 
-use heliofs_proto::ids::VolumeId;
+use heliofs_proto::ids::{Position, VolumeId};
 use heliofs_proto::v1::{self, command::Op};
 use meta_core::limits::core_level_known;
 use prost::Message;
@@ -86,9 +86,17 @@ impl Plan {
         self.entries.len() >= ENTRIES_MAX
     }
 
-    /// The next proposal; `None`: nothing waits.
-    pub fn pop(&mut self) -> Option<v1::Replay> {
-        if self.is_empty() {
+    /// The next proposal, up to `limit` if there is one; `None`: nothing waits that may be proposed.
+    pub fn pop(&mut self, limit: Option<Position>) -> Option<v1::Replay> {
+        let allowed = |entry: &v1::ChangelogEntry| {
+            let at = entry.position.map(Position::from).unwrap_or_default();
+            limit.is_none_or(|limit| at <= limit)
+        };
+        let first_is_held = match self.entries.first() {
+            Some(first) => !allowed(first),
+            None => limit.is_some(),
+        };
+        if self.is_empty() || first_is_held {
             return None;
         }
         let mut bytes = 0;
@@ -96,7 +104,8 @@ impl Plan {
             bytes += entry.encoded_len();
             bytes <= BYTES_MAX
         };
-        let count = self.entries.iter().take(ENTRIES_MAX).take_while(fits);
+        let entries = self.entries.iter().take(ENTRIES_MAX);
+        let count = entries.take_while(|entry| allowed(entry)).take_while(fits);
         // One that is larger alone goes alone.
         let count = count.count().max(1).min(self.entries.len());
         let rest = self.entries.split_off(count);
@@ -156,22 +165,46 @@ mod tests {
         let mut plan = Plan::new(VolumeId(1));
         plan.take(frame((1..=1500).map(|seq| unlink(seq, 5)).collect()))
             .unwrap();
-        let first = plan.pop().unwrap();
+        let first = plan.pop(None).unwrap();
         assert_eq!((first.entries.len(), first.beats.len()), (1000, 0));
-        let second = plan.pop().unwrap();
+        let second = plan.pop(None).unwrap();
         assert_eq!((second.entries.len(), second.beats.len()), (500, 1));
-        assert_eq!(plan.pop(), None);
+        assert_eq!(plan.pop(None), None);
         let large = (1..=3).map(|seq| unlink(seq, BYTES_MAX)).collect();
         plan.take(frame(large)).unwrap();
-        assert_eq!(plan.pop().unwrap().entries.len(), 1);
+        assert_eq!(plan.pop(None).unwrap().entries.len(), 1);
         let small = (4..=5)
             .map(|seq| unlink(seq, BYTES_MAX / 2 - 100))
             .collect();
         plan.take(frame(small)).unwrap();
-        assert_eq!(plan.pop().unwrap().entries.len(), 1);
-        assert_eq!(plan.pop().unwrap().entries.len(), 1);
-        assert_eq!(plan.pop().unwrap().entries.len(), 2);
-        assert_eq!(plan.pop(), None);
+        assert_eq!(plan.pop(None).unwrap().entries.len(), 1);
+        assert_eq!(plan.pop(None).unwrap().entries.len(), 1);
+        assert_eq!(plan.pop(None).unwrap().entries.len(), 2);
+        assert_eq!(plan.pop(None), None);
+    }
+
+    #[test]
+    fn a_proposal_ends_where_the_mirror_is_held() {
+        let mut plan = Plan::new(VolumeId(1));
+        let at = |seq| {
+            Some(Position {
+                seq,
+                ..Position::START
+            })
+        };
+        plan.take(frame((11..=20).map(|seq| unlink(seq, 5)).collect()))
+            .unwrap();
+        assert_eq!(plan.pop(at(10)), None);
+        let upto = plan.pop(at(14)).unwrap();
+        // Digests are of the entries behind.
+        assert_eq!((upto.entries.len(), upto.beats.len()), (4, 0));
+        assert_eq!(upto.entries[3].position.unwrap().seq, 14);
+        assert_eq!(plan.pop(at(14)), None);
+        let rest = plan.pop(at(20)).unwrap();
+        assert_eq!((rest.entries.len(), rest.beats.len()), (6, 1));
+        plan.take(frame(Vec::new())).unwrap();
+        assert_eq!(plan.pop(at(20)), None);
+        assert_eq!(plan.pop(None).unwrap().beats.len(), 1);
     }
 
     #[test]
@@ -189,7 +222,7 @@ mod tests {
         );
         let refused = plan.take(frame(vec![unlink(7, 1), higher, unlink(9, 1)]));
         assert!(refused.unwrap_err().0.starts_with("upgrade me"));
-        assert_eq!(plan.pop().unwrap().entries.len(), 1);
+        assert_eq!(plan.pop(None).unwrap().entries.len(), 1);
         let mut unknown = unlink(8, 1);
         unknown.command.as_mut().unwrap().op = None;
         assert!(plan.take(frame(vec![unknown])).is_err());

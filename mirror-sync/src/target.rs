@@ -88,6 +88,10 @@ pub trait Target: Send + Sync + 'static {
     /// The first position at which a digest of the source did not agree.
     fn diverged(&self, volume: VolumeId) -> Option<Position>;
 
+    /// The last position of the volume that may be proposed now, since somebody opens a copy there; `None`: any. Asked anew
+    /// before each proposal, and some times a second.
+    fn replay_limit(&self, volume: VolumeId) -> Option<Position>;
+
     /// Logs, commits and applies. The order of calls is the order in the log.
     async fn propose(&self, item: v1::log_item::Item) -> Result<Answered, TargetError>;
 

@@ -7,10 +7,13 @@
 
 mod bucket;
 mod handover;
+mod incomplete;
 mod promote;
+mod promoted;
 mod rejoin;
 mod show;
 mod slots;
+mod tail_paths;
 mod token;
 mod verify;
 mod worker;
@@ -57,7 +60,7 @@ pub(crate) enum Command {
     Bucket(bucket::Options),
     /// Copies objects into a mirror's own bucket, beside its mounts; several share the work.
     Worker(worker::Options),
-    /// Makes a mirror the volume that is written to, under a new epoch; the source becomes read-only first.
+    /// Makes a mirror the volume that is written to, or all mirrors of a cluster, under a new epoch; the source becomes read-only first.
     Promote(promote::Options),
     /// Makes an old source a mirror of the one that was promoted, and exports what only it has.
     Rejoin(rejoin::Options),

@@ -21,7 +21,7 @@ pub mod url;
 pub use changelog::{ChangelogFollower, ChangelogItem};
 pub use cluster::{Cluster, ClusterOptions};
 pub use error::{AttachError, ClientError, ClusterError, ErrorKind};
-pub use mirror::VolumeCopy;
+pub use mirror::{ReplayHold, VolumeCopy};
 pub use session::{CacheTicket, Event, Recalled, Session, SessionOptions, Watcher, position_of};
 pub use token::{Token, TokenError};
 pub use url::{MetaUrl, UrlError};

@@ -28,6 +28,16 @@ pub struct VolumeCopy {
 }
 
 impl VolumeCopy {
+    fn new(stream: Streaming<v1::CopyFrame>, peer: String) -> Result<Self, ClusterError> {
+        let unpacker = Unpacker::new()
+            .map_err(|error| ClusterError::Invalid(format!("a copy can't be unpacked: {error}")))?;
+        Ok(Self {
+            stream,
+            unpacker,
+            peer,
+        })
+    }
+
     /// The replica that is copied from.
     pub fn peer(&self) -> &str {
         &self.peer
@@ -58,7 +68,83 @@ impl VolumeCopy {
     }
 }
 
+/// A mirror that is held where it is, for some seconds at most; until this is dropped, or a copy of it has begun.
+pub struct ReplayHold {
+    // What keeps it.
+    _stream: Streaming<v1::HoldFrame>,
+    id: u64,
+    peer: String,
+}
+
 impl Cluster {
+    /// Makes a mirror's leader replay nothing more for a moment: whatever the source answers from now on is not older than what
+    /// the mirror has.
+    ///
+    /// Errors: `NotFound` without such a volume; `Invalid` of a node that does not know how; `NoNode`, `NoLeader` when none leads
+    /// within the deadline.
+    pub async fn hold_replay(&self, volume: &str) -> Result<ReplayHold, ClusterError> {
+        let mut search = Search::new(self);
+        loop {
+            for peer in self.order(None) {
+                match self.ask_for_hold(&peer, volume).await {
+                    Ok(hold) => return Ok(hold),
+                    Err(Answer::Refused(error)) => return Err(error),
+                    Err(Answer::Elsewhere(_, detail)) => search.note(&peer, &detail, true),
+                    Err(Answer::Unreachable(detail)) | Err(Answer::Broken(detail)) => {
+                        search.note(&peer, &detail, false);
+                    }
+                }
+            }
+            search.check()?;
+            tokio::time::sleep(search.pace()).await;
+        }
+    }
+
+    async fn ask_for_hold(&self, peer: &str, volume: &str) -> Result<ReplayHold, Answer> {
+        let channel = self.channel(peer).map_err(Answer::Refused)?;
+        let mut client = ChangelogClient::new(channel);
+        let request = self.request(v1::HoldRequest {
+            volume: volume.to_owned(),
+        });
+        let held = async {
+            let mut stream = client.hold(request).await?.into_inner();
+            let first = stream.message().await?;
+            Ok((stream, first))
+        };
+        match tokio::time::timeout(self.options().attempt_timeout, held).await {
+            Ok(Ok((stream, Some(first)))) => Ok(ReplayHold {
+                _stream: stream,
+                id: first.hold,
+                peer: peer.to_owned(),
+            }),
+            Ok(Ok((_, None))) => Err(Answer::Broken("nothing was held".to_owned())),
+            Ok(Err(status)) => Err(judge(peer, &status)),
+            Err(elapsed) => Err(Answer::Broken(root_cause(&elapsed))),
+        }
+    }
+
+    /// Begins to copy all records of a volume of a mirror that is held, at just this position, to which it is replayed first.
+    ///
+    /// Errors, also of the first frame: `NoNode` when the hold is over, or the mirror was not there before it was.
+    pub async fn copy_held_volume(
+        &self,
+        volume: &str,
+        hold: &ReplayHold,
+        at: Position,
+    ) -> Result<VolumeCopy, ClusterError> {
+        let peer = hold.peer.clone();
+        match self.ask_for_copy(&peer, volume, Some((hold.id, at))).await {
+            Ok(stream) => VolumeCopy::new(stream, peer),
+            Err(Answer::Refused(error)) => Err(error),
+            Err(
+                Answer::Elsewhere(_, detail) | Answer::Unreachable(detail) | Answer::Broken(detail),
+            ) => Err(ClusterError::NoNode {
+                peers: peer,
+                detail,
+            }),
+        }
+    }
+
     /// Begins to copy all records of a volume from some replica.
     ///
     /// Errors: `NotFound` without such a volume; `NoNode`, `NoLeader` when none serves within the deadline.
@@ -66,17 +152,8 @@ impl Cluster {
         let mut search = Search::new(self);
         loop {
             for peer in self.order(None) {
-                match self.ask_for_copy(&peer, volume).await {
-                    Ok(stream) => {
-                        let unpacker = Unpacker::new().map_err(|error| {
-                            ClusterError::Invalid(format!("a copy can't be unpacked: {error}"))
-                        })?;
-                        return Ok(VolumeCopy {
-                            stream,
-                            unpacker,
-                            peer,
-                        });
-                    }
+                match self.ask_for_copy(&peer, volume, None).await {
+                    Ok(stream) => return VolumeCopy::new(stream, peer),
                     Err(Answer::Refused(error)) => return Err(error),
                     Err(Answer::Elsewhere(_, detail)) => search.note(&peer, &detail, true),
                     Err(Answer::Unreachable(detail)) | Err(Answer::Broken(detail)) => {
@@ -93,12 +170,15 @@ impl Cluster {
         &self,
         peer: &str,
         volume: &str,
+        held: Option<(u64, Position)>,
     ) -> Result<Streaming<v1::CopyFrame>, Answer> {
         let channel = self.channel(peer).map_err(Answer::Refused)?;
         let mut client = ChangelogClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let request = self.request(v1::CopyRequest {
             packing: packing::ZSTD.to_owned(),
             volume: volume.to_owned(),
+            hold: held.map_or(0, |(hold, _)| hold),
+            at: held.map(|(_, at)| at.into()),
         });
         let timeout = self.options().attempt_timeout;
         match tokio::time::timeout(timeout, client.copy(request)).await {

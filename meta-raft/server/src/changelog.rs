@@ -123,6 +123,28 @@ impl ChangelogService {
         }
     }
 
+    /// Waits until a mirror that is held is at just this position.
+    async fn held_at(&self, volume: VolumeId, hold: u64, at: Position) -> Result<(), Status> {
+        let until = self.ctx.mirrors.holds().advance(hold, volume, at);
+        let until = until.ok_or_else(|| Status::unavailable("the mirror is held no more"))?;
+        let until = tokio::time::Instant::from_std(until);
+        let mut rung = self.applies.subscribe();
+        loop {
+            rung.borrow_and_update();
+            let head = self.ctx.state.head(volume).map(|(head, _)| head);
+            let head = head.unwrap_or_default();
+            if head == at {
+                return Ok(());
+            }
+            let waited = tokio::time::timeout_at(until, rung.changed());
+            if head > at || !matches!(waited.await, Ok(Ok(()))) {
+                return Err(Status::unavailable(format!(
+                    "the mirror is at {head} and was to be held at {at}"
+                )));
+            }
+        }
+    }
+
     /// Where to begin reading. Errors: `OUT_OF_RANGE` before what the log has; `ABORTED` after what there is, and for positions
     /// of another history.
     async fn place(&self, volume: VolumeId, after: Position) -> Result<Place, Status> {
@@ -180,13 +202,14 @@ pub(crate) fn not_of_this_history(position: Position, epoch: Epoch, first: u64) 
     ))
 }
 
-/// Sends a volume's records until all are sent or nobody listens. Blocks.
+/// Sends a volume's records until all are sent or nobody listens; `opened` is called when it is certain which. Blocks.
 fn copy(
     state: &State,
     damage: &Damage,
     mut record: v1::Volume,
     frames: &mpsc::Sender<Result<v1::CopyFrame, Status>>,
     packer: Option<Packer>,
+    opened: impl FnOnce(),
 ) {
     let volume = VolumeId(record.id);
     let counters = state.snapshot_view(|view| query::counters(view, volume));
@@ -216,6 +239,7 @@ fn copy(
         frames.blocking_send(frame).is_ok() && whole
     };
     let begin = |position: Position| {
+        opened();
         send(v1::CopyFrame {
             begin: Some(v1::CopyBegin {
                 position: Some(position.into()),
@@ -281,6 +305,8 @@ impl Changelog for ChangelogService {
         let v1::CopyRequest {
             volume: name,
             packing,
+            hold,
+            at,
         } = request.into_inner();
         let packer = packer(&packing)?;
         // Not older than what anybody was told, so that a slot made before is not older either.
@@ -288,7 +314,55 @@ impl Changelog for ChangelogService {
         let record = self.served(&name).await?;
         let (frames, receiver) = mpsc::channel(FRAMES_MAX);
         let (state, damage) = (self.ctx.state.clone(), self.ctx.damage.clone());
-        tokio::task::spawn_blocking(move || copy(&state, &damage, record, &frames, packer));
+        if hold == 0 {
+            tokio::task::spawn_blocking(move || {
+                copy(&state, &damage, record, &frames, packer, || {});
+            });
+            return Ok(Response::new(ReceiverStream::new(receiver)));
+        }
+        let service = self.clone();
+        let at = at.map(Position::from).unwrap_or_default();
+        tokio::spawn(async move {
+            let volume = VolumeId(record.id);
+            let reached = tokio::select! {
+                reached = service.held_at(volume, hold, at) => reached,
+                () = frames.closed() => return,
+            };
+            if let Err(status) = reached {
+                frames.send(Err(status)).await.ok();
+                return;
+            }
+            tokio::task::spawn_blocking(move || {
+                let opened = || service.ctx.mirrors.holds().end(hold);
+                copy(&state, &damage, record, &frames, packer, opened);
+            });
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    type HoldStream = ReceiverStream<Result<v1::HoldFrame, Status>>;
+
+    async fn hold(
+        &self,
+        request: Request<v1::HoldRequest>,
+    ) -> Result<Response<Self::HoldStream>, Status> {
+        let record = self.served(&request.into_inner().volume).await?;
+        {
+            let leadership = self.ctx.leadership.borrow();
+            if leadership.leading().is_none() {
+                return Err(status::not_leader(leadership.other_leader()));
+            }
+        }
+        let held = self.ctx.mirrors.holds().hold(VolumeId(record.id));
+        let (frames, receiver) = mpsc::channel(1);
+        let frame = v1::HoldFrame { hold: held.id() };
+        tokio::spawn(async move {
+            if frames.send(Ok(frame)).await.is_ok() {
+                let until = tokio::time::Instant::from_std(held.until());
+                // Either way it is over.
+                tokio::time::timeout_at(until, frames.closed()).await.ok();
+            }
+        });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 

@@ -25,6 +25,7 @@ pub mod observer;
 pub mod proposer;
 pub mod raft;
 pub mod read_gate;
+pub mod replay_holds;
 pub mod scrub;
 pub mod sessions;
 pub mod store;

@@ -8,10 +8,13 @@ use heliofs_proto::ids::VolumeId;
 use heliofs_proto::v1;
 use parking_lot::Mutex;
 
+use crate::replay_holds::ReplayHolds;
+
 /// The last word of each follower on this node, and when it was said; cheap to clone.
 #[derive(Clone, Default)]
 pub struct MirrorBoard {
     told: Arc<Mutex<BTreeMap<VolumeId, (v1::MirrorStatus, Instant)>>>,
+    holds: ReplayHolds,
 }
 
 impl MirrorBoard {
@@ -31,6 +34,11 @@ impl MirrorBoard {
             contact_ms: status.contact_ms.map(|ms| ms.saturating_add(since)),
             ..status.clone()
         })
+    }
+
+    /// Where followers on this node must stop for a moment.
+    pub fn holds(&self) -> &ReplayHolds {
+        &self.holds
     }
 
     /// This node leads no more: what it knows grows old.

@@ -1,14 +1,15 @@
-//! Makes a mirror the volume.
+//! Makes a mirror the volume, or all mirrors of a cluster.
 //!
 //! Planned: the source logs its demotion at a position, the mirror reaches it, and opens an epoch: nothing is lost. Forced: the
 //! source is dead; what it had acknowledged and the mirror has not is lost, and is counted as far as it is known. With a fence
 //! store its lease there is waited out, so that it writes no more, dead or not.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use blockstore::{Bucket, StoreError, StoreOptions};
 use clap::Args;
+use futures::StreamExt;
 use futures::future::join_all;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
@@ -17,9 +18,11 @@ use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
 use super::handover::{REPEAT, expect_dead, hand_over, other_side, seal, take_back, way_back};
+use super::incomplete::Incomplete;
+use super::promoted::{Begun, Loss, Promoted, row};
 use crate::cli::Access;
 use crate::commands::config;
-use crate::connect::Target;
+use crate::connect::{Connected, Target};
 use crate::failure::{Failure, Outcome};
 use crate::fencing::{self, FenceAccess};
 use crate::{output, units};
@@ -41,7 +44,7 @@ pub(crate) struct Options {
     /// The mirror: helio://HOST[:PORT][,HOST[:PORT]…][/VOLUME]
     #[arg(value_name = "META-URL")]
     url: String,
-    /// The volume.
+    /// The volume; unless one is named, every volume that this cluster mirrors.
     name: Option<String>,
     /// The source, if it is reached under another address than the mirror's nodes use.
     #[arg(long, value_name = "META-URL")]
@@ -67,11 +70,108 @@ pub(crate) struct Options {
 }
 
 pub(super) async fn run(options: Options, json: bool) -> Outcome {
-    let begun = Instant::now();
+    let connected = options.access.connect(&options.url)?;
+    if options.name.is_none() && connected.url.volume.is_none() {
+        return run_all(&options, connected, json).await;
+    }
     let target = options
         .access
         .target(&options.url, options.name.as_deref())?;
     let status = status_of(&target).await?;
+    let promoted = promote(&options, &target, status).await?;
+    if json {
+        return output::print_json(&promoted.as_json());
+    }
+    promoted.print()
+}
+
+/// Every volume that the cluster mirrors: by force at once, so that what a dead source takes is taken once; else one after
+/// another, so that each is without a writer for a moment only. One that fails keeps no other from it.
+async fn run_all(options: &Options, connected: Connected, json: bool) -> Outcome {
+    if let Some(source) = &options.source
+        && source.parse::<MetaUrl>()?.volume.is_some()
+    {
+        return Err(Failure::usage(
+            "--source names a volume, and all are to be promoted",
+        ));
+    }
+    let all = connected.cluster.mirror_status(None).await?;
+    // What was handed over is written elsewhere, or is to be taken back by name.
+    let mirrors = all.into_iter().filter(|status| {
+        let mirror = status.mirror.as_ref();
+        mirror.is_some_and(|mirror| !mirror.was_handed_over())
+    });
+    let each = mirrors.map(|status| {
+        let volume = status.name.clone();
+        let target = Target {
+            cluster: connected.cluster.clone(),
+            url: MetaUrl {
+                volume: Some(volume.clone()),
+                ..connected.url.clone()
+            },
+            volume: volume.clone(),
+        };
+        async move { (volume, promote(options, &target, status).await) }
+    });
+    let promoted: Vec<(String, Outcome<Promoted>)> = match options.force {
+        true => join_all(each).await,
+        false => futures::stream::iter(each).then(|one| one).collect().await,
+    };
+    if promoted.is_empty() {
+        return Err(Failure::new("this cluster mirrors no volume").hint(
+            "give the META-URL of the mirror's cluster: `heliofs mirror status` lists its mirrors",
+        ));
+    }
+    let failed = promoted.iter().filter(|(_, outcome)| outcome.is_err());
+    let failed = failed.count();
+    if json {
+        let all: Vec<_> = promoted
+            .iter()
+            .map(|(volume, outcome)| match outcome {
+                Ok(promoted) => promoted.as_json(),
+                Err(failure) => {
+                    let mut shown = failure.to_json();
+                    shown["volume"] = json!(volume);
+                    shown["promoted"] = json!(false);
+                    shown
+                }
+            })
+            .collect();
+        output::print_json(&json!(all))?;
+    } else {
+        let mut table = output::table([
+            "volume",
+            "promoted",
+            "first",
+            "lost",
+            "incomplete files",
+            "why not",
+        ]);
+        for (volume, outcome) in &promoted {
+            if let Ok(promoted) = outcome {
+                promoted.print()?;
+            }
+            table.add_row(row(volume, outcome));
+        }
+        output::print_table(&table)?;
+    }
+    if failed > 0 {
+        return Err(Failure::new(format!(
+            "{failed} of {} volumes were not promoted",
+            promoted.len()
+        ))
+        .hint("the same command again tries just those"));
+    }
+    Ok(())
+}
+
+/// Promotes one volume.
+async fn promote(
+    options: &Options,
+    target: &Target,
+    status: v1::MirrorStatus,
+) -> Outcome<Promoted> {
+    let begun = Instant::now();
     let mirror = status.mirror.clone().unwrap_or_default();
     let access = options.access.with_file(options.source_token_file.clone());
     let (url, volume) = other_side(&mirror, options.source.as_deref())?;
@@ -125,11 +225,14 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         (None, true)
     } else if handed_over {
         let successor = source(PATIENT)?;
-        take_back(&target, &successor, &mirror.source, known, fence).await?;
-        return taken_back(&target, known, json);
+        take_back(target, &successor, &mirror.source, known, fence).await?;
+        return Ok(Promoted::TakenBack {
+            volume: target.volume.clone(),
+            at: known,
+        });
     } else {
         let source = source(PATIENT)?;
-        let at = hand_over(&source, &target, options.timeout).await?;
+        let at = hand_over(&source, target, options.timeout).await?;
         // The source may have got another one, or none, after the mirror was loaded.
         fence = match options.fence.resolve()? {
             None if !options.fence.is_none() => {
@@ -159,7 +262,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             true => How::LeaseOut,
             false => How::Demoted,
         };
-        let taken = take_marker(&target, &here, store, epoch, how).await;
+        let taken = take_marker(target, &here, store, epoch, how).await;
         (epoch, waited) = taken.map_err(|failure| or_back(failure, false))?;
     }
     let mut sealed = false;
@@ -171,7 +274,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             let mut answered = all.iter().filter_map(|(_, status)| status.as_ref().ok());
             if answered.all(|status| status.seals) {
                 let successor = target.url.to_string();
-                at = Some(seal(source, &target, &successor, given, options.timeout).await?);
+                at = Some(seal(source, target, &successor, given, options.timeout).await?);
                 // With a fence store the marker, which is the mirror's by now, can be taken back.
                 sealed = fence.is_none();
             } else {
@@ -186,7 +289,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let fenced = fence.is_some();
     // What is known of the source is the leader's, and goes with the promotion.
     let status = match forced {
-        true => status_of(&target).await?,
+        true => status_of(target).await?,
         false => status,
     };
     let promoted = target.cluster.promote_mirror(v1::PromoteMirrorRequest {
@@ -212,34 +315,24 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let seconds = begun.elapsed().as_secs_f64();
     let pending = status.copies.clone().unwrap_or_default();
     let source_only = pending.pending_segments + pending.quarantined_segments;
-    if json {
-        let mut shown = json!({
-            "volume": target.volume,
-            "last_position": last.to_string(),
-            "first_position": first.to_string(),
-            "lag_ms": if forced { status.lag_ms } else { 0 },
-            "objects_at_source_only": source_only,
-            "seconds": seconds,
-            "fenced": fenced,
-            "lease_waited_ms": u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
-        });
-        loss.put(&mut shown);
-        return output::print_json(&shown);
-    }
-    output::line(format_args!(
-        "{} is written here from {first} on; the last position of the source that is here is {last}",
-        target.volume
-    ))?;
-    if forced {
-        output::line(&loss)?;
-        if source_only > 0 {
-            output::line(format_args!(
-                "{source_only} objects are in the source's bucket only: files that need them can be read while that bucket can; \
-                 `heliofs mirror status --missing` lists them",
-            ))?;
-        }
-    }
-    Ok(())
+    // Not before: the region waits for its volume, and nobody for this.
+    let incomplete = match forced && source_only > 0 {
+        true => Incomplete::find(target).await,
+        false => Ok(Incomplete::default()),
+    };
+    Ok(Promoted::Begun(Box::new(Begun {
+        volume: target.volume.clone(),
+        last,
+        first,
+        forced,
+        lag_ms: if forced { status.lag_ms } else { 0 },
+        loss,
+        source_only,
+        seconds,
+        fenced,
+        waited,
+        incomplete,
+    })))
 }
 
 /// A bucket that holds objects of the volume, if it answers.
@@ -283,104 +376,12 @@ async fn tell(buckets: Vec<Reached>, epoch: u32) {
     join_all(each).await;
 }
 
-/// Says that a source is written again after a promotion that did not happen.
-fn taken_back(target: &Target, at: Position, json: bool) -> Outcome {
-    if json {
-        return output::print_json(&json!({
-            "volume": target.volume,
-            "taken_back_at": at.to_string(),
-        }));
-    }
-    output::line(format_args!(
-        "{} is written here again, behind {at}: its successor was not promoted",
-        target.volume
-    ))
-}
-
 /// How the mirror is.
 pub(super) async fn status_of(target: &Target) -> Outcome<v1::MirrorStatus> {
     let all = target.cluster.mirror_status(Some(&target.volume)).await?;
     all.into_iter()
         .find(|status| status.mirror.is_some())
         .ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))
-}
-
-/// What a promotion lost, as far as it can be known here.
-#[derive(Debug, PartialEq, Eq)]
-enum Loss {
-    /// Nothing: it was planned.
-    None,
-    /// At least this.
-    Known {
-        /// Entries up to `head` that are not here.
-        entries: u64,
-        /// How far the source was when it was last heard of.
-        head: Position,
-        /// How long ago that was. What it acknowledged since then is lost, too.
-        silent: Duration,
-    },
-    /// Whoever leads the mirror now never heard of the source.
-    Unknown,
-}
-
-impl Loss {
-    /// Of a forced promotion after `last`.
-    fn known(status: &v1::MirrorStatus, last: Position) -> Self {
-        let Some(head) = status.source_head.map(Position::from) else {
-            return Self::Unknown;
-        };
-        Self::Known {
-            entries: head.seq.saturating_sub(last.seq),
-            head,
-            silent: Duration::from_millis(status.contact_ms.unwrap_or_default()),
-        }
-    }
-
-    fn put(&self, shown: &mut serde_json::Value) {
-        let (entries, head, silent) = match self {
-            Self::None => (Some(0), None, None),
-            Self::Known {
-                entries,
-                head,
-                silent,
-            } => (Some(*entries), Some(head.to_string()), Some(*silent)),
-            Self::Unknown => (None, None, None),
-        };
-        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        shown["lost_entries_known"] = json!(entries);
-        shown["source_known_up_to"] = json!(head);
-        shown["source_silent_ms"] = json!(silent.map(millis));
-        shown["source_last_heard"] = json!(silent.map(clock));
-    }
-}
-
-/// The time of day so long ago, UTC.
-fn clock(ago: Duration) -> String {
-    humantime::format_rfc3339_seconds(SystemTime::now() - ago).to_string()
-}
-
-impl std::fmt::Display for Loss {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::None => write!(f, "lost: nothing"),
-            Self::Known {
-                entries,
-                head,
-                silent,
-            } => write!(
-                f,
-                "lost: at least {entries} entries, which the source was known to have (up to {head}); it was last heard of at {}, \
-                 {:.1} s ago, and what it acknowledged since then is lost too and could not be counted",
-                clock(*silent),
-                silent.as_secs_f64()
-            ),
-            Self::Unknown => write!(
-                f,
-                "lost: not known; the mirror's leader has not heard of the source since it leads, and whatever the source \
-                 acknowledged behind that position is lost"
-            ),
-        }
-    }
 }
 
 /// Makes the marker name this cluster at `epoch`, or behind the one that it names, if that is later; that epoch, and how long the
@@ -418,33 +419,5 @@ pub(super) async fn take_marker(
             "nothing was promoted; try again when the fence store answers, or --i-know-the-source-is-dead does without it",
         )),
         Err(error) => Err(Failure::new(error)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_loss_is_counted_as_far_as_it_is_known_and_never_called_nothing() {
-        let at = |seq| v1::Position { epoch: 2, seq };
-        let mut status = v1::MirrorStatus {
-            source_head: Some(at(50)),
-            contact_ms: Some(7000),
-            ..v1::MirrorStatus::default()
-        };
-        let loss = Loss::known(&status, at(38).into());
-        let mut shown = json!({});
-        loss.put(&mut shown);
-        assert_eq!(shown["lost_entries_known"], 12);
-        assert_eq!(shown["source_known_up_to"], "2:50");
-        assert_eq!(shown["source_silent_ms"], 7000);
-        assert!(loss.to_string().contains("at least 12 entries"), "{loss}");
-        assert!(loss.to_string().contains("7.0 s ago"), "{loss}");
-        status.source_head = None;
-        let loss = Loss::known(&status, at(38).into());
-        loss.put(&mut shown);
-        assert!(shown["lost_entries_known"].is_null(), "{shown}");
-        assert!(loss.to_string().contains("not known"), "{loss}");
     }
 }

@@ -14,6 +14,7 @@ use meta_client::{ClusterError, MetaUrl};
 use serde_json::json;
 
 use super::At;
+use super::tail_paths::TailPaths;
 use crate::commands::changelog;
 use crate::failure::{Failure, Outcome, While};
 use crate::output;
@@ -124,7 +125,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     ))
 }
 
-/// Writes down the entries from where the histories part to the last one; how many.
+/// Writes down the entries from where the histories part to the last one, with the paths that inodes have at its end; how many.
 async fn export(
     target: &crate::connect::Target,
     parting: Position,
@@ -145,11 +146,38 @@ async fn export(
         seq: parting.seq - 1,
     };
     let mut exported = 0;
+    let unfinished = |failure: Failure| {
+        // One that is there is never overwritten: try again.
+        std::fs::remove_file(file).while_(doing())?;
+        Err(failure.hint(
+            "the volume is read-only now and nothing was dropped; try again, or --force without what can't be had",
+        ))
+    };
+    // Before the records are dropped: afterwards nobody knows what an inode was.
+    let mut paths = match target.session(true).await {
+        Ok(session) => Some(TailPaths::new(session)),
+        Err(failure) if force => {
+            tracing::warn!(why = failure.message(), "inodes of the tail are not named");
+            None
+        }
+        Err(failure) => return unfinished(failure),
+    };
     let mut reader = target.cluster.follow(&target.volume, after, false);
     loop {
         match reader.next().await {
             Ok(Some(ChangelogItem::Entry(entry))) => {
-                let line = changelog::as_json(&entry);
+                let mut line = changelog::as_json(&entry);
+                let put = match &mut paths {
+                    Some(paths) => paths.put(&mut line).await,
+                    None => Ok(()),
+                };
+                match put {
+                    Ok(()) => {}
+                    Err(error) if force => {
+                        tracing::warn!(%error, "inodes of an entry are not named");
+                    }
+                    Err(error) => return unfinished(error.into()),
+                }
                 serde_json::to_writer(&mut out, &line).map_err(Failure::new)?;
                 out.write_all(b"\n").while_(doing())?;
                 exported += 1;
@@ -160,15 +188,11 @@ async fn export(
                 tracing::warn!(why, "the log no longer has all of the tail");
                 break;
             }
-            Err(error) => {
-                drop(out);
-                // One that is there is never overwritten: try again.
-                std::fs::remove_file(file).while_(doing())?;
-                return Err(Failure::from(error).hint(
-                    "the volume is read-only now and nothing was dropped; try again, or --force without the tail",
-                ));
-            }
+            Err(error) => return unfinished(error.into()),
         }
+    }
+    if let Some(paths) = paths {
+        paths.end().await;
     }
     let out: File = out
         .into_inner()

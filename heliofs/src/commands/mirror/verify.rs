@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1::{CopyBegin, MirrorState, StoredRecord};
-use meta_client::{Cluster, VolumeCopy};
+use meta_client::{Cluster, ClusterError, VolumeCopy};
 use meta_core::keys::{self, Tag};
 use serde_json::{Value, json};
 
@@ -34,7 +34,7 @@ pub(crate) struct Options {
     /// File with the source's cluster token [default: the mirror's].
     #[arg(long, value_name = "FILE")]
     source_token_file: Option<std::path::PathBuf>,
-    /// While the source changes, both must be caught at one position: gives up after this long.
+    /// The mirror must come to the position at which the source is compared: gives up after this long.
     #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
     timeout: Duration,
 }
@@ -49,7 +49,10 @@ struct Side {
 
 impl Side {
     async fn open(cluster: &Cluster, volume: &str) -> Outcome<Self> {
-        let mut copy = cluster.copy_volume(volume).await?;
+        Self::begin(cluster.copy_volume(volume).await?).await
+    }
+
+    async fn begin(mut copy: VolumeCopy) -> Outcome<Self> {
         let first = copy.next().await?;
         let begin = first.and_then(|frame| frame.begin);
         let begin =
@@ -160,6 +163,82 @@ async fn compare(source: &mut Side, mirror: &mut Side) -> Outcome<Found> {
     }
 }
 
+/// What is compared with what.
+struct Volumes<'a> {
+    source: &'a Cluster,
+    source_name: &'a str,
+    mirror: &'a Cluster,
+    mirror_name: &'a str,
+}
+
+impl Volumes<'_> {
+    /// Copies of both at one position, whatever is written meanwhile: the mirror is held until the source's copy is open, then
+    /// comes to that position, and goes on as soon as its own is open.
+    async fn open_both(&self, timeout: Duration) -> Outcome<(Side, Side)> {
+        let until = Instant::now() + timeout;
+        loop {
+            // One that is far behind would be held in vain.
+            let there = self.source.get_volume(self.source_name).await?;
+            let there = there.position.map(Position::from).unwrap_or_default();
+            self.expect_reached(there, until).await?;
+            let hold = match self.mirror.hold_replay(self.mirror_name).await {
+                Ok(hold) => Some(hold),
+                Err(ClusterError::Invalid(why)) => {
+                    tracing::debug!(why, "a mirror of an earlier release");
+                    None
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let one = Side::open(self.source, self.source_name).await?;
+            let Some(hold) = hold else {
+                self.expect_reached(one.position(), until).await?;
+                let other = Side::open(self.mirror, self.mirror_name).await?;
+                if one.position() == other.position() {
+                    return Ok((one, other));
+                }
+                if Instant::now() > until {
+                    return Err(Failure::new(format!(
+                        "the source changes too quickly: both were never at one position within {timeout:?}"
+                    ))
+                    .hint("a mirror of this release waits for that"));
+                }
+                continue;
+            };
+            let held = async {
+                let cluster = self.mirror;
+                let copy = cluster.copy_held_volume(self.mirror_name, &hold, one.position());
+                Side::begin(copy.await?).await
+            };
+            let why = match held.await {
+                Ok(other) if one.position() == other.position() => return Ok((one, other)),
+                Ok(other) => format!("the mirror is at {}", other.position()),
+                Err(error) => error.message().to_owned(),
+            };
+            tracing::debug!(why, "the mirror was not held where the source is");
+            if Instant::now() > until {
+                return Err(Failure::new(format!(
+                    "the mirror did not come to the source's {} within {timeout:?}: {why}",
+                    one.position()
+                )));
+            }
+        }
+    }
+
+    /// Waits until the mirror has applied `position`.
+    async fn expect_reached(&self, position: Position, until: Instant) -> Outcome {
+        let left = until.saturating_duration_since(Instant::now());
+        let waited = self
+            .mirror
+            .mirror_wait(self.mirror_name, position, false, left);
+        match waited.await? {
+            (true, _) => Ok(()),
+            (false, at) => Err(Failure::new(format!(
+                "the mirror is at {at} and does not reach the source's {position} in time"
+            ))),
+        }
+    }
+}
+
 pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let target = options
         .access
@@ -173,36 +252,18 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let stopped = mirror.state() == MirrorState::Stopped;
     let access = options.access.with_file(options.source_token_file);
     let source = access.connect(options.source.as_ref().unwrap_or(&mirror.source))?;
-    let begun = Instant::now();
-    let (mut one, mut other) = loop {
-        // The source's copy stays at its position while the mirror comes to it.
-        let one = Side::open(&source.cluster, &mirror.volume).await?;
-        if stopped {
-            break (one, Side::open(&target.cluster, &target.volume).await?);
-        }
-        let left = options.timeout.saturating_sub(begun.elapsed());
-        let waited = target
-            .cluster
-            .mirror_wait(&target.volume, one.position(), false, left);
-        let (reached, at) = waited.await?;
-        if !reached {
-            return Err(Failure::new(format!(
-                "the mirror is at {at} and does not reach the source's {} within {:?}",
-                one.position(),
-                options.timeout
-            )));
-        }
-        let other = Side::open(&target.cluster, &target.volume).await?;
-        if one.position() == other.position() {
-            break (one, other);
-        }
-        if begun.elapsed() > options.timeout {
-            return Err(Failure::new(format!(
-                "the source changes too quickly: both were never at one position within {:?}",
-                options.timeout
-            ))
-            .hint("digests are compared all the time: `heliofs mirror status` shows if one did not agree"));
-        }
+    let volumes = Volumes {
+        source: &source.cluster,
+        source_name: &mirror.volume,
+        mirror: &target.cluster,
+        mirror_name: &target.volume,
+    };
+    let (mut one, mut other) = match stopped {
+        true => (
+            Side::open(&source.cluster, &mirror.volume).await?,
+            Side::open(&target.cluster, &target.volume).await?,
+        ),
+        false => volumes.open_both(options.timeout).await?,
     };
     let found = compare(&mut one, &mut other).await?;
     let position = one.position().to_string();
@@ -215,9 +276,15 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         ),
     };
     let first = diverged.map(|first| first.to_string());
+    let (index, index_is) = match &first {
+        Some(first) => (first.clone(), "diverged"),
+        None => (position.clone(), "compared"),
+    };
     if json {
         output::print_json(&json!({
             "volume": target.volume,
+            "index": index,
+            "index_is": index_is,
             "position": position,
             "mirror_position": other.position().to_string(),
             "first_differing_position": first,
@@ -232,9 +299,14 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         }
     }
     if found.differ > 0 {
-        let first = first.map_or_else(String::new, |first| {
-            format!("; the digests differ from position {first} on, or from one up to a second before it")
-        });
+        let first = match first {
+            Some(first) => format!(
+                "; the digests differ from position {first} on, or from one up to a second before it"
+            ),
+            None => format!(
+                "; no digest has differed so far, so {index} is the position at which they were compared, not the first that differs"
+            ),
+        };
         return Err(Failure::differs(format!(
             "{} of {} records of {} differ {at}{first}",
             found.differ, found.records, target.volume
@@ -244,8 +316,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     if json {
         return Ok(());
     }
+    let noted = first.map_or_else(String::new, |first| {
+        format!("; a digest differed at position {first} before")
+    });
     output::line(format_args!(
-        "{} records of {} are the source's at position {position}",
+        "{} records of {} are the source's at position {position}{noted}",
         found.records, target.volume
     ))
 }
