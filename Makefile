@@ -52,7 +52,7 @@ caps: ## 2 GiB of log written at a source whose mirror, with a cap of 256 MiB, i
 fuzz: ## A million rounds of decoding damaged segments and records
 	FUZZ_ITERATIONS=1000000 cargo test --release --workspace --lib --test fuzz_records of_any_bytes
 
-bench-quick: ## heliofs beside JuiceFS, minutes
+bench-quick: ## heliofs beside JuiceFS, minutes; DIR_AHEAD=1: with --dir-ahead
 	@benches/quick
 
 bench-pack: ## Requests to the bucket for 20,000 small files, heliofs beside JuiceFS
