@@ -448,6 +448,8 @@ impl Fs {
             }
         }
         if !refused.is_empty() {
+            let why = reply.refused();
+            tracing::error!(?why, change = ?refused[0].change, "the cluster refuses a change that was answered");
             self.changes_failed(&session, refused, reply.refused().into());
         } else if !reply.deferrable {
             self.coherence.return_all_directories();
