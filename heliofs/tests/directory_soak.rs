@@ -68,10 +68,15 @@ impl History {
     /// Whether a listing that went on while the directory went through the states from `from` on may show this: what was there all
     /// the time, and nothing that never was.
     fn may_show(&self, from: usize, names: &Names) -> bool {
+        // The first is that it does not exist.
+        let from = from.max(1).min(self.states.len());
         let states: Option<Vec<_>> = self.states[from..].iter().map(Option::as_ref).collect();
         let (Some(states), Some(names)) = (states, names) else {
             return false;
         };
+        if states.is_empty() {
+            return false;
+        }
         let always = |name: &String| states.iter().all(|state| state.contains(name));
         let ever = |name: &String| states.iter().any(|state| state.contains(name));
         states[0]
@@ -393,11 +398,13 @@ impl World {
                 }
                 break;
             }
-            if own && history.may_show(begun, &seen) {
-                // Within a mount, listings and changes go on beside each other.
+            if history.may_show(begun, &seen) {
+                // Listings and changes go on beside each other, as in any file system.
                 break;
             }
-            let before = history.find(0, &seen);
+            let before = history
+                .find(0, &seen)
+                .or_else(|| history.may_show(0, &seen).then_some(0));
             let why = match before {
                 None => "was never",
                 Some(_) => "is no more",
@@ -485,6 +492,8 @@ fn faults(cluster: &mut Cluster, mounts: &[&Mount], rng: &mut StdRng, until: Ins
             }
             7..9 => {
                 let mount = rng.random_range(0..mounts.len());
+                // So long that its session is over when somebody waits for what it has.
+                let time = if rng.random_bool(0.2) { 3 * time } else { time };
                 println!("mount {mount} is frozen for {time:?}");
                 mounts[mount].process.signal(Signal::SIGSTOP);
                 thread::sleep(time);
