@@ -391,6 +391,47 @@ fn a_full_disk_on_one_node_does_not_stop_the_cluster() {
     drop(cluster);
 }
 
+/// A disk that neither writes nor says so: of the leader, of a follower.
+fn a_disk_hangs(of_leader: bool) {
+    let disk = Disk::new(384);
+    let place = |id: u64, _: &Path| (id == 1).then(|| disk.path().join("node"));
+    let cluster = Cluster::with_dirs(3, place, &[]);
+    cluster.format_file("hangs", &[]);
+    let to = if of_leader { 1 } else { 2 };
+    if cluster.leader() != to - 1 {
+        cluster
+            .run(&["raft", "transfer", &cluster.url(), &to.to_string()])
+            .success();
+    }
+    let mount = cluster.mount("hangs");
+    let load = Load::start(&mount.path, 4);
+    load.wait_for_more(100, Duration::from_secs(60));
+    disk.hang();
+    // Longer than whatever the node may have had in memory lasts.
+    for _ in 0..10 {
+        load.wait_for_more(200, Duration::from_secs(30));
+    }
+    disk.thaw();
+    load.wait_for_more(200, Duration::from_secs(60));
+    let acknowledged = load.stop();
+    acknowledged.assert_no_errors();
+    acknowledged.verify(&mount.path);
+    mount.unmount();
+    cluster.assert_replicas_equal("hangs");
+    println!("the longest operation took {:?}", acknowledged.longest);
+    drop(cluster);
+}
+
+#[test]
+fn a_disk_of_the_leader_that_hangs_does_not_stop_the_cluster() {
+    a_disk_hangs(true);
+}
+
+#[test]
+fn a_disk_of_a_follower_that_hangs_does_not_stop_the_cluster() {
+    a_disk_hangs(false);
+}
+
 #[test]
 fn a_dead_mount_is_cleared_away_and_its_synced_data_is_there() {
     let cluster = Cluster::start();

@@ -6,7 +6,7 @@ mod support;
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -216,6 +216,55 @@ fn flush_and_unmount(mut mount: Mount) {
     let ran = support::cluster::run(&mut command);
     assert_eq!(ran.code, 0, "{}", ran.err);
     assert!(mount.process.wait(SOON).success());
+}
+
+/// Several are on their way at once, so that neighbours may change places.
+#[test]
+fn after_a_crash_what_was_staged_first_is_stored_first() {
+    const FILES: usize = 40;
+    let set = Writeback::new("order", &[]);
+    let mut mount = set.mount(HELD);
+    let path = |mount: &Mount, number: usize| mount.join(format!("f{number}"));
+    // Not in the order of their inodes.
+    for number in 0..FILES {
+        File::create(path(&mount, number)).unwrap();
+    }
+    let written: Vec<usize> = (0..FILES).rev().collect();
+    let mut inodes = Vec::new();
+    for number in &written {
+        write_synced(&path(&mount, *number), &content(*number, 4 << 20));
+        inodes.push(fs::metadata(path(&mount, *number)).unwrap().ino());
+    }
+    mount.process.kill();
+    drop(mount);
+
+    let mount = set.mount(&["--writeback"]);
+    wait_for("the data to be stored", SOON, || {
+        set.staged("").is_empty().then_some(())
+    });
+    let log = set
+        .cluster
+        .run(&["changelog", &set.cluster.volume_url(set.volume), "--json"])
+        .success()
+        .out;
+    let mut stored = Vec::new();
+    for entry in log.lines() {
+        let entry: serde_json::Value = serde_json::from_str(entry).unwrap();
+        for file in entry["fields"]["files"].as_array().into_iter().flatten() {
+            let inode = file["inode"].as_u64().unwrap();
+            if !stored.contains(&inode) {
+                stored.push(inode);
+            }
+        }
+    }
+    assert_eq!(stored.len(), FILES);
+    for inode in &inodes[..FILES / 4] {
+        assert!(
+            stored[..FILES / 2].contains(inode),
+            "written {inodes:?}, stored {stored:?}"
+        );
+    }
+    drop(mount);
 }
 
 #[test]

@@ -56,6 +56,9 @@ impl Fs {
             }
         }
         let count = files.len();
+        // They are stored in the order in which they are taken over: the file that was staged first comes first.
+        let mut files: Vec<_> = files.into_iter().collect();
+        files.sort_by_key(|(_, records)| records.first().map(|(_, record)| record.number()));
         for (ino, records) in files {
             self.resume_file(&staging, ino, records).await?;
         }

@@ -1,4 +1,4 @@
-//! A disk of our own: ext4 on a loop device. It can lose power, and it can be full.
+//! A disk of our own: ext4 on a loop device. It can lose power, it can be full, and it can hang.
 //!
 //! Power loss is EXT4_IOC_SHUTDOWN with NOLOGFLUSH: from then on every write fails, and what was not synced is not there after
 //! the next mount (docs of the ioctl: fs/ext4/ioctl.c; proven in the project's chaos notes, N6).
@@ -92,10 +92,22 @@ impl Disk {
         assert!(length > 0, "the disk was full before");
         filler
     }
+
+    /// Whoever writes waits, without an error, until [`Disk::thaw`]; reads go on.
+    pub fn hang(&self) {
+        must(Command::new("fsfreeze").arg("--freeze").arg(&self.path));
+    }
+
+    pub fn thaw(&self) {
+        must(Command::new("fsfreeze").arg("--unfreeze").arg(&self.path));
+    }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
+        // A frozen one can't be unmounted, and whoever waits for it can't be killed. Fails if it is not.
+        let mut thaw = Command::new("fsfreeze");
+        let _ = thaw.arg("--unfreeze").arg(&self.path).output();
         let _ = umount2(&self.path, MntFlags::MNT_DETACH);
     }
 }

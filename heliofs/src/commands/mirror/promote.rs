@@ -73,12 +73,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         .target(&options.url, options.name.as_deref())?;
     let status = status_of(&target).await?;
     let mirror = status.mirror.clone().unwrap_or_default();
-    let access = Access {
-        token_file: options
-            .source_token_file
-            .clone()
-            .or(options.access.token_file.clone()),
-    };
+    let access = options.access.with_file(options.source_token_file.clone());
     let (url, volume) = other_side(&mirror, options.source.as_deref())?;
     let source = |within| {
         let patience = ClusterOptions {
@@ -331,7 +326,7 @@ impl Loss {
         Self::Known {
             entries: head.seq.saturating_sub(last.seq),
             head,
-            silent: Duration::from_millis(status.contact_ms),
+            silent: Duration::from_millis(status.contact_ms.unwrap_or_default()),
         }
     }
 
@@ -429,7 +424,7 @@ mod tests {
         let at = |seq| v1::Position { epoch: 2, seq };
         let mut status = v1::MirrorStatus {
             source_head: Some(at(50)),
-            contact_ms: 7000,
+            contact_ms: Some(7000),
             ..v1::MirrorStatus::default()
         };
         let loss = Loss::known(&status, at(38).into());
