@@ -77,10 +77,13 @@ impl Target for NodeTarget {
         }
     }
 
-    fn url(&self) -> String {
+    fn members(&self) -> Vec<String> {
         let members = self.0.raft.members();
-        let addresses: Vec<_> = members.into_iter().map(|peer| peer.address).collect();
-        format!("helio://{}", addresses.join(","))
+        members.into_iter().map(|peer| peer.address).collect()
+    }
+
+    fn url(&self) -> String {
+        format!("helio://{}", self.members().join(","))
     }
 
     fn owns(&self, name: &str) -> bool {

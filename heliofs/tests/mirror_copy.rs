@@ -673,6 +673,60 @@ fn a_token_waited_for_with_data_means_every_byte() {
     written.unmount();
 }
 
+/// The source dies while copies wait. A mount that is shown what is complete goes on, and sees what all others see once the volume
+/// is written here.
+#[test]
+fn a_mount_of_what_is_complete_outlives_a_forced_promotion_while_copies_wait() {
+    let mut regions = Regions::start(1);
+    regions.give_bucket(&[]).success();
+    let written = regions.source.mount(VOLUME);
+    write_files(&written.path, 30, 8);
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    regions.worker(&[]).success();
+    let flags = [
+        "--mirror-read",
+        "complete",
+        "--no-bgjob",
+        "--io-timeout",
+        "2s",
+    ];
+    let seen = Mount::of(&regions.mirror, VOLUME, &flags);
+    let before = tree(&written.path);
+    assert_eq!(tree(&seen.path), before);
+    let contents: Vec<_> = before
+        .keys()
+        .map(|name| (name.clone(), fs::read(written.join(name)).unwrap()))
+        .collect();
+    let mut later = File::create(written.join("later")).unwrap();
+    later.write_all(&[7; 50_000]).unwrap();
+    later.sync_all().unwrap();
+    drop(later);
+    catch_up(&regions.source, &regions.mirror, VOLUME);
+    assert!(!seen.join("later").exists(), "nobody has copied it");
+    written.unmount();
+    regions.source.kill_node(0);
+    fs::rename(regions.bucket("source"), regions.bucket("gone")).unwrap();
+    assert_eq!(tree(&seen.path), before);
+    let url = regions.mirror_url();
+    let promote = [
+        "mirror",
+        "promote",
+        &url,
+        "--force",
+        "--i-know-the-source-is-dead",
+    ];
+    regions.mirror.run(&promote).success();
+    wait_for("the mount's next session", Duration::from_secs(60), || {
+        seen.join("later").exists().then_some(())
+    });
+    let lost = fs::read(seen.join("later")).unwrap_err();
+    assert_eq!(lost.raw_os_error(), Some(libc::EIO));
+    for (name, content) in contents {
+        assert!(fs::read(seen.join(&name)).unwrap() == content, "{name:?}");
+    }
+    seen.unmount();
+}
+
 /// Cut apart, both regions are written to. What the old one acknowledged is never seen in the new epoch; it is exported when the
 /// old one comes back, which then pulls only what it lacks.
 #[test]

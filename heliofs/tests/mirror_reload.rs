@@ -139,6 +139,109 @@ fn a_source_that_dies_while_a_copy_is_loaded_costs_nothing_that_was_there() {
     mount.unmount();
 }
 
+/// What waited for deletion is not known any more after a load; readers may be shown what refers to it all the same.
+#[test]
+fn gc_after_a_reload_leaves_what_readers_are_still_shown() {
+    let buckets = scratch();
+    let theirs = buckets.path().join("theirs");
+    let source = Cluster::with_dirs(1, |_, _| None, &[]);
+    let url = source.volume_url(VOLUME);
+    let bucket = theirs.to_str().unwrap();
+    let format = ["format", &url, "--bucket", bucket, "--deletion-grace", "0s"];
+    source.run(&format).success();
+    let mirror = mirror_of(&source, &source.url(), 1, &["--mirror-name", "east"]);
+    let mount = source.mount(VOLUME);
+    write_synced(&mount.join("old"), &[1; 300_000]);
+    write_synced(&mount.join("stays"), &[2; 300_000]);
+    catch_up(&source, &mirror, VOLUME);
+    give_bucket(&mirror, VOLUME, &buckets.path().join("ours"), &[]).success();
+    let far = mirror.volume_url(VOLUME);
+    mirror.run(&["mirror", "worker", &far, "--once"]).success();
+    wait_complete(&source, &mirror, VOLUME);
+    let flags = ["--mirror-read", "complete", "--no-bgjob"];
+    let complete = Mount::of(&mirror, VOLUME, &flags);
+    wait_for("the old file", Duration::from_secs(30), || {
+        complete.join("old").exists().then_some(())
+    });
+    // Nobody copies it, so that nothing later is shown.
+    write_synced(&mount.join("new"), &[3; 300_000]);
+    fs::remove_file(mount.join("old")).unwrap();
+    catch_up(&source, &mirror, VOLUME);
+    source.run(&["mirror", "delete", &url, "east"]).success();
+    wait_for_status(&mirror, VOLUME, "the new copy", |status| {
+        status["loads"].as_u64() > Some(1) && status["doing"] == "following"
+    });
+    let gc = || {
+        mirror
+            .run(&["gc", &far, "--delete", "--json"])
+            .success()
+            .json()
+    };
+    let found = gc();
+    assert_eq!(found["deleted"], 0, "{found}");
+    assert_eq!(found["deleting"], 1, "{found}");
+    let away = buckets.path().join("away");
+    fs::rename(&theirs, &away).unwrap();
+    fs::create_dir(&theirs).unwrap();
+    let fresh = Mount::of(&mirror, VOLUME, &flags);
+    for shown in [&complete, &fresh] {
+        assert_eq!(fs::read(shown.join("old")).unwrap(), vec![1; 300_000]);
+        // Its name came with a command that needs no object.
+        let length = fs::metadata(shown.join("new")).map_or(0, |new| new.len());
+        assert_eq!(length, 0);
+    }
+    fs::remove_dir(&theirs).unwrap();
+    fs::rename(&away, &theirs).unwrap();
+    // Once nobody is shown it any more it goes, and nothing else does.
+    mirror.run(&["mirror", "worker", &far, "--once"]).success();
+    wait_complete(&source, &mirror, VOLUME);
+    let deleted = wait_for("the leak", Duration::from_secs(30), || {
+        Some(gc()["deleted"].as_u64().unwrap()).filter(|deleted| *deleted > 0)
+    });
+    assert_eq!(deleted, 1);
+    fs::rename(&theirs, &away).unwrap();
+    fs::create_dir(&theirs).unwrap();
+    let last = Mount::of(&mirror, VOLUME, &flags);
+    for (name, byte) in [("stays", 2), ("new", 3)] {
+        assert_eq!(fs::read(last.join(name)).unwrap(), vec![byte; 300_000]);
+    }
+    fs::remove_dir(&theirs).unwrap();
+    fs::rename(&away, &theirs).unwrap();
+    for mount in [complete, fresh, last, mount] {
+        mount.unmount();
+    }
+}
+
+#[test]
+fn a_mirror_that_was_to_be_loaded_anew_when_its_source_died_is_promoted_as_any_other() {
+    let mut source = Cluster::with_dirs(1, |_, _| None, &[]);
+    source.format_file(VOLUME, &[]);
+    let mirror = mirror_of(&source, &source.url(), 1, &[]);
+    let mount = source.mount(VOLUME);
+    write_synced(&mount.join("file"), b"here");
+    let at = catch_up(&source, &mirror, VOLUME);
+    mount.unmount();
+    source.kill_node(0);
+    let far = mirror.volume_url(VOLUME);
+    mirror.run(&["mirror", "reload", &far]).success();
+    wait_for_status(&mirror, VOLUME, "the order to load", |status| {
+        status["state"] == "stopped"
+    });
+    let promote = ["mirror", "promote", &far, "--force"];
+    let promote = [&promote[..], &["--i-know-the-source-is-dead", "--json"]].concat();
+    let promoted = mirror.run(&promote).success().json();
+    let now = mirror.mount(VOLUME);
+    assert_eq!(fs::read(now.join("file")).unwrap(), b"here", "{at}");
+    write_synced(&now.join("new"), b"new");
+    assert!(
+        promoted["first_position"]
+            .as_str()
+            .unwrap()
+            .starts_with("1:")
+    );
+    now.unmount();
+}
+
 #[test]
 fn a_mirror_that_can_t_keep_up_with_its_cap_says_so_and_does_not_load_without_end() {
     let source = Cluster::with_dirs(1, |_, _| None, &[]);

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use support::mirror::{assert_mirror_equal, catch_up, mirror_of, wait_for_status};
-use support::{Cluster, S3, wait_for};
+use support::{Cluster, Relay, S3, wait_for};
 
 /// What makes a node take itself for one of the release before.
 const OLDER: [&str; 2] = ["--pretend-core-level", "2"];
@@ -140,6 +140,59 @@ fn a_mirror_of_an_earlier_release_waits_at_the_position_before() {
     assert_eq!(fs::read(seen.join("after-19")).unwrap(), b"x");
     seen.unmount();
     mount.unmount();
+}
+
+#[test]
+fn a_mirror_loads_copies_with_nodes_only_that_know_how() {
+    let source = Cluster::with_dirs(1, |_, _| None, &OLDER);
+    source.format_file("rolled", &[]);
+    let link = Relay::start(&source.nodes[0].address(), Duration::ZERO);
+    link.cut();
+    let through = format!("helio://{}", link.address());
+    let mut mirror = mirror_of(&source, &through, 3, &[]);
+    let older = mirror.follower();
+    restart(&mut mirror, older, true);
+    link.heal();
+    let address = mirror.nodes[older].address();
+    let says = format!("upgrade node {address} of this mirror");
+    wait_for(
+        "the wait for the older node",
+        Duration::from_secs(60),
+        || {
+            let mut logs = mirror.nodes.iter().map(|node| {
+                let process = node.process.as_ref();
+                process.unwrap().log()
+            });
+            logs.any(|log| log.contains(&says)).then_some(())
+        },
+    );
+    let volumes = mirror.status()["volumes"].clone();
+    assert_eq!(volumes.as_array().unwrap().len(), 0, "{volumes}");
+    // Without it the others go on; it stops where it meets what they did, and where it has met it before.
+    mirror.stop_node(older);
+    catch_up(&source, &mirror, "rolled");
+    let flags = mirror.flags.clone();
+    for meets in ["log entry", "the state is of level 1"] {
+        mirror.flags = with(&flags, &OLDER);
+        mirror.spawn_node(older);
+        mirror.flags.clone_from(&flags);
+        let process = mirror.nodes[older].process.as_mut().unwrap();
+        let ended = wait_for("the older node's end", Duration::from_secs(60), || {
+            process.ended()
+        });
+        assert!(!ended.success(), "{ended}");
+        let log = process.log();
+        assert!(log.contains(meets), "{log}");
+        assert!(
+            log.contains("level 1, this build knows 0: upgrade this node"),
+            "{log}"
+        );
+        mirror.start_node(older);
+        assert_mirror_equal(&source, &mirror, "rolled");
+        mirror.stop_node(older);
+    }
+    mirror.start_node(older);
+    assert_mirror_equal(&source, &mirror, "rolled");
 }
 
 #[test]

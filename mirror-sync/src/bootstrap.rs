@@ -1,8 +1,11 @@
 //! Loads a volume from a copy at one position, in parts, while the source goes on. What was loaded by halves is never served
 //! and is loaded anew.
 
+use std::time::Duration;
+
 use heliofs_proto::ids::{Position, VolumeId};
 use heliofs_proto::v1::{self, MirrorState, local_command::Op, log_item::Item};
+use meta_client::{Cluster, ClusterOptions};
 use meta_core::keys::Tag;
 use meta_core::limits::core_level_known;
 use meta_core::records::{Record, SettingsRecord};
@@ -13,6 +16,9 @@ use crate::target::Answered;
 
 /// Bytes of one part: an entry of the log that takes some milliseconds to be applied.
 const PART_BYTES: usize = 256 << 10;
+
+/// How long a node of the mirror has to say of which release it is.
+const MEMBERS_WITHIN: Duration = Duration::from_secs(2);
 
 fn local(op: Op) -> Item {
     Item::Local(v1::LocalCommand { op: Some(op) })
@@ -33,6 +39,7 @@ fn known(settings: Option<&v1::VolumeSettings>) -> Result<(), Failed> {
 impl Follower {
     /// Loads the volume; returns its id.
     pub(crate) async fn load(&mut self) -> Result<VolumeId, Failed> {
+        self.expect_members_know_loads().await?;
         let mut copy = self.source.copy_volume(&self.names.source).await?;
         let begin = match copy.next().await?.and_then(|frame| frame.begin) {
             Some(begin) => begin,
@@ -136,6 +143,24 @@ impl Follower {
             };
         }
         Err(Failed::retry("the copy broke off"))
+    }
+
+    /// A node of an earlier release would put the parts of a copy among the records that it serves, and go its own way. One that does
+    /// not answer stops by itself when it meets them, unless it is older than that.
+    async fn expect_members_know_loads(&self) -> Result<(), Failed> {
+        let members = self.target.members();
+        if members.len() < 2 {
+            return Ok(());
+        }
+        let own = Cluster::new(members, self.own.clone(), ClusterOptions::default());
+        for (peer, status) in own.status_all_within(MEMBERS_WITHIN).await {
+            if status.is_ok_and(|status| !status.seals) {
+                return Err(Failed::Upgrade(format!(
+                    "upgrade node {peer} of this mirror: it is of an earlier release, which does not load a copy beside what it serves"
+                )));
+            }
+        }
+        Ok(())
     }
 
     async fn part(&mut self, part: &mut v1::MirrorLoad) -> Result<(), Failed> {

@@ -10,7 +10,7 @@ use futures::stream::FuturesOrdered;
 use heliofs_proto::ids::{Position, UnixNanos, VolumeId};
 use heliofs_proto::v1::{self, MirrorState, local_command::Op, log_item::Item};
 use meta_client::changelog::Traffic;
-use meta_client::{Cluster, ClusterError};
+use meta_client::{Cluster, ClusterError, Token};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -111,6 +111,8 @@ pub(crate) struct Names {
 /// One volume's follower.
 pub(crate) struct Follower {
     pub(crate) source: Cluster,
+    /// Of the mirror's cluster.
+    pub(crate) own: Token,
     pub(crate) target: Arc<dyn Target>,
     pub(crate) names: Names,
     pub(crate) says: v1::MirrorStatus,
@@ -120,9 +122,10 @@ pub(crate) struct Follower {
 }
 
 impl Follower {
-    pub(crate) fn new(source: Cluster, target: Arc<dyn Target>, names: Names) -> Self {
+    pub(crate) fn new(source: Cluster, own: Token, target: Arc<dyn Target>, names: Names) -> Self {
         Self {
             source,
+            own,
             target,
             names,
             says: v1::MirrorStatus::default(),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use meta_client::Cluster;
+use meta_client::{Cluster, Token};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -30,15 +30,17 @@ pub struct MirrorConfig {
 /// Starts and ends followers.
 pub struct Supervisor {
     source: Cluster,
+    own: Token,
     target: Arc<dyn Target>,
     config: MirrorConfig,
 }
 
 impl Supervisor {
-    /// Of `source` into `target`.
-    pub fn new(source: Cluster, target: Arc<dyn Target>, config: MirrorConfig) -> Self {
+    /// Of `source` into `target`, the nodes of which know each other by the token `own`.
+    pub fn new(source: Cluster, own: Token, target: Arc<dyn Target>, config: MirrorConfig) -> Self {
         Self {
             source,
+            own,
             target,
             config,
         }
@@ -113,7 +115,12 @@ impl Supervisor {
                     },
                     log_bytes_max: self.config.log_bytes_max,
                 };
-                let follower = Follower::new(self.source.clone(), self.target.clone(), names);
+                let follower = Follower::new(
+                    self.source.clone(),
+                    self.own.clone(),
+                    self.target.clone(),
+                    names,
+                );
                 running.insert(local, followers.spawn(follower.run()));
             }
         }

@@ -70,6 +70,9 @@ pub trait Target: Send + Sync + 'static {
     /// Says how the marker of a volume stands; `None`: this node keeps it no more.
     fn stand(&self, volume: VolumeId, standing: Option<Standing>);
 
+    /// Addresses of the cluster's nodes.
+    fn members(&self) -> Vec<String>;
+
     /// META-URL of the cluster.
     fn url(&self) -> String;
 

@@ -400,6 +400,8 @@ impl Follower {
             return Err(trimmed(self.projection.last()));
         }
         let mut found = Found::default();
+        // All of them are applied.
+        self.projection.loaded = self.state.loaded(self.projection.volume);
         for entry in &entries {
             self.projection.entry(entry, &mut found)?;
             self.next_index = entry.log_id.index + 1;
@@ -501,6 +503,8 @@ struct Projection {
     /// The volume is a mirror here: what is replayed counts, and commands don't.
     mirrored: bool,
     destroyed: bool,
+    /// The last entry that may have put a copy in the place of the records: ends of loads behind it were refused.
+    loaded: u64,
     /// It is loaded anew: positions do not go on from here.
     reloaded: bool,
 }
@@ -520,6 +524,7 @@ impl Projection {
             after,
             mirrored: place.mirrored,
             destroyed: false,
+            loaded: 0,
             reloaded: false,
         }
     }
@@ -545,11 +550,11 @@ impl Projection {
             let index = entry.log_id.index;
             Status::data_loss(format!("log entry {index} can't be decoded: {error}"))
         })?;
-        self.batch(batch, found);
+        self.batch(entry.log_id.index, batch, found);
         Ok(())
     }
 
-    fn batch(&mut self, batch: &v1::LogBatch, found: &mut Found) {
+    fn batch(&mut self, index: u64, batch: &v1::LogBatch, found: &mut Found) {
         for item in &batch.items {
             let born = self.next.seq > 1;
             match &item.item {
@@ -582,7 +587,7 @@ impl Projection {
                 }
                 Some(Item::Local(v1::LocalCommand {
                     op: Some(local_command::Op::MirrorLoadEnd(end)),
-                })) if end.volume == self.volume.0 => {
+                })) if end.volume == self.volume.0 && index <= self.loaded => {
                     self.reloaded = true;
                     return;
                 }
@@ -665,6 +670,7 @@ mod tests {
         v1::LogItem {
             time,
             item: Some(Item::Command(command)),
+            ..Default::default()
         }
     }
 
@@ -672,6 +678,7 @@ mod tests {
         v1::LogItem {
             time,
             item: Some(Item::Local(v1::LocalCommand { op: Some(op) })),
+            ..Default::default()
         }
     }
 
@@ -690,7 +697,7 @@ mod tests {
 
     fn told(projection: &mut Projection, items: Vec<v1::LogItem>) -> Vec<(u64, i64, u64)> {
         let mut found = Found::default();
-        projection.batch(&v1::LogBatch { items }, &mut found);
+        projection.batch(9, &v1::LogBatch { items }, &mut found);
         found
             .entries
             .iter()
@@ -755,6 +762,7 @@ mod tests {
         };
         let replay = |seq| v1::LogItem {
             time: 0,
+            level: 0,
             item: Some(Item::Replay(v1::Replay {
                 pin: false,
                 volume: 3,
@@ -794,6 +802,25 @@ mod tests {
             [(10, 110, 1), (11, 150, 11), (12, 150, 0), (13, 160, 5)]
         );
         assert_eq!(projection.last().epoch, Epoch(4));
+    }
+
+    #[test]
+    fn a_load_that_was_refused_ends_no_reader_and_one_that_was_whole_does() {
+        for (loaded, ends) in [(0, false), (8, false), (9, true), (12, true)] {
+            let mut projection = projection(10, 100, 9);
+            projection.loaded = loaded;
+            let end = |volume| {
+                let end = v1::MirrorLoadEnd {
+                    volume,
+                    ..Default::default()
+                };
+                local(local_command::Op::MirrorLoadEnd(end), 111)
+            };
+            let items = vec![command(3, 1, 110), end(4), end(3), command(3, 2, 112)];
+            let told = told(&mut projection, items);
+            assert_eq!(projection.reloaded, ends, "{loaded}");
+            assert_eq!(told.len(), if ends { 1 } else { 2 }, "{loaded}");
+        }
     }
 
     #[test]

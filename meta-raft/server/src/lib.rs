@@ -17,6 +17,7 @@ pub mod drivers;
 pub mod fence;
 pub mod grpc;
 pub mod leadership;
+mod levels;
 pub mod metrics;
 pub mod mirrors;
 pub mod node;

@@ -186,6 +186,7 @@ impl Proposer {
             queue.time = queue.time.max(now());
             let item = v1::LogItem {
                 time: queue.time,
+                level: crate::levels::of(&item),
                 item: Some(item),
             };
             let bytes = item.encoded_len();

@@ -95,6 +95,7 @@ fn stamped(item: Item) -> v1::LogItem {
     v1::LogItem {
         time: 1_000,
         item: Some(item),
+        ..Default::default()
     }
 }
 
@@ -143,6 +144,7 @@ impl Source {
             let item = v1::LogItem {
                 time,
                 item: Some(Item::Command(command.clone())),
+                ..Default::default()
             };
             self.region.apply(vec![item]);
             self.history.push(v1::ChangelogEntry {
@@ -378,6 +380,7 @@ fn a_load_that_is_damaged_or_mixed_up_does_not_come_to_life() {
         ..end.clone()
     };
     invalid(mirror.local(local_command::Op::MirrorLoadEnd(early)));
+    assert_eq!(mirror.state.loaded(VOLUME), 0);
     assert!(
         mirror
             .state
@@ -407,7 +410,76 @@ fn a_load_that_is_damaged_or_mixed_up_does_not_come_to_life() {
         ..end
     }));
     assert_eq!(ended, LocalReply::Replayed(source.region.head()));
+    assert_eq!(mirror.state.loaded(VOLUME), mirror.index);
     assert_eq!(mirror.digest(), source.region.digest());
+}
+
+#[test]
+fn a_mirror_that_stops_only_to_be_loaded_anew_is_told_apart_until_the_copy_is_whole() {
+    let mut source = Source::new();
+    source.create(0..10);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let stop = |reload| {
+        local_command::Op::MirrorStop(v1::MirrorStop {
+            volume: VOLUME.0,
+            reason: "why".to_owned(),
+            reload,
+        })
+    };
+    let stands = |mirror: &Region| {
+        let it = mirror.mirror();
+        (it.state(), it.followed, it.reload)
+    };
+    for followed in [true, false] {
+        if !followed {
+            assert_eq!(mirror.local(stop(false)), LocalReply::Done);
+        }
+        // Asked twice.
+        for _ in 0..2 {
+            assert_eq!(mirror.local(stop(true)), LocalReply::Done);
+            assert_eq!(stands(&mirror), (MirrorState::Stopped, followed, true));
+        }
+        load(&mut mirror, &source);
+        assert_eq!(stands(&mirror), (MirrorState::Following, false, false));
+        assert_eq!(mirror.mirror().reason, "");
+    }
+}
+
+#[test]
+fn a_node_stops_at_an_item_that_a_later_build_must_apply() {
+    let mut source = Source::new();
+    source.create(0..10);
+    let mut mirror = Region::new();
+    load(&mut mirror, &source);
+    let (head, digest) = (mirror.head(), mirror.digest());
+    let item = Item::Local(v1::LocalCommand { op: Some(begin()) });
+    let data = |level| {
+        LogData::new(v1::LogBatch {
+            items: vec![v1::LogItem {
+                level,
+                ..stamped(item.clone())
+            }],
+        })
+    };
+    let mut apply = |level| {
+        mirror.index += 1;
+        let entry = Entry {
+            log_id: LogId {
+                leader_id: 1.into(),
+                index: mirror.index,
+            },
+            payload: EntryPayload::Normal(data(level)),
+        };
+        let entries = [entry];
+        let applied = mirror.state.apply(&entries);
+        applied.map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(apply(1), Ok(()));
+    let why = apply(u32::MAX).unwrap_err();
+    assert!(why.contains("upgrade this node"), "{why}");
+    mirror = mirror.restarted();
+    assert_eq!((mirror.head(), mirror.digest()), (head, digest));
 }
 
 #[test]
@@ -769,6 +841,7 @@ fn of_an_undo_and_a_seal_of_a_hand_over_the_first_in_the_log_counts() {
         let time = 5_000;
         let seal = v1::LogItem {
             time,
+            level: 0,
             item: Some(Item::Local(v1::LocalCommand {
                 op: Some(demote(false, true, last)),
             })),

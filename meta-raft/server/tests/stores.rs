@@ -57,7 +57,7 @@ fn entry(index: u64) -> Entry {
     let batch = v1::LogBatch {
         items: vec![v1::LogItem {
             time: i64::try_from(index).unwrap(),
-            item: None,
+            ..v1::LogItem::default()
         }],
     };
     Entry {
@@ -307,6 +307,7 @@ fn filling(index: u64) -> Entry {
     let items = items.into_iter().map(|item| v1::LogItem {
         time: i64::try_from(index).unwrap(),
         item: Some(item),
+        ..v1::LogItem::default()
     });
     let batch = v1::LogBatch {
         items: items.collect(),

@@ -35,6 +35,8 @@ pub(super) struct Options {
 /// The cluster that is mirrored.
 pub(super) struct Source {
     cluster: Cluster,
+    /// Of the cluster that mirrors it.
+    own: Token,
     config: MirrorConfig,
 }
 
@@ -81,7 +83,11 @@ impl Options {
             log_bytes_max: self.mirror_log_cap.unwrap_or(0),
         };
         let cluster = Cluster::new(url.peers, token, ClusterOptions::default());
-        Ok(Some(Source { cluster, config }))
+        Ok(Some(Source {
+            cluster,
+            own: own.clone(),
+            config,
+        }))
     }
 }
 
@@ -91,7 +97,7 @@ impl Source {
         let context = node.context();
         let target = Arc::new(NodeTarget(context.clone()));
         tracing::info!(source = self.config.url, "this cluster mirrors another");
-        let supervisor = Supervisor::new(self.cluster, target, self.config);
+        let supervisor = Supervisor::new(self.cluster, self.own, target, self.config);
         context.tasks.spawn(supervisor.run(context.cancel.clone()));
     }
 }

@@ -80,6 +80,8 @@ pub(super) async fn hand_over(
         }
         Err(error) => format!("the mirror can't be asked any more: {error}"),
     };
+    // By an earlier call of this command; with a fence store the source can take the marker back even so.
+    let is_final = theirs.fence.is_none() && theirs.mirror.is_some_and(|it| it.sealed);
     match take_back(source, mirror, &successor, at, theirs.fence).await {
         Ok(()) => Err(Failure::new(format!("{late}: not promoted; the source is written again"))
             .hint("nothing is lost: try again when `heliofs mirror status` shows that the mirror follows")),
@@ -87,9 +89,15 @@ pub(super) async fn hand_over(
             "{late}: not promoted, and the source is read-only: {}",
             failed.message()
         ))
-        .hint(way_back(source))),
+        .hint(match is_final {
+            true => REPEAT.to_owned(),
+            false => way_back(source),
+        })),
     }
 }
+
+/// What to do about a mirror that was not promoted after the hand-over became final: its source is not written again.
+pub(super) const REPEAT: &str = "nothing is lost: repeat the command";
 
 /// What to do about a source that handed over to a mirror that was not promoted.
 pub(super) fn way_back(source: &Target) -> String {
@@ -183,7 +191,8 @@ pub(super) async fn seal(
             "the source was taken back meanwhile: not promoted ({why})"
         ))
         .hint("is somebody else promoting it?"),
-        error => Failure::from(error).hint(way_back(source)),
+        // It may be in the log.
+        error => Failure::from(error).hint(REPEAT),
     })?;
     let waited = mirror
         .cluster
@@ -198,7 +207,7 @@ pub(super) async fn seal(
     Err(Failure::new(format!(
         "{late}: not promoted, and the source is read-only, since the hand-over is final"
     ))
-    .hint("nothing is lost: repeat the command"))
+    .hint(REPEAT))
 }
 
 /// Fails unless the volume's successor, to which it was handed over at `at`, is a mirror still.

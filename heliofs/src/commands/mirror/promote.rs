@@ -16,7 +16,7 @@ use meta_client::{Cluster, ClusterOptions, MetaUrl};
 use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
-use super::handover::{expect_dead, hand_over, other_side, seal, take_back, way_back};
+use super::handover::{REPEAT, expect_dead, hand_over, other_side, seal, take_back, way_back};
 use crate::cli::Access;
 use crate::commands::config;
 use crate::connect::Target;
@@ -110,7 +110,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             )
             .hint("another mirror of this source, if there is one"));
         }
-        if mirror.state() == v1::MirrorState::Stopped && !handed_over && !options.even_if_stopped {
+        let wrong = mirror.state() == v1::MirrorState::Stopped && !handed_over && !mirror.followed;
+        if wrong && !options.even_if_stopped {
             return Err(Failure::new(format!("the mirror stopped: {}", mirror.reason)).hint(
                 "what it shows may be wrong; another mirror of this source is the better one, or --even-if-stopped",
             ));
@@ -142,7 +143,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         giver = Some(source);
         (Some(at), false)
     };
-    let or_back = |failure: Failure| match &giver {
+    let or_back = |failure: Failure, sealed| match &giver {
+        Some(_) if sealed => failure.hint(REPEAT),
         Some(source) => failure.hint(way_back(source)),
         None => failure,
     };
@@ -158,8 +160,9 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             false => How::Demoted,
         };
         let taken = take_marker(&target, &here, store, epoch, how).await;
-        (epoch, waited) = taken.map_err(or_back)?;
+        (epoch, waited) = taken.map_err(|failure| or_back(failure, false))?;
     }
+    let mut sealed = false;
     match (&giver, at) {
         // Somebody may have had it taken back while the mirror was waited for, or be about to.
         (Some(source), Some(given)) => {
@@ -169,6 +172,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             if answered.all(|status| status.seals) {
                 let successor = target.url.to_string();
                 at = Some(seal(source, &target, &successor, given, options.timeout).await?);
+                // With a fence store the marker, which is the mirror's by now, can be taken back.
+                sealed = fence.is_none();
             } else {
                 tracing::warn!(
                     "a node of the source is of an earlier release: nobody else may take the volume back now"
@@ -191,7 +196,8 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         forced,
         epoch,
     });
-    let first = promoted.await.map_err(|error| or_back(error.into()))?;
+    let first = promoted.await;
+    let first = first.map_err(|error| or_back(error.into(), sealed))?;
     if !forced {
         tell(reach_buckets(&here).await, epoch).await;
     }

@@ -205,7 +205,8 @@ impl Sessions for SessionsService {
         };
         let welcome = self.welcome(&record, session, term)?;
         let (mut outbox, frames) = outbox();
-        if hello.complete && record.second.is_some() {
+        // Once the volume is written here, what others wrote here is to be seen, whatever its source's bucket alone has.
+        if hello.complete && mirror && record.second.is_some() {
             let pin = volume.soft().pin().ok_or_else(|| {
                 Status::unavailable(format!(
                     "the mirror's own bucket is not complete up to any position of `{}` yet; see `heliofs mirror status`, \

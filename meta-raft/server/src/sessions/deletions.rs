@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use heliofs_proto::ids::{Epoch, SegmentId, UnixNanos};
@@ -15,6 +16,7 @@ use super::hub::VolumeSessions;
 use super::reads::refusal;
 use crate::proposer::{ProposeError, clock};
 use crate::read_gate::ReadError;
+use crate::store::Pin;
 
 /// Segments leased, or reported done, in one request: bounds the entry that removes them.
 const SEGMENTS_MAX: usize = 1000;
@@ -70,12 +72,13 @@ pub(super) async fn serve(
         .unwrap_or_default();
     let max = (ask.segments_max as usize).min(SEGMENTS_MAX);
     let leased = volume.soft().deletions.len();
-    // Somebody is shown an older position.
-    let shown = volume.soft().pin().map(|pin| pin.position);
-    let behind = shown.is_none() && ctx.state.is_dual(volume.id) && ctx.state.is_mirror(volume.id);
-    // After a change of leader somebody may still be shown what is not known yet; and the bucket of a volume that may be
-    // another cluster's by now is not ours to clean.
-    if behind || ctx.proposer.fences().shut(volume.id).is_some() {
+    let (shown, unknown) = match shown(ctx, volume) {
+        Shown::Latest => (None, false),
+        Shown::Pinned(pin) => (Some(pin.position), false),
+        Shown::Unknown => (None, true),
+    };
+    // The bucket of a volume that may be another cluster's by now is not ours to clean, either.
+    if unknown || ctx.proposer.fences().shut(volume.id).is_some() {
         return Ok(v1::Response {
             body: Some(v1::response::Body::Deletions(v1::Deletions {
                 segments: Vec::new(),
@@ -116,6 +119,26 @@ pub(super) async fn serve(
         })),
         ..Default::default()
     })
+}
+
+/// The oldest records that readers of a volume are shown.
+pub(super) enum Shown {
+    /// Those that are applied.
+    Latest,
+    /// Somebody is shown an older position: perhaps one of before the volume was loaded anew, so that what it refers to is neither
+    /// in the records nor in the deletion queue.
+    Pinned(Arc<Pin>),
+    /// After a change of leader somebody may be shown what is not known here yet.
+    Unknown,
+}
+
+/// What the volume's readers are shown.
+pub(super) fn shown(ctx: &Context, volume: &VolumeSessions) -> Shown {
+    match volume.soft().pin() {
+        Some(pin) => Shown::Pinned(pin),
+        None if ctx.state.is_dual(volume.id) && ctx.state.is_mirror(volume.id) => Shown::Unknown,
+        None => Shown::Latest,
+    }
 }
 
 /// Those of which the records know nothing: whatever went wrong before, an object that a file needs is not handed out.

@@ -5,14 +5,14 @@
 use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use heliofs_proto::ids::{Ino, SegmentId};
+use heliofs_proto::ids::{Ino, SegmentId, VolumeId};
 use heliofs_proto::v1::{self, FsError, maintain::Ask, maintained::Answer};
 use meta_core::query::{self, Claim, PAGE_MAX};
 use meta_core::records::SegmentRecord;
 use meta_core::{Corruption, View, invariants};
 
 use super::Context;
-use super::deletions::Failed;
+use super::deletions::{self, Failed, Shown};
 use super::hub::VolumeSessions;
 use super::reads::refusal;
 
@@ -61,6 +61,7 @@ pub(super) async fn serve(
             if ask.ids.len() > PAGE_MAX {
                 return Ok(refusal(FsError::Invalid));
             }
+            let shown = deletions::shown(ctx, volume);
             let states = ask.ids.iter().map(|segment| {
                 let segment = SegmentId(*segment);
                 // The records before the queue: what leaves the records enters the queue in the same batch. The other way
@@ -76,6 +77,7 @@ pub(super) async fn serve(
                     Claim::Live => v1::SegmentState::Live,
                     _ if waits => v1::SegmentState::Deleting,
                     Claim::Open => v1::SegmentState::Open,
+                    Claim::Closed if is_shown(&shown, id, segment)? => v1::SegmentState::Deleting,
                     Claim::Closed => v1::SegmentState::Leaked,
                     Claim::Unknown => v1::SegmentState::Unknown,
                 } as i32)
@@ -133,6 +135,15 @@ pub(super) async fn serve(
         })),
         ..Default::default()
     })
+}
+
+/// Whether a reader may be shown records that refer to a segment to which those of now don't.
+fn is_shown(shown: &Shown, volume: VolumeId, segment: SegmentId) -> Result<bool, Corruption> {
+    match shown {
+        Shown::Latest => Ok(false),
+        Shown::Pinned(pin) => Ok(query::claim(pin.view(), volume, segment)? == Claim::Live),
+        Shown::Unknown => Ok(true),
+    }
 }
 
 async fn check_records(

@@ -21,6 +21,7 @@ use super::digests::Digest;
 use super::local::{self, Place};
 use super::state::{Generation, Known, Memory, State, without_wal};
 use super::view::LiveView;
+use crate::levels;
 use crate::observer::AppliedItem;
 use crate::proposer::{LocalReply, Proposed};
 use crate::raft::types::{Entry, StoredMembership};
@@ -60,6 +61,16 @@ pub enum ApplyError {
         index: u64,
         /// Why.
         source: prost::DecodeError,
+    },
+    /// An entry is beyond this build.
+    #[error("log entry {index} is of level {level}, this build knows {known}: upgrade this node")]
+    Upgrade {
+        /// Which.
+        index: u64,
+        /// What it needs.
+        level: u32,
+        /// What this build knows.
+        known: u32,
     },
     /// The write failed.
     #[error("the state can't be written: {0}")]
@@ -233,6 +244,7 @@ impl<'e> Group<'_, 'e> {
         };
         let mut outcomes = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
+            self.expect_known(index, item.level)?;
             let time = UnixNanos(item.time);
             outcomes.push(match &item.item {
                 Some(Item::Command(command)) => match self.read_only(command) {
@@ -256,6 +268,24 @@ impl<'e> Group<'_, 'e> {
             });
         }
         Ok(outcomes)
+    }
+
+    /// What this build does not know ends here; what it does is noted, for builds that the state may meet later.
+    fn expect_known(&mut self, index: u64, level: u32) -> Result<(), ApplyError> {
+        if level <= self.memory.level {
+            return Ok(());
+        }
+        let known = levels::known();
+        if level > known {
+            return Err(ApplyError::Upgrade {
+                index,
+                level,
+                known,
+            });
+        }
+        self.memory.level = level;
+        self.put_local(local::LEVEL, &level.to_be_bytes());
+        Ok(())
     }
 
     fn put_local(&mut self, key: &[u8], value: &[u8]) {
@@ -413,7 +443,7 @@ impl<'e> Group<'_, 'e> {
             Some(Op::DeletionsDone(done)) => self.deletions_done(done)?,
             Some(Op::MirrorLoadBegin(begin)) => self.load_begin(begin),
             Some(Op::MirrorLoad(load)) => self.load(load),
-            Some(Op::MirrorLoadEnd(end)) => self.load_end(end),
+            Some(Op::MirrorLoadEnd(end)) => self.load_end(index, end),
             Some(Op::MirrorStop(stop)) => self.mirror_stop(stop),
             Some(Op::VolumeDemote(demote)) => self.demote(index, time, demote)?,
             Some(Op::MirrorPromote(promote)) => self.promote(index, time, promote)?,
@@ -477,6 +507,7 @@ impl<'e> Group<'_, 'e> {
             slots: BTreeMap::new(),
             copies: v1::CopyState::default(),
             incoming: None,
+            loaded: 0,
             watched: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
@@ -645,7 +676,8 @@ impl<'e> Group<'_, 'e> {
             .map_err(ApplyError::Write)?;
         self.generation.halves.set(&self.swapped, &self.destroyed);
         if !self.swapped.is_empty() {
-            // Not before: whoever looked where the records are finds them there. After a crash in between the next load does it.
+            // Not before: whoever looked where the records are finds them there. After a crash in between it is done when the state
+            // is opened.
             let mut left = WriteBatch::default();
             for volume in self.swapped {
                 let [(from, to), _] = places.both(volume);

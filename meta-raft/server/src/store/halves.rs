@@ -4,11 +4,15 @@
 //! by one small write. Only the keys of the `replicated` family in the database have halves: nobody outside the store sees them.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use heliofs_proto::ids::VolumeId;
+use rocksdb::{IteratorMode, ReadOptions, WriteBatch};
+
+use super::OpenError;
+use super::state::{Generation, Known, without_wal};
 
 /// Of a key's first byte.
 const UPPER: u8 = 0x80;
@@ -137,6 +141,35 @@ impl Halves {
     }
 }
 
+/// Empties the half that a volume does not use: a crash came between a swap and that. Before anybody reads.
+pub(super) fn empty_unused(
+    generation: &Generation,
+    volumes: &BTreeMap<VolumeId, Known>,
+) -> Result<(), OpenError> {
+    let failed = |error: rocksdb::Error| OpenError::State(format!("an unused half: {error}"));
+    let places = generation.halves.places();
+    for (volume, known) in volumes {
+        if known.incoming.is_some() || !has_halves(*volume) {
+            continue;
+        }
+        let [_, (from, to)] = places.both(*volume);
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(from.clone());
+        options.set_iterate_upper_bound(to.clone());
+        let family = generation.replicated();
+        let mut found = (generation.db).iterator_cf_opt(family, options, IteratorMode::Start);
+        if found.next().transpose().map_err(failed)?.is_none() {
+            continue;
+        }
+        tracing::info!(%volume, "removing what was replaced before this node stopped");
+        let mut left = WriteBatch::default();
+        left.delete_range_cf(family, from, to);
+        let written = generation.db.write_opt(left, &without_wal());
+        written.map_err(failed)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,6 +194,62 @@ mod tests {
         assert!(upper && *from <= beside[..] && beside[..] < *to);
         halves.set(&none, &BTreeSet::from([VolumeId(7)]));
         assert_eq!(halves.places().of(&key), &key[..]);
+    }
+
+    #[test]
+    fn what_a_crash_left_in_the_other_half_goes_unless_a_copy_is_arriving_there() {
+        use prost::Message;
+
+        use crate::config::CacheSizes;
+        use crate::store::{State, local};
+
+        let volume = VolumeId(7);
+        let key = meta_core::keys::inode(volume, heliofs_proto::ids::Ino(9));
+        for (upper, arriving) in [(false, false), (true, false), (false, true), (true, true)] {
+            let dir = tempfile::TempDir::new().unwrap();
+            let open = || State::open(dir.path(), &CacheSizes::default()).unwrap();
+            let state = open();
+            let generation = state.generation();
+            let put = |key: &[u8], value: &[u8]| {
+                let family = generation.local();
+                let options = without_wal();
+                (generation.db)
+                    .put_cf_opt(family, key, value, &options)
+                    .unwrap();
+            };
+            let record = heliofs_proto::v1::Volume {
+                id: volume.0,
+                ..Default::default()
+            };
+            put(&local::volume(volume), &record.encode_to_vec());
+            if upper {
+                put(&local::upper(volume), &[]);
+            }
+            if arriving {
+                let incoming = heliofs_proto::v1::MirrorIncoming::default();
+                put(&local::incoming(volume), &incoming.encode_to_vec());
+            }
+            for key in [key.to_vec(), set(&key)] {
+                let family = generation.replicated();
+                let options = without_wal();
+                (generation.db)
+                    .put_cf_opt(family, key, b"x", &options)
+                    .unwrap();
+            }
+            state.flush().unwrap();
+            drop((generation, state));
+            let generation = open().generation();
+            let has = |key: &[u8]| {
+                let found = generation.db.get_cf(generation.replicated(), key);
+                found.unwrap().is_some()
+            };
+            let (lower, higher) = (has(&key), has(&set(&key)));
+            let expected = match upper {
+                false => (true, arriving),
+                true => (arriving, true),
+            };
+            assert_eq!((lower, higher), expected, "{upper} {arriving}");
+        }
     }
 
     #[test]

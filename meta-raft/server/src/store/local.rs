@@ -6,6 +6,7 @@
 //! | `members` | SnapshotHeader: membership and its log id |
 //! | `cluster` | cluster id, u32 |
 //! | `next-volume` | id of the next volume, u32 |
+//! | `level` | the highest level of the items applied, u32; nothing: 0 |
 //! | `V` volume | Volume: name, storage, settings as created |
 //! | `S` volume, bucket (1) | digest sum, u128 little endian |
 //! | `D` volume, freed-at (i64, sign flipped), segment | in the deletion queue since; epoch (u32) and seq (u64) of the freeing command, nothing in old stores |
@@ -30,6 +31,8 @@ pub const MEMBERS: &[u8] = b"members";
 pub const CLUSTER: &[u8] = b"cluster";
 /// The next volume's id.
 pub const NEXT_VOLUME: &[u8] = b"next-volume";
+/// What a build must know to go on from here.
+pub const LEVEL: &[u8] = b"level";
 
 const VOLUME: u8 = b'V';
 const SUM: u8 = b'S';

@@ -23,6 +23,13 @@ impl State {
         known.is_some_and(|known| known.record.mirror.is_some())
     }
 
+    /// The log entry at which a copy last took the place of the volume's records, or, if this is not known, the one that this node
+    /// had applied when it started; 0: none did.
+    pub fn loaded(&self, volume: VolumeId) -> u64 {
+        let memory = self.memory();
+        memory.volumes.get(&volume).map_or(0, |known| known.loaded)
+    }
+
     /// The slots of a volume, by name.
     pub fn slots(&self, volume: VolumeId) -> Vec<v1::MirrorSlot> {
         let memory = self.memory();

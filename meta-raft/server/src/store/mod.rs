@@ -61,6 +61,14 @@ pub enum OpenError {
         /// The latest that this build reads.
         known: u32,
     },
+    /// Applied by a newer build.
+    #[error("the state is of level {level}, this build knows {known}: upgrade this node")]
+    Upgrade {
+        /// What the state needs.
+        level: u32,
+        /// What this build knows.
+        known: u32,
+    },
     /// The state can't be read, though the log is sound.
     #[error("the state can't be opened: {0}")]
     State(String),

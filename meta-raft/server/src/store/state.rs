@@ -22,13 +22,14 @@ use rocksdb::{
 use super::digests::Digest;
 use super::directory::{StateDirectory, sync_tree};
 use super::emptied::Emptied;
-use super::halves::Halves;
+use super::halves::{self, Halves};
 use super::identity::sync_directory;
 use super::local::{self, Place};
 use super::pins::Pins;
 use super::view::{LiveView, SnapshotView};
 use super::{OpenError, io_error};
 use crate::config::CacheSizes;
+use crate::levels;
 use crate::raft::types::{LogId, StoredMembership};
 use crate::raft::wire;
 
@@ -104,6 +105,8 @@ pub(super) struct Memory {
     pub membership: StoredMembership,
     pub cluster: Option<ClusterId>,
     pub next_volume: u32,
+    /// What a build must know to go on from here.
+    pub level: u32,
     pub volumes: BTreeMap<VolumeId, Known>,
 }
 
@@ -146,6 +149,8 @@ pub(super) struct Known {
     pub copies: v1::CopyState,
     /// A copy that is being loaded.
     pub incoming: Option<Incoming>,
+    /// See [`State::loaded`].
+    pub loaded: u64,
     /// Positions that are pinned on this node; `false`: something of it was removed before it was copied.
     pub watched: BTreeMap<Position, bool>,
 }
@@ -247,6 +252,7 @@ impl State {
         }
         let generation = Generation::new(db, number)?;
         let memory = load(&generation)?;
+        halves::empty_unused(&generation, &memory.volumes)?;
         let flushed = memory.applied.map_or(0, |applied| applied.index + 1);
         let lacking = memory.lacks_any();
         let fenced = memory.fenced();
@@ -577,6 +583,7 @@ impl State {
         let db = open_db(path, &self.inner.sizes, &self.inner.cache, false)?;
         let generation = Generation::new(db, number)?;
         let memory = load(&generation)?;
+        halves::empty_unused(&generation, &memory.volumes)?;
         sync_directory(path)
             .and_then(|()| self.inner.directory.switch(number))
             .map_err(OpenError::io("switch to the received state"))?;
@@ -652,19 +659,28 @@ fn load(generation: &Generation) -> Result<Memory, OpenError> {
     let (applied, membership) = load_applied(generation)?;
     let cluster = number(generation.local_get(local::CLUSTER)?, "cluster id")?.map(ClusterId);
     let next_volume = number(generation.local_get(local::NEXT_VOLUME)?, "next volume")?;
+    let level = number(generation.local_get(local::LEVEL)?, "level")?.unwrap_or(0);
+    let known = levels::known();
+    if level > known {
+        return Err(OpenError::Upgrade { level, known });
+    }
     let mut volumes = BTreeMap::new();
     let (from, to) = local::volumes();
     for item in generation.local_range(from, to) {
         let (_, value) = item.map_err(|error| bad("volumes", error))?;
         let record = v1::Volume::decode(value.as_ref()).map_err(|error| bad("a volume", error))?;
         let volume = VolumeId(record.id);
-        volumes.insert(volume, load_volume(generation, volume, record)?);
+        let mut known = load_volume(generation, volume, record)?;
+        // When it was loaded is not known any more: perhaps just now.
+        known.loaded = applied.map_or(0, |applied| applied.index);
+        volumes.insert(volume, known);
     }
     Ok(Memory {
         applied,
         membership,
         cluster,
         next_volume: next_volume.unwrap_or(1),
+        level,
         volumes,
     })
 }
@@ -750,6 +766,7 @@ fn load_volume(
         slots,
         copies,
         incoming,
+        loaded: 0,
         watched: BTreeMap::new(),
     })
 }

@@ -99,6 +99,7 @@ impl<'e> Group<'_, 'e> {
         }
         tracing::error!(%volume, why, "the mirror of this volume stops");
         mirror.set_state(MirrorState::Stopped);
+        mirror.followed = false;
         mirror.reason.clone_from(&why);
         let record = known.record.clone();
         self.put_volume(&record);
@@ -107,6 +108,9 @@ impl<'e> Group<'_, 'e> {
 
     pub(super) fn mirror_stop(&mut self, stop: &v1::MirrorStop) -> LocalReply {
         let volume = VolumeId(stop.volume);
+        let known = self.memory.volumes.get(&volume);
+        let mirror = known.and_then(|known| known.record.mirror.as_ref());
+        let followed = mirror.is_some_and(|it| it.state() == MirrorState::Following || it.followed);
         match self.stop_mirror(volume, stop.reason.clone()) {
             LocalReply::Invalid(why) if why == stop.reason => {}
             other => return other,
@@ -116,6 +120,7 @@ impl<'e> Group<'_, 'e> {
             && let Some(mirror) = &mut known.record.mirror
         {
             mirror.reload = true;
+            mirror.followed = followed;
             let record = known.record.clone();
             self.put_volume(&record);
         }
@@ -353,6 +358,7 @@ impl<'e> Group<'_, 'e> {
             slots: BTreeMap::new(),
             copies: v1::CopyState::default(),
             incoming: None,
+            loaded: 0,
             watched: BTreeMap::new(),
         });
         known.incoming = Some(incoming);
@@ -441,7 +447,7 @@ impl<'e> Group<'_, 'e> {
     }
 
     /// The copy takes the place of what was served. The entry stands alone in its group (see [`super::stands_alone`]).
-    pub(super) fn load_end(&mut self, end: &v1::MirrorLoadEnd) -> LocalReply {
+    pub(super) fn load_end(&mut self, index: u64, end: &v1::MirrorLoadEnd) -> LocalReply {
         let volume = VolumeId(end.volume);
         let incoming = match self.loading(volume, end.load) {
             Ok(incoming) => incoming,
@@ -506,6 +512,7 @@ impl<'e> Group<'_, 'e> {
                 ..before.copies
             },
             incoming: None,
+            loaded: index,
             watched: BTreeMap::new(),
         };
         self.memory.volumes.insert(volume, known);
