@@ -6,7 +6,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 NEXTEST := $(shell command -v cargo-nextest)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test suites faults churn chaos caps fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy fill token-trials promotion-pause lint install
+.PHONY: help build demo test suites faults churn chaos soak caps fuzz bench-quick bench-pack bench-scale bench-failover bench-mirror bench-copy fill token-trials promotion-pause lint install
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -30,8 +30,8 @@ install: build ## Copies the command to $(PREFIX)/bin (default /usr/local), with
 	install -D -m 755 $(CARGO_TARGET_DIR)/release/heliofs $(DESTDIR)$(or $(PREFIX),/usr/local)/bin/heliofs
 	ln -sf $(or $(PREFIX),/usr/local)/bin/heliofs $(DESTDIR)/sbin/mount.heliofs
 
-suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes; WRITEBACK=1, ENCODED=1: with --writeback, with codecs
-	@.ci/suites $(if $(REDUCED),--reduced) $(if $(WRITEBACK),--writeback) $(if $(ENCODED),--encoded) $(SUITES)
+suites: ## pjdfstest, fsx, stress-ng and dbench on a real mount; REDUCED=1: in three minutes; WRITEBACK=1, ENCODED=1, DIR_AHEAD=1: with --writeback, with codecs, with --dir-ahead
+	@.ci/suites $(if $(REDUCED),--reduced) $(if $(WRITEBACK),--writeback) $(if $(ENCODED),--encoded) $(if $(DIR_AHEAD),--dir-ahead) $(SUITES)
 
 faults: ## Each fault of an S3 server for a minute, under fsx and a checked load
 	@.ci/faults
@@ -43,13 +43,16 @@ chaos: ## Ten minutes of faults on both sides of a mirror; what readers saw is r
 	HELIOFS_CHAOS_SECONDS=600 HELIOFS_CHAOS_HISTORY=$(CURDIR)/history.jsonl \
 		cargo test --release --workspace --test mirror_chaos -- --nocapture
 
+soak: ## Ten minutes of two mounts that answer ahead, under killed and silent leaders
+	HELIOFS_SOAK_SECONDS=600 cargo test --release --workspace --test directory_soak -- --nocapture
+
 caps: ## 2 GiB of log written at a source whose mirror, with a cap of 256 MiB, is away; it comes back and keeps its objects
 	HELIOFS_CAP_MIB=256 cargo test --release --workspace --test mirror_copy past_its_cap -- --nocapture
 
 fuzz: ## A million rounds of decoding damaged segments and records
 	FUZZ_ITERATIONS=1000000 cargo test --release --workspace --lib --test fuzz_records of_any_bytes
 
-bench-quick: ## heliofs beside JuiceFS, minutes
+bench-quick: ## heliofs beside JuiceFS, minutes; DIR_AHEAD=1: with --dir-ahead
 	@benches/quick
 
 bench-pack: ## Requests to the bucket for 20,000 small files, heliofs beside JuiceFS

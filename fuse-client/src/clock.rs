@@ -13,8 +13,24 @@ const SKEW_MAX: i64 = 100_000_000;
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Clock {
+    seen: Mutex<Option<Seen>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Seen {
     /// A time that the server's clock had certainly reached at a moment of ours.
-    seen: Mutex<Option<(Instant, i64)>>,
+    at: Instant,
+    time: i64,
+    /// The latest time that it was seen to give.
+    newest: i64,
+}
+
+impl Seen {
+    /// What the server's clock has certainly reached.
+    fn reached(&self, now: Instant) -> i64 {
+        self.time
+            .saturating_add(nanos(now.saturating_duration_since(self.at)))
+    }
 }
 
 /// Nanoseconds since 1970 as this machine tells.
@@ -35,23 +51,30 @@ impl Clock {
     pub fn saw(&self, time: i64) {
         let now = Instant::now();
         let mut seen = self.seen.lock();
-        let reached = seen.map(|(at, time)| time.saturating_add(nanos(now - at)));
-        if reached.is_none_or(|reached| time > reached) {
-            *seen = Some((now, time));
-        }
+        *seen = Some(match *seen {
+            Some(known) if time <= known.reached(now) => Seen {
+                newest: known.newest.max(time),
+                ..known
+            },
+            _ => Seen {
+                at: now,
+                time,
+                newest: time,
+            },
+        });
     }
 
-    /// Now, nanoseconds since 1970.
+    /// Now, nanoseconds since 1970; never before a time that was seen.
     pub fn now(&self) -> i64 {
         let local = local_nanos();
         match *self.seen.lock() {
-            Some((at, time)) => {
-                let server = time.saturating_add(nanos(at.elapsed()));
-                if (local - server).abs() > SKEW_MAX {
-                    server
-                } else {
-                    local.max(time)
-                }
+            Some(seen) => {
+                let server = seen.reached(Instant::now());
+                let now = match (local - server).abs() > SKEW_MAX {
+                    true => server,
+                    false => local,
+                };
+                now.max(seen.newest)
             }
             None => local,
         }
@@ -71,5 +94,20 @@ mod tests {
         assert!(clock.now() >= ahead);
         clock.saw(ahead - 1_000_000_000);
         assert!(clock.now() >= ahead);
+    }
+
+    #[test]
+    fn no_time_is_before_one_that_was_seen() {
+        const MILLISECOND: i64 = 1_000_000;
+        let clock = Clock::default();
+        // The server is ahead of us by less than would be noticed.
+        let (begun, base) = (Instant::now(), local_nanos());
+        clock.saw(base + 50 * MILLISECOND);
+        while begun.elapsed() < Duration::from_millis(20) {
+            std::hint::spin_loop();
+        }
+        // Told a little later than the first was.
+        clock.saw(base + 65 * MILLISECOND);
+        assert!(clock.now() >= base + 65 * MILLISECOND);
     }
 }

@@ -228,6 +228,7 @@ impl Fs {
     }
 
     fn saw_as(&self, generation: Generation, attr: &v1::Attr, at: Position, own_content: bool) {
+        self.clock.saw(attr.ctime);
         self.coherence.cache.put_attr(generation, attr, at);
         if attr.kind() == v1::FileKind::File
             && let Some(inode) = self.coherence.inodes.get(attr.ino)
@@ -284,7 +285,6 @@ impl Fs {
         self.saw_epoch(at);
         for attr in reply.files.iter().filter_map(|file| file.attr.as_ref()) {
             self.saw_as(generation, attr, at, true);
-            self.clock.saw(attr.ctime);
         }
         Ok((reply, at))
     }
@@ -302,9 +302,6 @@ impl Fs {
         .flatten()
         {
             self.saw_as(generation, attr, at, own_content);
-        }
-        if let Some(attr) = &reply.attr {
-            self.clock.saw(attr.ctime);
         }
         self.coherence.ahead.lock().saw(at);
         for ino in &reply.forget {

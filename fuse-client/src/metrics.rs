@@ -146,6 +146,12 @@ pub struct Metrics {
     pub staged_oldest_seconds: IntGauge,
     /// Dead segments that this mount deleted from the bucket.
     pub deleted_segments: IntCounter,
+    /// Changes of names and attributes that were answered ahead of the cluster.
+    pub ahead_changes: IntCounter,
+    /// Batches in which those took effect.
+    pub ahead_batches: IntCounter,
+    /// Those of them that did not, and will not.
+    pub ahead_lost: IntCounter,
 }
 
 impl Metrics {
@@ -208,6 +214,18 @@ impl Metrics {
                 "heliofs_fuse_deleted_segments_total",
                 "Dead segments deleted from the bucket",
             )?,
+            ahead_changes: counter(
+                "heliofs_fuse_ahead_changes_total",
+                "Changes answered ahead of the cluster",
+            )?,
+            ahead_batches: counter(
+                "heliofs_fuse_ahead_batches_total",
+                "Batches of changes that were answered ahead",
+            )?,
+            ahead_lost: counter(
+                "heliofs_fuse_ahead_lost_total",
+                "Changes that were answered ahead and lost",
+            )?,
         };
         if let Some(registry) = registry {
             registry.register(Box::new(seconds))?;
@@ -219,6 +237,9 @@ impl Metrics {
                 &metrics.cache_misses,
                 &metrics.flush_failures,
                 &metrics.deleted_segments,
+                &metrics.ahead_changes,
+                &metrics.ahead_batches,
+                &metrics.ahead_lost,
             ] {
                 registry.register(Box::new(counter.clone()))?;
             }

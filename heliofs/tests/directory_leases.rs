@@ -28,6 +28,18 @@ fn ahead(cluster: &Cluster, volume: &str) -> Mount {
     Mount::of(cluster, volume, &["--dir-ahead"])
 }
 
+/// What a mount knows of directories that it has looked into before is corrected by what is pushed to it, which takes a moment on
+/// a busy machine.
+fn soon<T>(what: &str, mut look: impl FnMut() -> std::io::Result<T>) -> T {
+    wait_for(what, Duration::from_secs(2), || match look() {
+        Ok(seen) => Some(seen),
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::NotFound, "{what}");
+            None
+        }
+    })
+}
+
 /// Commands of this name in the volume's history.
 fn commands(cluster: &Cluster, volume: &str, name: &str) -> usize {
     let log = cluster.run(&["changelog", &cluster.url(), volume, "--json"]);
@@ -218,7 +230,7 @@ fn change(rng: &mut StdRng, root: &Path, model: &mut BTreeMap<PathBuf, Option<St
             };
             let full = root.join(&path);
             if model[&path].is_some() {
-                fs::remove_file(full).unwrap();
+                soon("what the other has made", || fs::remove_file(&full));
                 model.remove(&path);
             } else if is_empty(model, &path) {
                 fs::remove_dir(full).unwrap();
@@ -320,7 +332,9 @@ fn whatever_two_mounts_do_by_turns_both_see_the_same() {
                         let Some(path) = anything(&mut rng, &model) else {
                             continue;
                         };
-                        let seen = fs::symlink_metadata(other.join(&top).join(&path)).unwrap();
+                        let seen = soon("what the other has made", || {
+                            fs::symlink_metadata(other.join(&top).join(&path))
+                        });
                         assert_eq!(
                             seen.is_dir(),
                             model[&path].is_none(),

@@ -38,14 +38,24 @@ impl State {
         time
     }
 
+    /// `inos`: what it is about beside the directories that it names; first what the name stands for, of a rename then what is
+    /// replaced.
     fn push(&mut self, caller: Caller, time: i64, op: Op, inos: Vec<u64>) {
         self.answered += 1;
+        // If it comes late, it must not hit what others have put there.
+        let (ino, replaces) = match &op {
+            Op::Unlink(_) => (inos[0], None),
+            Op::Rename(_) => (inos[0], Some(inos.get(1).copied().unwrap_or(0))),
+            Op::Create(_) | Op::Link(_) | Op::SetAttr(_) => (0, None),
+        };
         let queued = Queued {
             number: self.answered,
             change: v1::Change {
                 caller: Some(caller.into()),
                 time,
                 op: Some(op),
+                ino,
+                replaces,
             },
             inos,
         };

@@ -118,8 +118,31 @@ fn a_leased_directory_knows_what_becomes_of_its_names() {
     let (from, to) = ((10, &name("sub")), (1, &name("out")));
     assert!(matches!(state.rename(from, to, false, BY), Plan::Usual));
 
+    // What others have put in their places is not hit.
+    let (from, to) = ((10, &name("moved too")), (sub.ino, &name("moved")));
+    let other = create(&mut state, 10, "moved too", FileKind::File);
+    assert!(matches!(
+        state.rename(from, to, false, BY),
+        Plan::Answered(Ok(_))
+    ));
+    assert!(matches!(
+        state.unlink((sub.ino, &name("moved")), false, BY),
+        Plan::Answered(Ok(_))
+    ));
+    let expects = |queued: &Queued| (queued.change.ino, queued.change.replaces);
+    let expected: Vec<_> = state.queue.iter().map(expects).skip(3).collect();
+    assert_eq!(
+        expected,
+        [
+            (file.ino, Some(0)),
+            (0, None),
+            (other.ino, Some(file.ino)),
+            (other.ino, None)
+        ]
+    );
+
     let numbers: Vec<u64> = state.take(64).iter().map(|queued| queued.number).collect();
-    assert_eq!(numbers, [1, 2, 3, 4]);
+    assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7]);
 }
 
 #[test]

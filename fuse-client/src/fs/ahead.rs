@@ -59,19 +59,23 @@ impl Fs {
         let ahead = &self.coherence.ahead;
         let give_up = tokio::time::Instant::now() + WAIT_MAX;
         loop {
-            let (planned, queued) = {
+            let (planned, queued, answered) = {
                 let mut state = ahead.lock();
                 let mark = state.mark();
                 let planned = match state.is_idle() || !self.trusted() {
                     true => Plan::Usual,
                     false => plan(&mut state),
                 };
-                let queued = match state.mark() == mark {
-                    true => 0,
-                    false => state.queued(),
+                let answered = state.mark() - mark;
+                let queued = match answered {
+                    0 => 0,
+                    _ => state.queued(),
                 };
-                (planned, queued)
+                (planned, queued, answered)
             };
+            if answered > 0 {
+                self.metrics.ahead_changes.inc_by(answered);
+            }
             let mut moved = match planned {
                 Plan::Answered(answer) => {
                     // Who sends knows of those in between.
@@ -407,6 +411,7 @@ impl Fs {
         if reply.error() != FsError::None {
             return self.changes_failed(&session, &changes, reply.error().into());
         }
+        self.metrics.ahead_batches.inc();
         let (done, refused) = changes.split_at((reply.applied as usize).min(changes.len()));
         self.forget_changed(done, at);
         let known = {
@@ -443,6 +448,8 @@ impl Fs {
             }
         }
         if !refused.is_empty() {
+            let why = reply.refused();
+            tracing::error!(?why, change = ?refused[0].change, "the cluster refuses a change that was answered");
             self.changes_failed(&session, refused, reply.refused().into());
         } else if !reply.deferrable {
             self.coherence.return_all_directories();
@@ -485,7 +492,16 @@ impl Fs {
 
     /// These changes, and whatever was answered after them, did not take effect.
     fn changes_failed(&self, session: &Session, changes: &[Queued], errno: Errno) {
-        let leased = self.coherence.ahead.lock().failed(changes, errno);
+        let (leased, behind) = {
+            let mut state = self.coherence.ahead.lock();
+            let behind = state.queued();
+            (state.failed(changes, errno), behind)
+        };
+        let lost = changes.len() + behind;
+        self.metrics.ahead_lost.inc_by(lost as u64);
+        if behind > 0 {
+            tracing::error!(behind, "nor did what was answered after them");
+        }
         for queued in changes {
             tracing::error!(change = ?queued.change.op, %errno, "a change that was answered did not take effect");
         }

@@ -67,7 +67,7 @@ pub(crate) fn run(mut options: Options, json: bool, verbose: u8) -> Outcome {
             child_arguments(&options, &target, typed.as_deref(), &mount_point, verbose);
         let mut environment = options.serving.buckets.to_environment();
         let token = options.access.token.clone();
-        environment.extend(token.map(|token| ("HELIOFS_TOKEN".into(), token.into())));
+        environment.extend(token.map(|token| ("HELIOFS_TOKEN", token.into())));
         let (pid, ready) = background::spawn(&arguments, environment)?;
         if json {
             return output::print_json(&ready);

@@ -35,6 +35,9 @@ impl Mount {
         let path = scratch.path().join("mnt");
         std::fs::create_dir(&path).unwrap();
         let log = scratch.path().join("mount.log");
+        // Any test can be run with it.
+        let ahead =
+            std::env::var_os("HELIOFS_TEST_DIR_AHEAD").is_some() && !flags.contains(&"--dir-ahead");
         let mut process = Process::start(
             &format!("mount of {volume}"),
             &log,
@@ -50,6 +53,9 @@ impl Mount {
                     .arg("--token-file")
                     .arg(&cluster.token_file)
                     .args(flags);
+                if ahead {
+                    command.arg("--dir-ahead");
+                }
             },
         );
         wait_for("the mount", Duration::from_secs(60), || {

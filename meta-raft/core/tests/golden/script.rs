@@ -243,6 +243,11 @@ impl Volume {
                     ..v1::Caller::default()
                 }),
                 time: words.or("at", 0)? as i64,
+                ino: words.or("expect", 0)?,
+                replaces: match words.options.contains_key("replaces") {
+                    true => Some(words.or("replaces", 0)?),
+                    false => None,
+                },
                 op: Some(op),
             })
         });

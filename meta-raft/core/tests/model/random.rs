@@ -428,6 +428,7 @@ fn reached(scripts: fn() -> BoxedStrategy<Vec<Step>>) -> BTreeMap<String, usize>
             if matches!(command.op, Some(Op::Batch(_))) && applied.reply.error() == FsError::None {
                 what.push(match applied.reply.refused() {
                     FsError::None => "batch whole".to_owned(),
+                    FsError::Stale => "batch stale".to_owned(),
                     _ => "batch stopped".to_owned(),
                 });
             }
@@ -463,6 +464,7 @@ fn scripts_reach_what_they_are_meant_to_reach() {
         ("Batch FS_ERROR_NONE", 100),
         ("batch whole", 40),
         ("batch stopped", 40),
+        ("batch stale", 10),
         ("InosReserve FS_ERROR_NONE", 50),
         ("Create FS_ERROR_EXISTS", 20),
         ("Create FS_ERROR_ALREADY_ACKNOWLEDGED", 1),

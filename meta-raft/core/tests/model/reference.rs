@@ -249,6 +249,8 @@ impl Reference {
                 time => time.clamp(earliest, now),
             };
             earliest = self.time;
+            let checked = self.as_answered(change);
+            self.time = self.time.max(checked.unwrap_or(self.time).min(now));
             let named = |ino| Reply {
                 attr: Some(v1::Attr {
                     ino,
@@ -258,6 +260,7 @@ impl Reference {
                 ..Reply::default()
             };
             let verdict = match change.op.as_ref().expect("scripts set an op") {
+                _ if checked.is_err() => checked.map(|_| ()),
                 Change::Create(op) => {
                     let existing = self.entry(op.parent, &op.name);
                     match existing {
@@ -304,6 +307,46 @@ impl Reference {
         told.sort_unstable();
         assert_eq!(told, orphans, "{op:?}");
         Ok(())
+    }
+
+    /// Whether names stand for what the change says; when what it concerns was changed last.
+    fn as_answered(&self, change: &v1::Change) -> Verdict<i64> {
+        let named = |parent: u64, name: &Bytes| {
+            let entries = self.nodes.get(&parent).map(|node| &node.entries);
+            entries.and_then(|entries| entries.get(name)).copied()
+        };
+        let mut concerned = Vec::new();
+        match change.op.as_ref().expect("scripts set an op") {
+            Change::Create(op) => concerned.push(op.parent),
+            Change::Link(op) => concerned.extend([op.parent, op.ino]),
+            Change::SetAttr(op) => concerned.push(op.ino),
+            Change::Unlink(op) => {
+                concerned.push(op.parent);
+                concerned.extend(named(op.parent, &op.name));
+            }
+            Change::Rename(op) => {
+                let replaced = named(op.new_parent, &op.new_name);
+                if change
+                    .replaces
+                    .is_some_and(|ino| ino != replaced.unwrap_or(0))
+                {
+                    return Err(FsError::Stale);
+                }
+                concerned.extend([op.parent, op.new_parent]);
+                concerned.extend(named(op.parent, &op.name));
+                concerned.extend(replaced);
+            }
+        }
+        if let Change::Unlink(v1::Unlink { parent, name, .. })
+        | Change::Rename(v1::Rename { parent, name, .. }) =
+            change.op.as_ref().expect("scripts set an op")
+            && change.ino != 0
+            && named(*parent, name).is_some_and(|found| found != change.ino)
+        {
+            return Err(FsError::Stale);
+        }
+        let nodes = concerned.iter().filter_map(|ino| self.nodes.get(ino));
+        Ok(nodes.map(|node| node.ctime).max().unwrap_or(i64::MIN))
     }
 
     // ---- names

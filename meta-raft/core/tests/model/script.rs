@@ -544,7 +544,26 @@ impl Writer {
                 Op::SetAttr(op) => Change::SetAttr(op),
                 op => panic!("no change of names: {op:?}"),
             };
+            // Mostly what is there before the batch, which the changes ahead may have replaced.
+            let named = |parent: &u64, name: &Bytes| {
+                let entries = reference.nodes.get(parent).map(|node| &node.entries);
+                let found = entries.and_then(|entries| entries.get(name)).copied();
+                match at % 13 {
+                    0 => 3,
+                    _ => found.unwrap_or(0),
+                }
+            };
+            let (ino, replaces) = match &op {
+                Change::Unlink(op) => (named(&op.parent, &op.name), None),
+                Change::Rename(op) => {
+                    let replaces = (at % 3 != 0).then(|| named(&op.new_parent, &op.new_name));
+                    (named(&op.parent, &op.name), replaces)
+                }
+                _ => (0, None),
+            };
             changes.push(v1::Change {
+                ino,
+                replaces,
                 caller: command.caller,
                 time: match at % 7 {
                     0 => 0,

@@ -1,7 +1,7 @@
 //! All volumes' soft state on this node. It exists while the node leads: it is made when a term begins and dropped when the
 //! lead is lost; on other nodes there is nothing.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,6 +17,7 @@ use super::grace::Grace;
 use super::interest::StreamId;
 use super::reads::{self, Answer};
 use super::soft::{Soft, Telling, Wake};
+use super::write_leases::Returned;
 use crate::config::SessionTimings;
 use crate::observer::{AppliedItem, ApplyObserver};
 use crate::store::State;
@@ -98,34 +99,50 @@ impl VolumeSessions {
         }
     }
 
-    /// Queues the answers of reads that were made at `position`, each behind the invalidations of what the view showed.
-    pub async fn tell(&self, stream: StreamId, position: Position, answers: Vec<(u64, Answer)>) {
-        let mut answers: Vec<_> = answers
+    /// Queues the answers of reads that were made at `position`, each behind the invalidations of what the view showed. Returns
+    /// those that can't be told, with what to wait for before they are read again: see [`super::soft::Soft::tell`].
+    pub async fn tell(
+        &self,
+        (session, stream): (u64, StreamId),
+        position: Position,
+        answers: Vec<(u64, Answer)>,
+        patient: bool,
+    ) -> Vec<(u64, Vec<Returned>)> {
+        let mut answers: VecDeque<_> = answers
             .into_iter()
             .map(|(id, answer)| {
-                (
-                    Some(v1::Response {
-                        id,
-                        ..answer.response
-                    }),
-                    answer.told,
-                )
+                let response = v1::Response {
+                    id,
+                    ..answer.response
+                };
+                (id, Some(response), answer.told)
             })
             .collect();
+        let mut leased = Vec::new();
         loop {
-            let early = {
+            {
                 let mut soft = self.soft();
-                answers.iter_mut().any(|(response, told)| {
-                    soft.tell(stream, position, told, response) == Telling::TooEarly
-                })
-            };
-            if !early {
-                return;
+                while let Some((id, response, told)) = answers.front_mut() {
+                    match soft.tell(stream, position, (&*told, patient), response) {
+                        Telling::Told => {}
+                        Telling::TooEarly => break,
+                        Telling::Leased => {
+                            let recalled = told
+                                .iter()
+                                .filter_map(|told| soft.recall(session, told.ino));
+                            leased.push((*id, recalled.collect()));
+                        }
+                    }
+                    answers.pop_front();
+                }
+            }
+            if answers.is_empty() {
+                return leased;
             }
             // The group is written and visible, and its effects are on their way to us.
             let mut seen = self.seen.subscribe();
             if seen.wait_for(|seen| *seen >= position.seq).await.is_err() {
-                return;
+                return leased;
             }
         }
     }

@@ -129,6 +129,9 @@ pub enum Telling {
     Told,
     /// The effects of its position are not known here yet: wait until [`Soft::seen`] reaches it.
     TooEarly,
+    /// Another session holds the lease of something that it tells of, perhaps granted since it was read: recall that, wait until it
+    /// is returned, and read again.
+    Leased,
 }
 
 /// A volume's soft state.
@@ -515,6 +518,14 @@ impl Soft {
             self.send(holder, Outgoing::Recall(lease));
         }
         Some(recall.returned)
+    }
+
+    /// As [`Soft::recall`], of a directory, and if the reader is `patient` of a file.
+    pub fn recall_for_read(&mut self, by: u64, ino: u64, patient: bool) -> Option<Returned> {
+        match patient || self.leases.is_directory_held_against(by, ino) {
+            true => self.recall(by, ino),
+            false => None,
+        }
     }
 
     /// As [`Soft::recall`], for all files.
@@ -1041,11 +1052,14 @@ impl Soft {
     }
 
     /// Queues the answer of a read at `position`, with what changed since for what it tells.
+    ///
+    /// A leased directory is never told of. With `patient` no leased file is either; else its writer is asked to come forth with what
+    /// corrects the answer.
     pub fn tell(
         &mut self,
         stream: StreamId,
         position: Position,
-        told: &[Told],
+        (told, patient): (&[Told], bool),
         response: &mut Option<v1::Response>,
     ) -> Telling {
         if self.seen < position {
@@ -1056,6 +1070,29 @@ impl Soft {
             *response = None;
             return Telling::Told;
         };
+        let page = match response
+            .as_mut()
+            .and_then(|response| response.body.as_mut())
+        {
+            Some(v1::response::Body::DirPage(page)) => Some(page),
+            _ => None,
+        };
+        // Of a page, what is told besides the directory is left out.
+        let asked_for = if page.is_some() { 1 } else { told.len() };
+        if !self.leases.is_empty() {
+            let leases = &self.leases;
+            let in_the_way = |told: &Told| match patient {
+                true => leases.is_held_against(*session, told.ino),
+                false => leases.is_directory_held_against(*session, told.ino),
+            };
+            if told.iter().take(asked_for).any(in_the_way) {
+                return Telling::Leased;
+            }
+            let entries = page.into_iter().flat_map(|page| &mut page.entries);
+            for entry in entries.filter(|entry| leases.is_held_against(*session, entry.ino)) {
+                entry.attr = None;
+            }
+        }
         let seen = Some(v1::Position::from(self.seen));
         let send = |stream: StreamId, message: v1::Invalidation| {
             if let Some((_, outbox)) = streams.get(&stream) {
@@ -1112,7 +1149,8 @@ impl Soft {
         let mut outdated = Vec::new();
         if !self.leases.is_empty() {
             let against = |told: &&Told| self.leases.is_held_against(*session, told.ino);
-            outdated.extend(told.iter().filter(against).map(|told| (*session, told.ino)));
+            let about = told.iter().take(asked_for).filter(against);
+            outdated.extend(about.map(|told| (*session, told.ino)));
         }
         if let Some(mut response) = response.take() {
             if let Some(v1::response::Body::Opened(opened)) = &response.body {

@@ -34,7 +34,8 @@ const IN_FLIGHT_MAX: usize = 4 * heliofs_proto::limits::IN_FLIGHT_MAX;
 /// Reads answered from one view before others get the thread.
 const READS_PER_TURN: usize = 64;
 
-/// Times that a read waits for a write lease that is taken again and again; after that it is answered as things are.
+/// Times that a read waits for leases that are taken again and again; after that it is answered as things are with files, and
+/// nobody is granted directories until it is answered.
 const RECALLS_MAX: usize = 8;
 
 /// The stream of an attached session.
@@ -443,12 +444,16 @@ impl SessionStream {
                 volume.caches_known().await;
             }
             let mut reads = std::mem::take(&mut round.reads);
+            let mut halt = None;
             for attempt in 0.. {
-                let recalls = attempt < RECALLS_MAX;
+                let patient = attempt < RECALLS_MAX;
+                if !patient && halt.is_none() {
+                    halt = Some(directories::Halt::begin(&volume));
+                }
                 let mut waits = Vec::new();
                 // Before the view is taken, which then shows what was written under the lease.
-                if recalls && !reads.is_empty() {
-                    hold_back(&volume, session, &mut reads, &mut waits);
+                if !reads.is_empty() {
+                    hold_back(&volume, (session, patient), &mut reads, &mut waits);
                 }
                 if let Err(error) = ctx.gate.linearizable().await {
                     return Done::Leave(leave_for(error));
@@ -498,12 +503,16 @@ impl SessionStream {
                             ctx.hub.wake(&volume, wake);
                         }
                     }
-                    let answers = if recalls {
-                        held_back_by_name(&volume, session, turn, answers, &mut waits)
-                    } else {
-                        answers
-                    };
-                    volume.tell(stream, position, answers).await;
+                    let by = (session, patient);
+                    let (mut told, answers) =
+                        held_back_by_name(&volume, by, turn, answers, &mut waits);
+                    let by = (session, stream);
+                    let leased = volume.tell(by, position, answers, patient).await;
+                    for (id, recalled) in leased {
+                        if let Some(at) = told.iter().position(|read| read.id == id) {
+                            waits.push((told.swap_remove(at), recalled));
+                        }
+                    }
                     if reads_left.peek().is_some() {
                         tokio::task::yield_now().await;
                     }
@@ -628,10 +637,11 @@ impl SessionStream {
     }
 }
 
-/// Takes out the reads of files whose lease another session holds, and recalls that.
+/// Takes out the reads of files and directories whose lease another session holds, and recalls that; of directories alone when the
+/// reader is not `patient` any more.
 fn hold_back(
     volume: &VolumeSessions,
-    session: u64,
+    (session, patient): (u64, bool),
     reads: &mut Vec<Read>,
     waits: &mut Vec<(Read, Vec<Returned>)>,
 ) {
@@ -648,27 +658,28 @@ fn hold_back(
             Body::ReadDir(ask) => ask.ino,
             _ => 0,
         };
-        match soft.recall(session, ino) {
+        match soft.recall_for_read(session, ino, patient) {
             Some(returned) => waits.push((read, vec![returned])),
             None => reads.push(read),
         }
     }
 }
 
-/// Takes out the answers about files whose lease another session holds, where only the answer says which file it is. Pages of
-/// directories leave the attributes of such files out: who wants them asks for them one by one.
+/// Takes out the answers about files and directories whose lease another session holds, where only the answer says which one it is.
+/// Pages of directories leave the attributes of such out: who wants them asks for them one by one. Returns the reads that are left,
+/// and their answers.
 fn held_back_by_name(
     volume: &VolumeSessions,
-    session: u64,
+    (session, patient): (u64, bool),
     reads: Vec<Read>,
     answers: Vec<(u64, Answer)>,
     waits: &mut Vec<(Read, Vec<Returned>)>,
-) -> Vec<(u64, Answer)> {
+) -> (Vec<Read>, Vec<(u64, Answer)>) {
     let mut soft = volume.soft();
     if soft.no_leases() {
-        return answers;
+        return (reads, answers);
     }
-    let mut kept = Vec::with_capacity(answers.len());
+    let mut kept = (Vec::new(), Vec::with_capacity(answers.len()));
     for (read, (id, mut answer)) in reads.into_iter().zip(answers) {
         let inos = match &mut answer.response.body {
             Some(v1::response::Body::DirPage(page)) => {
@@ -686,11 +697,13 @@ fn held_back_by_name(
         };
         let recalls = inos.into_iter();
         let recalled: Vec<_> = recalls
-            .filter_map(|ino| soft.recall(session, ino))
+            .filter_map(|ino| soft.recall_for_read(session, ino, patient))
             .collect();
-        match recalled.is_empty() {
-            false => waits.push((read, recalled)),
-            true => kept.push((id, answer)),
+        if recalled.is_empty() {
+            kept.0.push(read);
+            kept.1.push((id, answer));
+        } else {
+            waits.push((read, recalled));
         }
     }
     kept

@@ -120,18 +120,18 @@ async fn an_answer_waits_for_the_effects_of_what_it_shows() {
         })
     };
     assert_eq!(
-        soft.tell(101, position(5), &told, &mut answer(1)),
+        soft.tell(101, position(5), (&told, true), &mut answer(1)),
         Telling::Told
     );
     // The view shows 6 already, its effects are not known yet.
     let mut early = answer(2);
     assert_eq!(
-        soft.tell(101, position(6), &told, &mut early),
+        soft.tell(101, position(6), (&told, true), &mut early),
         Telling::TooEarly
     );
     let _ = soft.applied(&chmod(6, 2, 7), now);
     assert_eq!(
-        soft.tell(101, position(6), &told, &mut early),
+        soft.tell(101, position(6), (&told, true), &mut early),
         Telling::Told
     );
     assert_eq!(drain(&mut reader).await, [Err(1), Ok((7, 6)), Err(2)]);
@@ -144,7 +144,7 @@ async fn an_answer_waits_for_the_effects_of_what_it_shows() {
         what: What::ATTR,
     }];
     assert_eq!(
-        soft.tell(101, position(6), &late, &mut answer(3)),
+        soft.tell(101, position(6), (&late, true), &mut answer(3)),
         Telling::Told
     );
     assert_eq!(drain(&mut reader).await, [Ok((8, 8)), Err(3)]);
@@ -280,7 +280,7 @@ async fn a_write_lease_makes_others_ask_and_a_silent_holder_is_given_up_early() 
         what: What::ATTR,
     };
     assert_eq!(
-        soft.tell(102, position(0), &[told], &mut None),
+        soft.tell(102, position(0), (&[told], true), &mut None),
         Telling::Told
     );
     soft.open(1, 7, true).unwrap();
@@ -468,4 +468,76 @@ async fn a_batch_opens_its_files_and_its_response_names_the_leases() {
         [0; 0],
         "the batch's answer is not acknowledged"
     );
+}
+
+/// What was read just before a directory was leased is not told any more: its holder may have changed it by then.
+#[tokio::test]
+async fn nobody_is_told_of_a_directory_that_was_leased_since_it_was_read() {
+    let now = Instant::now();
+    let mut soft = soft(&[1, 2], now);
+    let mut holder = takes_directories(&mut soft, 1, now);
+    let mut reader = takes_directories(&mut soft, 2, now);
+    let _ = soft.settle(1, now).and(soft.settle(2, now));
+    let attr = |ino| v1::Attr {
+        ino,
+        ..Default::default()
+    };
+    let attributes = |ino| Told {
+        ino,
+        what: What::ATTR,
+    };
+    let answer = |id, body| {
+        Some(v1::Response {
+            id,
+            body: Some(body),
+            ..Default::default()
+        })
+    };
+    // The view shows the directory already, its lease is not granted yet.
+    let mut looked_up = answer(1, v1::response::Body::Attr(attr(10)));
+    let told = [
+        Told {
+            ino: 5,
+            what: What::ENTRIES,
+        },
+        attributes(10),
+    ];
+    let tell = |soft: &mut Soft, response: &mut Option<v1::Response>, patient| {
+        soft.tell(102, position(1), (&told, patient), response)
+    };
+    assert_eq!(tell(&mut soft, &mut looked_up, true), Telling::TooEarly);
+    let _ = soft.applied(&mkdir(1, (5, 10), true), now);
+    for patient in [true, false] {
+        assert_eq!(tell(&mut soft, &mut looked_up, patient), Telling::Leased);
+    }
+    assert!(looked_up.is_some(), "it was not sent");
+
+    // A listing of its parent is told at once, without what is not known of it.
+    let entry = |ino| v1::DirEntry {
+        ino,
+        attr: Some(attr(ino)),
+        ..Default::default()
+    };
+    let page = v1::DirPage {
+        entries: vec![entry(9), entry(10)],
+        ..Default::default()
+    };
+    let mut listed = answer(2, v1::response::Body::DirPage(page));
+    let of_page = [5, 9, 10].map(attributes);
+    let telling = soft.tell(102, position(1), (&of_page, true), &mut listed);
+    assert_eq!(telling, Telling::Told);
+    let response = reader.next().await.unwrap().unwrap().responses.remove(0);
+    let Some(v1::response::Body::DirPage(page)) = response.body else {
+        panic!("{response:?}");
+    };
+    let known: Vec<_> = page.entries.iter().map(|entry| entry.attr).collect();
+    assert_eq!(known, [Some(attr(9)), None]);
+
+    let returned = soft.recall_for_read(2, 10, false).unwrap();
+    let recall = holder.next().await.unwrap().unwrap().recalls.remove(0);
+    assert_eq!(recall.ino, 10);
+    soft.return_lease(1, recall);
+    assert!(returned.await.is_err(), "the wait is over");
+    assert_eq!(tell(&mut soft, &mut looked_up, false), Telling::Told);
+    assert!(looked_up.is_none());
 }
