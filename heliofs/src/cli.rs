@@ -21,8 +21,11 @@ pub(crate) struct Cli {
 }
 
 /// How a cluster is reached.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Default, Debug)]
 pub(crate) struct Access {
+    /// The cluster's token; better --token-file or HELIOFS_TOKEN, since everybody on this machine can read the process list.
+    #[arg(long, value_name = "TOKEN", conflicts_with = "token_file")]
+    pub(crate) token: Option<String>,
     /// File with the cluster token, readable by its owner only. Else: HELIOFS_TOKEN, ~/.config/heliofs/token, /etc/heliofs/token.
     #[arg(long, value_name = "FILE", env = "HELIOFS_TOKEN_FILE")]
     pub(crate) token_file: Option<PathBuf>,

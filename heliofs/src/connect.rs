@@ -30,6 +30,9 @@ pub(crate) struct Target {
 impl Access {
     /// The token, from the first place that has one.
     pub(crate) fn token(&self) -> Outcome<Token> {
+        if let Some(text) = &self.token {
+            return Ok(Token::new(text)?);
+        }
         if let Some(file) = &self.token_file {
             return Ok(Token::from_file(file)?);
         }
@@ -50,12 +53,37 @@ impl Access {
         ))
     }
 
+    /// Whether the command line, or HELIOFS_TOKEN_FILE, says which token it is.
+    pub(crate) fn is_given(&self) -> bool {
+        self.token.is_some() || self.token_file.is_some()
+    }
+
+    /// As given; the token in `file` if none is.
+    pub(crate) fn or_file(&self, file: Option<PathBuf>) -> Self {
+        match self.is_given() {
+            true => self.clone(),
+            false => Self {
+                token: None,
+                token_file: file,
+            },
+        }
+    }
+
+    /// With the token in `file` if there is one; else as given.
+    pub(crate) fn with_file(&self, file: Option<PathBuf>) -> Self {
+        match file {
+            None => self.clone(),
+            file => Self {
+                token: None,
+                token_file: file,
+            },
+        }
+    }
+
     /// The cluster at a META-URL, or of a name that was saved with `heliofs auth`.
     pub(crate) fn connect(&self, url: &str) -> Outcome<Connected> {
         let (url, token) = match auth::find(url)? {
-            Some(saved) if self.token_file.is_none() => {
-                (saved.meta, Token::from_file(&saved.token_file)?)
-            }
+            Some(saved) if !self.is_given() => (saved.meta, Token::from_file(&saved.token_file)?),
             Some(saved) => (saved.meta, self.token()?),
             None => (url.to_owned(), self.token()?),
         };

@@ -9,7 +9,7 @@ use heliofs_proto::ids::SegmentId;
 use heliofs_proto::v1::StorageConfig;
 use meta_client::Session;
 use mirror_sync::check::Checker;
-use mirror_sync::copy::{Buckets, Copier, CopyProgress, Host};
+use mirror_sync::copy::{Buckets, Copier, CopyProgress, Host, report_reads};
 use parking_lot::Mutex;
 use prometheus::{IntGauge, Opts, Registry};
 use tokio::sync::mpsc;
@@ -85,6 +85,10 @@ impl Host for MountHost {
     fn progress(&self, progress: &CopyProgress) {
         self.metrics.show(progress);
     }
+
+    fn read_bytes(&self) -> u64 {
+        self.store.second_read_bytes()
+    }
 }
 
 /// Both buckets, opened for copying: apart from those that reads wait for.
@@ -156,6 +160,13 @@ pub(crate) fn start(
     }
 }
 
+/// A mount that copies nothing counts what its reads bring from the source region nevertheless, as long as the process lives.
+/// `bucket`: the uuid of this region's.
+pub(crate) fn count(bucket: String, fs: Arc<Fs>, store: Arc<SegmentStore>, metrics: CopyMetrics) {
+    let host = Arc::new(MountHost { fs, store, metrics });
+    tokio::spawn(report_reads(bucket, host, CancellationToken::new()));
+}
+
 /// A worker: a session, renewed when it ends, and what was done.
 pub(crate) struct WorkerHost {
     /// The session now.
@@ -172,6 +183,11 @@ impl Host for WorkerHost {
     }
 
     fn copied(&self, _: SegmentId) {}
+
+    fn read_bytes(&self) -> u64 {
+        // Its reads are copies, which count themselves.
+        0
+    }
 
     fn progress(&self, progress: &CopyProgress) {
         self.metrics.show(progress);

@@ -13,31 +13,40 @@ use support::cluster::{HELIOFS, run};
 use support::mount::is_mounted;
 use support::{Cluster, Process, wait_for};
 
-const COMMANDS: [&str; 19] = [
-    "up",
-    "meta",
-    "raft status",
-    "raft init",
-    "raft add",
-    "raft remove",
-    "raft transfer",
-    "raft snapshot",
-    "raft digest",
-    "format",
-    "mount",
-    "umount",
-    "status",
-    "info",
-    "config",
-    "destroy",
-    "rmr",
-    "sync",
-    "changelog",
-];
+/// All that can be typed, as the help says; commands that have others below them are not among them.
+fn commands(below: &[&str]) -> Vec<String> {
+    let help = run(Command::new(HELIOFS).args(below).arg("--help")).success();
+    let Some((_, listed)) = help.out.split_once("\nCommands:\n") else {
+        return vec![below.join(" ")];
+    };
+    listed
+        .lines()
+        .take_while(|line| !line.is_empty())
+        // Texts that go on in the next line are indented further.
+        .filter(|line| line.starts_with("  ") && !line.starts_with("   "))
+        .filter_map(|line| line.split_whitespace().next())
+        .filter(|name| !["help", "version"].contains(name))
+        .flat_map(|name| commands(&[below, &[name]].concat()))
+        .collect()
+}
 
 #[test]
 fn every_command_explains_itself_and_refuses_nonsense_as_json() {
-    for command in COMMANDS {
+    let commands = commands(&[]);
+    for known in [
+        "mount",
+        "auth",
+        "fsck",
+        "raft status",
+        "mirror promote",
+        "quota set",
+    ] {
+        assert!(
+            commands.iter().any(|command| command == known),
+            "{commands:?}"
+        );
+    }
+    for command in commands {
         let words: Vec<&str> = command.split(' ').collect();
         let help = run(Command::new(HELIOFS).args(&words).arg("--help")).success();
         assert!(help.out.contains("Usage: "), "{command}: {}", help.out);

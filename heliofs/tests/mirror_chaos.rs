@@ -162,6 +162,7 @@ impl Reader {
 enum Nemesis {
     KillSourceNode,
     KillMirrorNode,
+    KillMirrorLeader,
     FreezeSourceLeader,
     FreezeMirrorLeader,
     IsolateSourceLeader,
@@ -174,9 +175,10 @@ enum Nemesis {
 }
 
 impl Nemesis {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 18] = [
         Self::KillSourceNode,
         Self::KillMirrorNode,
+        Self::KillMirrorLeader,
         Self::FreezeSourceLeader,
         Self::FreezeMirrorLeader,
         Self::IsolateSourceLeader,
@@ -213,6 +215,8 @@ struct World {
     worker_of: Box<dyn Fn() -> Process>,
     /// Packets that vanished.
     dropped: u64,
+    /// How often readers had to go on at another node of the mirror.
+    moved: u64,
 }
 
 fn pause(process: &Process, time: Duration) {
@@ -244,6 +248,13 @@ impl World {
                 cluster.kill_node(node);
                 thread::sleep(time);
                 cluster.start_node(node);
+            }
+            Nemesis::KillMirrorLeader => {
+                let leader = self.mirror.leader();
+                self.mirror.kill_node(leader);
+                self.moved += u64::from(self.mirror.leader() != leader);
+                thread::sleep(time);
+                self.mirror.start_node(leader);
             }
             Nemesis::FreezeSourceLeader | Nemesis::FreezeMirrorLeader => {
                 let cluster = match fault {
@@ -359,6 +370,7 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         buckets: [theirs, ours],
         faulty,
         dropped: 0,
+        moved: 0,
         worker: worker_of(),
         worker_of,
     };
@@ -377,6 +389,7 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         thread::sleep(Duration::from_millis(random.random_range(200..1500)));
     }
     assert!(world.dropped > 0, "cutting off a leader hit nothing");
+    assert!(world.moved > 0, "no reader had to go to another node");
     for bucket in &world.faulty {
         let (requests, faults) = bucket.take_counts();
         assert!(faults > 0, "none of {requests} requests went wrong");
@@ -413,6 +426,17 @@ fn readers_at_a_mirror_see_a_prefix_whatever_happens() {
         let (reads, seen) = summary.readers[name];
         assert!(reads > 20 && seen > 0, "{name}: {reads} reads up to {seen}");
     }
+    // The one moved forward all the while, and not only when everything was over.
+    let shown: HashSet<u64> = recorded
+        .events
+        .iter()
+        .filter(|event| event.process == "complete" && event.kind == Kind::Ok)
+        .filter_map(|event| match &event.op {
+            Op::Read { version, .. } => *version,
+            _ => None,
+        })
+        .collect();
+    assert!(shown.len() as u64 > 3 * FILES, "complete showed {shown:?}");
     assert_mirror_equal(&world.source, &world.mirror, VOLUME);
     let expected = tree(&written.path);
     let files: HashSet<u64> = (1..=summary.written).map(number).collect();

@@ -203,19 +203,43 @@ fn reads_fall_back_to_the_source_and_what_they_bring_becomes_the_copy() {
         "{status}"
     );
     assert_eq!(status["complete"], "0:0", "{status}");
+    // It counts what crossed the link nevertheless: all that is not inline.
+    let sizes = fs::read_dir(&written.path)
+        .unwrap()
+        .map(|file| file.unwrap().metadata().unwrap().len());
+    let data: u64 = sizes.filter(|size| *size > 4096).sum();
+    let status = wait_for_status(
+        &regions.mirror,
+        VOLUME,
+        "its reads being counted",
+        |status| {
+            let pulled = status["bucket"]["pulled_bytes"].as_u64();
+            pulled.is_some_and(|pulled| pulled >= data)
+        },
+    );
     idle.unmount();
-    // With tasks handed out at a byte a second only what is read is there, and not much is copied.
+    let before = status["bucket"]["pulled_bytes"].as_u64().unwrap();
+    // With tasks handed out at a byte a second what is there is what was read, and one that came first.
+    let limit = [
+        "mirror",
+        "bucket",
+        &regions.mirror_url(),
+        "--copy-limit",
+        "1",
+    ];
+    regions.mirror.run(&limit).success();
     let seen = Mount::of(&regions.mirror, VOLUME, &[]);
     assert_eq!(tree(&seen.path), tree(&written.path));
     regions.complete();
     let copies = regions.copies();
     let objects = regions.objects("source");
     assert_eq!(regions.objects("mirror"), objects);
-    // Each object crossed the link once or, where a read met it after the look for it and before the copy, twice.
+    // Each object crossed the link once, but for that one, which a read may have met before it was copied.
     let bytes: usize = objects.values().map(Vec::len).sum();
-    let pulled = copies["pulled_bytes"].as_u64().unwrap();
+    let largest = objects.values().map(Vec::len).max().unwrap();
+    let pulled = copies["pulled_bytes"].as_u64().unwrap() - before;
     assert!(
-        pulled >= bytes as u64 && pulled <= 2 * bytes as u64,
+        pulled >= bytes as u64 && pulled <= (bytes + largest) as u64,
         "{pulled} of {bytes}"
     );
     seen.unmount();
@@ -262,6 +286,15 @@ fn workers_share_the_work_and_kills_lose_nothing() {
     assert_eq!(regions.objects("mirror"), regions.objects("source"));
     let copies = regions.copies();
     assert_eq!(copies["lost_segments"], 0, "{copies}");
+    // What a killed one had not reported was made again, and no more than that.
+    let objects = regions.objects("source");
+    let bytes: usize = objects.values().map(Vec::len).sum();
+    let largest = objects.values().map(Vec::len).max().unwrap();
+    let pulled = copies["pulled_bytes"].as_u64().unwrap();
+    assert!(
+        pulled <= (bytes + 3 * 2 * largest) as u64,
+        "{pulled} of {bytes}"
+    );
     drop(workers);
     let ran = regions.worker(&[]).success().json();
     assert_eq!(ran["copied_segments"], 0, "nothing is left to do: {ran}");
@@ -601,7 +634,10 @@ fn a_token_waited_for_with_data_means_every_byte() {
     regions.give_bucket(&[]).success();
     let written = regions.source.mount(VOLUME);
     let copier = Mount::of(&regions.mirror, VOLUME, &[]);
-    let mut random = rand::rngs::StdRng::seed_from_u64(13);
+    let seed =
+        std::env::var("HELIOFS_SEED").map_or_else(|_| rand::random(), |text| text.parse().unwrap());
+    println!("HELIOFS_SEED={seed}");
+    let mut random = rand::rngs::StdRng::seed_from_u64(seed);
     for trial in 0..trials {
         for _ in 0..random.random_range(1..6) {
             let path = written.join(format!("f{}", random.random_range(0..20)));

@@ -87,6 +87,9 @@ pub trait Host: Send + Sync + 'static {
 
     /// Something was done.
     fn progress(&self, progress: &CopyProgress);
+
+    /// Bytes that reads of this process have brought from the source region so far.
+    fn read_bytes(&self) -> u64;
 }
 
 /// One copier.
@@ -99,6 +102,8 @@ pub struct Copier {
     wanted: Vec<SegmentId>,
     pulled: BTreeMap<SegmentId, Bytes>,
     progress: CopyProgress,
+    /// Of what reads have brought, this much is counted.
+    read_bytes: u64,
     /// Segments that are queued or under way here.
     under_way: BTreeSet<u64>,
     /// Before more is asked for after something failed; longer each time.
@@ -148,6 +153,7 @@ impl Copier {
             wanted: Vec::new(),
             pulled: BTreeMap::new(),
             progress: CopyProgress::default(),
+            read_bytes: 0,
         }
     }
 
@@ -163,6 +169,7 @@ impl Copier {
         let mut renew_at = Instant::now() + RENEW;
         loop {
             let room = (self.parallel * 2).saturating_sub(queue.len() + under_way.len());
+            self.count_reads();
             let now = Instant::now();
             let hungry = room >= self.parallel && (now >= ask_at || !self.wanted.is_empty());
             if self.under_way.is_empty() {
@@ -236,6 +243,7 @@ impl Copier {
             }
         }
         under_way.abort_all();
+        self.count_reads();
         if let Err(error) = self.ask(0).await {
             // Others find these objects in the bucket.
             tracing::debug!(%error, "the last copies could not be reported");
@@ -264,10 +272,7 @@ impl Copier {
         };
         let report = std::mem::replace(&mut self.report, empty);
         // Without room for them they would be refused, and their bytes lost.
-        let wanted = match max {
-            0 => Vec::new(),
-            _ => std::mem::take(&mut self.wanted),
-        };
+        let wanted: Vec<_> = self.wanted.drain(..max.min(self.wanted.len())).collect();
         let stored: Vec<u64> = report.stored.clone();
         let working = self.under_way.iter().copied().collect();
         let session = self.host.session();
@@ -303,7 +308,6 @@ impl Copier {
     fn hear(&mut self, news: CopyNews) {
         match news {
             CopyNews::Pulled { segment, object } => {
-                self.count_pulled(object.len() as u64);
                 if self.pulled.len() < self.parallel * 2 {
                     self.pulled.insert(segment, object);
                     // One that waits here is leased to us already.
@@ -320,6 +324,12 @@ impl Copier {
                 self.report_since.get_or_insert_with(Instant::now);
             }
         }
+    }
+
+    fn count_reads(&mut self) {
+        let read = self.host.read_bytes();
+        let before = std::mem::replace(&mut self.read_bytes, read);
+        self.count_pulled(read - before);
     }
 
     fn count_pulled(&mut self, bytes: u64) {
@@ -477,6 +487,31 @@ async fn pull(
     // Of another bucket, or of one that was emptied, or that gives nothing, nothing can be said.
     buckets.second.check_marker(&buckets.second_uuid).await?;
     Ok(Err(reason))
+}
+
+/// Says what reads of this process bring from the source region, until cancelled: for hosts that copy nothing. `bucket`: the
+/// uuid of this region's.
+pub async fn report_reads(bucket: String, host: Arc<dyn Host>, stop: CancellationToken) {
+    let mut reported = 0;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(FAILED) => {}
+        }
+        let read = host.read_bytes();
+        if read == reported {
+            continue;
+        }
+        let report = v1::CopyReport {
+            bucket: bucket.clone(),
+            pulled_bytes: read - reported,
+            ..v1::CopyReport::default()
+        };
+        match host.session().take_copies(report, 0, &[], Vec::new()).await {
+            Ok(_) => reported = read,
+            Err(error) => tracing::debug!(%error, "what reads have pulled is not reported yet"),
+        }
+    }
 }
 
 /// Deletes what died from this region's bucket, until cancelled: for hosts that are no mounts, which do so themselves.

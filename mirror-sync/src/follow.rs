@@ -549,7 +549,7 @@ impl Follower {
         // A leader that has not heard of the source yet knows when what it shows was committed, by the source's clock, and no more.
         let age = self.lag.age(now).unwrap_or_else(|| since(time));
         self.says.lag_ms = millis(age);
-        self.says.contact_ms = self.lag.contact(now).map_or(0, millis);
+        self.says.contact_ms = self.lag.contact(now).map(millis);
         self.target.publish(self.says.clone());
     }
 }

@@ -142,6 +142,11 @@ impl SegmentStore {
         }
     }
 
+    /// Bytes that reads have brought from the second bucket; 0 without one.
+    pub fn second_read_bytes(&self) -> u64 {
+        self.shared.second.as_ref().map_or(0, Second::read_bytes)
+    }
+
     /// The second bucket, if there is one.
     pub fn second_bucket(&self) -> Option<&Bucket> {
         self.shared.second.as_ref().map(Second::bucket)

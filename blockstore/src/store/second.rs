@@ -7,6 +7,7 @@ use std::future::Future;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -100,6 +101,8 @@ pub(super) struct Second {
     pulled: Mutex<LruCache<SegmentId, Arc<OnceCell<Bytes>>>>,
     news: mpsc::Sender<CopyNews>,
     segment_bytes: u64,
+    /// Bytes that came from the bucket.
+    read_bytes: AtomicU64,
 }
 
 impl Second {
@@ -114,6 +117,7 @@ impl Second {
             pulled: Mutex::new(LruCache::new(size(kept))),
             news,
             segment_bytes,
+            read_bytes: AtomicU64::new(0),
         };
         (second, heard)
     }
@@ -163,7 +167,7 @@ impl Second {
     async fn get(&self, segment: SegmentId, part: &Part) -> Result<Bytes, StoreError> {
         let name = segment.object_name();
         if !self.copies() {
-            return part.get(&self.bucket, &name).await;
+            return self.counted(part.get(&self.bucket, &name).await);
         }
         let cell = {
             let mut pulled = self.pulled.lock();
@@ -171,7 +175,8 @@ impl Second {
         };
         let whole = cell
             .get_or_try_init(|| async {
-                let object = self.bucket.get_about(&name, self.segment_bytes).await?;
+                let object = self.bucket.get_about(&name, self.segment_bytes).await;
+                let object = self.counted(object)?;
                 self.tell(CopyNews::Pulled {
                     segment,
                     object: object.clone(),
@@ -180,6 +185,19 @@ impl Second {
             })
             .await?;
         Ok(part.of(whole))
+    }
+
+    fn counted(&self, answer: Result<Bytes, StoreError>) -> Result<Bytes, StoreError> {
+        if let Ok(bytes) = &answer {
+            self.read_bytes
+                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        answer
+    }
+
+    /// Bytes that came from the bucket.
+    pub(super) fn read_bytes(&self) -> u64 {
+        self.read_bytes.load(Ordering::Relaxed)
     }
 
     /// What was pulled turned out to be bad: the next read asks again.

@@ -25,9 +25,6 @@ pub(crate) struct Options {
     /// helio://HOST[:PORT][,HOST[:PORT]…][/VOLUME]; the volume is NAME unless it is named.
     #[arg(long, value_name = "META-URL")]
     meta: Option<String>,
-    /// The cluster's token; better --token-file or HELIOFS_TOKEN, since everybody on this machine can read the process list.
-    #[arg(long, value_name = "TOKEN")]
-    token: Option<String>,
     #[command(flatten)]
     buckets: BucketAccess,
     /// Forgets what was saved.
@@ -182,12 +179,10 @@ pub(crate) fn run(options: Options, json: bool) -> Outcome {
     };
     let mut url: MetaUrl = meta.parse()?;
     url.volume.get_or_insert_with(|| name.clone());
-    let given = options.token.is_some() || options.access.token_file.is_some();
-    let token = match (&options.token, &before) {
-        (Some(token), _) => Token::new(token)?,
+    let token = match &before {
         // What was saved stays, unless something else is said.
-        (None, Some(before)) if !given => Token::from_file(&before.token_file)?,
-        (None, _) => options.access.token()?,
+        Some(before) if !options.access.is_given() => Token::from_file(&before.token_file)?,
+        _ => options.access.token()?,
     };
     let buckets = match before {
         Some(before) => options.buckets.or(before.buckets),

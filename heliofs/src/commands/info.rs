@@ -69,9 +69,7 @@ pub(crate) fn places(access: &Access, paths: &[String]) -> Outcome<Vec<(Target, 
             places.push(place);
             continue;
         }
-        let access = Access {
-            token_file: access.token_file.clone().or(note.token_file),
-        };
+        let access = access.or_file(note.token_file);
         let target = access.target(&note.url, None)?;
         found.push((note.url, target, vec![place]));
     }

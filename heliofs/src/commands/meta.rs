@@ -92,9 +92,7 @@ impl Options {
             Some(path) => FileSettings::read(path)?,
             None => FileSettings::default(),
         };
-        if self.access.token_file.is_none() {
-            self.access.token_file.clone_from(&file.token_file);
-        }
+        self.access = self.access.or_file(file.token_file.clone());
         let token = self.access.token()?;
         if let Some(speed) = self.stamp_speed {
             meta_server::hasten_stamps(speed);
@@ -255,7 +253,7 @@ mod tests {
 
     fn options(config: PathBuf) -> Options {
         Options {
-            access: Access { token_file: None },
+            access: Access::default(),
             config: Some(config),
             id: None,
             data_dir: None,

@@ -24,8 +24,14 @@ pub(crate) struct Options {
     #[command(flatten)]
     access: Access,
     /// META-URL NAME MOUNTPOINT, helio://HOST[,HOST…]/NAME MOUNTPOINT, or NAME MOUNTPOINT with what `heliofs auth` saved.
-    #[arg(num_args = 2..=3, required = true, value_names = ["META-URL", "NAME", "MOUNTPOINT"])]
-    places: Vec<String>,
+    #[arg(value_name = "META-URL")]
+    first: String,
+    /// As above; the MOUNTPOINT when two are given.
+    #[arg(value_name = "NAME")]
+    second: String,
+    /// As above.
+    #[arg(value_name = "MOUNTPOINT")]
+    third: Option<String>,
     /// Returns once it is mounted, and serves in the background.
     #[arg(short = 'd', long)]
     background: bool,
@@ -38,15 +44,18 @@ pub(crate) struct Options {
 
 pub(crate) fn run(mut options: Options, json: bool, verbose: u8) -> Outcome {
     options.serving.take_options(&mut options.access)?;
-    let mount_point = options.places.pop().expect("clap asks for two or three");
-    let url = options.places.remove(0);
-    let name = options.places.pop();
+    let (url, second) = (options.first.clone(), options.second.clone());
+    let (name, mount_point) = match options.third.clone() {
+        Some(third) => (Some(second), third),
+        None => (None, second),
+    };
     // The background process finds it for itself, so that no secret is in its arguments.
     let typed = match auth::find(&url)? {
         Some(saved) if name.is_none() => {
             options.serving.buckets = options.serving.buckets.or(saved.buckets);
-            options.access.token_file.get_or_insert(saved.token_file);
-            Some(url.clone())
+            let given = options.access.token.is_some();
+            options.access = options.access.or_file(Some(saved.token_file));
+            (!given).then(|| url.clone())
         }
         _ => None,
     };
@@ -56,7 +65,9 @@ pub(crate) fn run(mut options: Options, json: bool, verbose: u8) -> Outcome {
     if options.background && !background::is_child() {
         let arguments: Vec<OsString> =
             child_arguments(&options, &target, typed.as_deref(), &mount_point, verbose);
-        let environment = options.serving.buckets.to_environment();
+        let mut environment = options.serving.buckets.to_environment();
+        let token = options.access.token.clone();
+        environment.extend(token.map(|token| ("HELIOFS_TOKEN".into(), token.into())));
         let (pid, ready) = background::spawn(&arguments, environment)?;
         if json {
             return output::print_json(&ready);

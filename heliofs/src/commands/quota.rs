@@ -139,9 +139,7 @@ fn volume(access: &Access, place: &str) -> Outcome<Target> {
         return access.target(place, None);
     }
     let (note, _) = mounts::containing(Path::new(place))?;
-    let access = Access {
-        token_file: access.token_file.clone().or(note.token_file),
-    };
+    let access = access.or_file(note.token_file);
     access.target(&note.url, None)
 }
 

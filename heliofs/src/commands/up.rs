@@ -116,7 +116,7 @@ async fn serve(options: &Options, data_dir: &Path, log_file: PathBuf, json: bool
             log_file: Some(log_file),
         };
         let mut serving = options.serving.clone();
-        serving.take_options(&mut Access { token_file: None })?;
+        serving.take_options(&mut Access::default())?;
         if serving.cache_dir.is_empty() {
             serving.cache_dir.push(data_dir.join("cache"));
         }

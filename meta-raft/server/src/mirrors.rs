@@ -31,7 +31,7 @@ impl MirrorBoard {
         let since = u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
         Some(v1::MirrorStatus {
             lag_ms: status.lag_ms.saturating_add(since),
-            contact_ms: status.contact_ms.saturating_add(since),
+            contact_ms: status.contact_ms.map(|ms| ms.saturating_add(since)),
             ..status.clone()
         })
     }

@@ -49,7 +49,8 @@ fn pass(state: &State, damage: &Damage, volume: VolumeId, cancel: &CancellationT
     match scrubbed {
         Ok(None) => {}
         Ok(Some(scrubbed)) if scrubbed.differing.is_empty() => {
-            tracing::debug!(%volume, records = scrubbed.records, "scrubbed");
+            let (records, took) = (scrubbed.records, began.elapsed());
+            tracing::info!(%volume, records, ?took, "all records are what was applied");
         }
         Ok(Some(scrubbed)) => {
             tracing::error!(

@@ -173,12 +173,7 @@ async fn promote(
 ) -> Outcome<Promoted> {
     let begun = Instant::now();
     let mirror = status.mirror.clone().unwrap_or_default();
-    let access = Access {
-        token_file: options
-            .source_token_file
-            .clone()
-            .or(options.access.token_file.clone()),
-    };
+    let access = options.access.with_file(options.source_token_file.clone());
     let (url, volume) = other_side(&mirror, options.source.as_deref())?;
     let source = |within| {
         let patience = ClusterOptions {

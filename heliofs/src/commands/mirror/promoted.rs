@@ -169,7 +169,7 @@ impl Loss {
         Self::Known {
             entries: head.seq.saturating_sub(last.seq),
             head,
-            silent: Duration::from_millis(status.contact_ms),
+            silent: Duration::from_millis(status.contact_ms.unwrap_or_default()),
         }
     }
 
@@ -229,7 +229,7 @@ mod tests {
         let at = |seq| v1::Position { epoch: 2, seq };
         let mut status = v1::MirrorStatus {
             source_head: Some(at(50)),
-            contact_ms: 7000,
+            contact_ms: Some(7000),
             ..v1::MirrorStatus::default()
         };
         let loss = Loss::known(&status, at(38).into());

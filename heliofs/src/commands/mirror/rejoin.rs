@@ -15,7 +15,6 @@ use serde_json::json;
 
 use super::At;
 use super::tail_paths::TailPaths;
-use crate::cli::Access;
 use crate::commands::changelog;
 use crate::failure::{Failure, Outcome, While};
 use crate::output;
@@ -54,12 +53,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let at = &options.at;
     let target = at.access.target(&at.url, at.name.as_deref())?;
     let of: MetaUrl = options.of.parse()?;
-    let access = Access {
-        token_file: options
-            .of_token_file
-            .clone()
-            .or(at.access.token_file.clone()),
-    };
+    let access = at.access.with_file(options.of_token_file.clone());
     let promoted = of.volume.clone().unwrap_or(target.volume.clone());
     let successor = access.target(&options.of, of.volume.is_none().then_some(&target.volume))?;
     let (old, new) = tokio::try_join!(

@@ -126,10 +126,13 @@ fn show_copies(status: &MirrorStatus) -> String {
     if copies.quarantined_segments > 0 {
         parts.push(format!("{} can't be had", copies.quarantined_segments));
     }
-    match parts.is_empty() {
-        true => "has all".to_owned(),
-        false => parts.join(", "),
+    if parts.is_empty() {
+        parts.push("has all".to_owned());
     }
+    if copies.pulled_bytes > 0 {
+        parts.push(format!("{} pulled", show_size(copies.pulled_bytes)));
+    }
+    parts.join(", ")
 }
 
 /// What the bucket lacks, one line each.
@@ -190,6 +193,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         match (json, options.watch) {
             (true, true) => output::line(all_json(&mirrors, &rotten))?,
             (true, false) => output::print_json(&all_json(&mirrors, &rotten))?,
+            (false, false) if mirrors.is_empty() => {
+                let slots = connected.cluster.list_slots(volume.as_deref()).await?;
+                output::line("this cluster mirrors nothing; who mirrors its volumes:")?;
+                return super::slots::print(&slots);
+            }
             (false, _) => print(&mirrors, &rotten)?,
         }
         if !options.watch {
@@ -287,9 +295,6 @@ fn all_json(mirrors: &[MirrorStatus], rotten: &[Rotten]) -> Value {
 }
 
 fn print(mirrors: &[MirrorStatus], rotten: &[Rotten]) -> Outcome {
-    if mirrors.is_empty() {
-        return output::line("this cluster mirrors nothing: see `heliofs meta --mirror-of`");
-    }
     let mut table = output::table([
         "volume", "doing", "applied", "behind", "lag", "complete", "bucket", "heard", "from",
         "detail",
@@ -304,7 +309,7 @@ fn print(mirrors: &[MirrorStatus], rotten: &[Rotten]) -> Outcome {
             show_millis(status.lag_ms),
             show_position(status.complete),
             show_copies(status),
-            format!("{} ago", show_millis(status.contact_ms)),
+            heard(status.contact_ms),
             from(&mirror),
             status.detail.clone(),
         ]);
@@ -316,6 +321,13 @@ fn print(mirrors: &[MirrorStatus], rotten: &[Rotten]) -> Outcome {
         }
     }
     Ok(())
+}
+
+fn heard(contact_ms: Option<u64>) -> String {
+    contact_ms.map_or_else(
+        || "not yet".to_owned(),
+        |ms| format!("{} ago", show_millis(ms)),
+    )
 }
 
 /// Loads a volume anew.

@@ -28,25 +28,32 @@ pub(crate) struct Named {
     #[command(flatten)]
     access: Access,
     /// META-URL VOLUME MIRROR, or helio://HOST[,HOST…]/VOLUME MIRROR, of the source.
-    #[arg(num_args = 2..=3, required = true, value_names = ["META-URL", "VOLUME", "MIRROR"])]
-    places: Vec<String>,
+    #[arg(value_name = "META-URL")]
+    first: String,
+    /// As above; the MIRROR when two are given.
+    #[arg(value_name = "VOLUME")]
+    second: String,
+    /// As above.
+    #[arg(value_name = "MIRROR")]
+    third: Option<String>,
 }
 
 impl Named {
     /// The cluster, the volume and the mirror.
-    fn resolve(mut self) -> Outcome<(meta_client::Cluster, String, String)> {
-        let mirror = self.places.pop().expect("clap asks for two or three");
-        let url = self.places.remove(0);
-        if self.places.is_empty() && url.parse::<MetaUrl>().is_ok_and(|url| url.volume.is_none()) {
+    fn resolve(self) -> Outcome<(meta_client::Cluster, String, String)> {
+        let url = self.first;
+        let (volume, mirror) = match self.third {
+            Some(third) => (Some(self.second), third),
+            None => (None, self.second),
+        };
+        if volume.is_none() && url.parse::<MetaUrl>().is_ok_and(|url| url.volume.is_none()) {
             return Err(
                 Failure::usage("volume, mirror, or both are not named").hint(format!(
                     "write META-URL VOLUME MIRROR; `heliofs mirror list {url}` shows them"
                 )),
             );
         }
-        let target = self
-            .access
-            .target(&url, self.places.first().map(String::as_str))?;
+        let target = self.access.target(&url, volume.as_deref())?;
         Ok((target.cluster, target.volume, mirror))
     }
 }
@@ -111,13 +118,18 @@ pub(super) async fn list(at: At, json: bool) -> Outcome {
         });
         return output::print_json(&slots.collect());
     }
+    print(&slots)
+}
+
+/// A table of slots.
+pub(super) fn print(slots: &[v1::SlotStatus]) -> Outcome {
     if slots.is_empty() {
         return output::line("no mirrors: `heliofs meta --mirror-of` starts one");
     }
     let mut table = output::table([
         "volume", "mirror", "state", "applied", "behind", "log kept", "cap", "heard",
     ]);
-    for status in &slots {
+    for status in slots {
         let slot = status.slot.clone().unwrap_or_default();
         let seq = |position: Option<v1::Position>| position.map_or(0, |position| position.seq);
         let behind = seq(status.head).saturating_sub(seq(slot.applied));

@@ -18,8 +18,14 @@ pub(crate) struct Wait {
     #[command(flatten)]
     access: Access,
     /// META-URL VOLUME TOKEN, or helio://HOST[,HOST…]/VOLUME TOKEN, of the mirror.
-    #[arg(num_args = 2..=3, required = true, value_names = ["META-URL", "VOLUME", "TOKEN"])]
-    places: Vec<String>,
+    #[arg(value_name = "META-URL")]
+    first: String,
+    /// As above; the TOKEN when two are given.
+    #[arg(value_name = "VOLUME")]
+    second: String,
+    /// As above.
+    #[arg(value_name = "TOKEN")]
+    third: Option<String>,
     /// Gives up after this long, with exit code 1.
     #[arg(long, value_parser = units::parse_duration, default_value = "60s", value_name = "TIME")]
     timeout: Duration,
@@ -44,12 +50,14 @@ pub(super) async fn print(at: At, json: bool) -> Outcome {
     output::line(token)
 }
 
-pub(super) async fn wait(mut options: Wait, json: bool) -> Outcome {
-    let token = options.places.pop().expect("clap asks for two or three");
-    let position = parse(&token)?;
-    let url = options.places.remove(0);
-    let name = options.places.first().map(String::as_str);
-    let target = options.access.target(&url, name)?;
+pub(super) async fn wait(options: Wait, json: bool) -> Outcome {
+    let (volume, token) = match &options.third {
+        Some(third) => (Some(&options.second), third),
+        None => (None, &options.second),
+    };
+    let position = parse(token)?;
+    let volume = volume.map(String::as_str);
+    let target = options.access.target(&options.first, volume)?;
     let begun = std::time::Instant::now();
     let waited =
         target

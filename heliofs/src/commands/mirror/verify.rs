@@ -250,9 +250,7 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let mirror = mirror.ok_or_else(|| Failure::new(format!("{} is no mirror", target.volume)))?;
     // It will not come to the source's position any more: what it has is compared with what the source has now.
     let stopped = mirror.state() == MirrorState::Stopped;
-    let access = Access {
-        token_file: options.source_token_file.or(options.access.token_file),
-    };
+    let access = options.access.with_file(options.source_token_file);
     let source = access.connect(options.source.as_ref().unwrap_or(&mirror.source))?;
     let volumes = Volumes {
         source: &source.cluster,

@@ -569,16 +569,15 @@ impl Serving {
                 note.mount_point.display()
             ))
         })?;
-        if let (Some(buckets), Some(news)) = (copies, news) {
+        if let Some(news) = news {
             let metrics = CopyMetrics::new(&registry, volume);
-            copying::start(
-                buckets,
-                self.sync_interval,
-                mounted.fs().clone(),
-                store,
-                news,
-                metrics,
-            );
+            let fs = mounted.fs().clone();
+            match copies {
+                Some(buckets) => {
+                    copying::start(buckets, self.sync_interval, fs, store, news, metrics);
+                }
+                None => copying::count(storage.uuid.clone(), fs, store, metrics),
+            }
         }
         if let Some(listen) = self.metrics {
             let exposed = Exposed {
@@ -688,7 +687,7 @@ mod tests {
 
     #[test]
     fn fstab_options_are_the_flags_by_name() {
-        let mut access = Access { token_file: None };
+        let mut access = Access::default();
         let mut taken = serving(
             "ro,_netdev,relatime,cache-size=2G,io-timeout=2500ms,writeback,upload-delay=1m,token-file=/t,x-systemd.automount",
         );

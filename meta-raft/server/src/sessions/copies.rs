@@ -99,13 +99,17 @@ pub(super) async fn serve(
         .state
         .volume(id)
         .map_or(0, |record| record.copy_bytes_per_second);
-    let taken = volume.soft().copies.take(
-        session,
-        candidates.iter().map(|(id, it)| (id.0, it.length)),
-        max,
-        rate,
-        Instant::now(),
-    );
+    let taken = {
+        let (now, mut soft) = (Instant::now(), volume.soft());
+        // What reads have brought has crossed the link: it comes first, and the rate is not asked.
+        let is_missing = |id: &u64| candidates.iter().any(|(missing, _)| missing.0 == *id);
+        let brought = ask.wanted.iter().copied().filter(is_missing);
+        let mut taken = soft.copies.segments.take(session, brought, max, now);
+        let rest = candidates.iter().map(|(id, it)| (id.0, it.length));
+        let room = max - taken.len();
+        taken.extend(soft.copies.take(session, rest, room, rate, now));
+        taken
+    };
     let mut known: BTreeMap<u64, v1::MissingSegment> =
         candidates.into_iter().map(|(id, it)| (id.0, it)).collect();
     let tasks = ctx
