@@ -23,8 +23,14 @@ pub(crate) struct Cli {
 /// How a cluster is reached.
 #[derive(Args, Clone, Default, Debug)]
 pub(crate) struct Access {
-    /// The cluster's token; better --token-file or HELIOFS_TOKEN, since everybody on this machine can read the process list.
-    #[arg(long, value_name = "TOKEN", conflicts_with = "token_file")]
+    /// The cluster's token, before any other; better --token-file or HELIOFS_TOKEN, since everybody on this machine can read the process list.
+    // By the variable a mount tells the process in the background.
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "HELIOFS_BACKGROUND_TOKEN",
+        hide_env = true
+    )]
     pub(crate) token: Option<String>,
     /// File with the cluster token, readable by its owner only. Else: HELIOFS_TOKEN, ~/.config/heliofs/token, /etc/heliofs/token.
     #[arg(long, value_name = "FILE", env = "HELIOFS_TOKEN_FILE")]

@@ -156,6 +156,15 @@ fn a_name_stands_for_the_url_the_token_and_the_keys_of_both_buckets() {
     assert_eq!(tree(&point), expected);
     home.unmount();
 
+    // The flag counts, whatever the environment says.
+    let environment = [
+        ("HELIOFS_TOKEN_FILE", "/nowhere"),
+        ("HELIOFS_TOKEN", &wrong),
+    ];
+    let all = [&[&url[..]], &keys[..]].concat();
+    home.mounted(&all, &environment).success();
+    home.unmount();
+
     // From the environment; without the keys of the second bucket nothing is seen of what lies there only.
     let environment = [
         ("HELIOFS_TOKEN", token),

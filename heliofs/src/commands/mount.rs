@@ -67,7 +67,7 @@ pub(crate) fn run(mut options: Options, json: bool, verbose: u8) -> Outcome {
             child_arguments(&options, &target, typed.as_deref(), &mount_point, verbose);
         let mut environment = options.serving.buckets.to_environment();
         let token = options.access.token.clone();
-        environment.extend(token.map(|token| ("HELIOFS_TOKEN", token.into())));
+        environment.extend(token.map(|token| ("HELIOFS_BACKGROUND_TOKEN", token.into())));
         let (pid, ready) = background::spawn(&arguments, environment)?;
         if json {
             return output::print_json(&ready);
@@ -117,7 +117,9 @@ fn child_arguments(
     let mut arguments: Vec<OsString> = vec!["mount".into(), "-d".into()];
     arguments.extend((0..verbose).map(|_| "-v".into()));
     let path = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-    if let Some(file) = &options.access.token_file {
+    if let Some(file) = &options.access.token_file
+        && options.access.token.is_none()
+    {
         arguments.extend(["--token-file".into(), path(file).into()]);
     }
     if let Some(file) = &options.log_file {

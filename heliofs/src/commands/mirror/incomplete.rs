@@ -1,6 +1,6 @@
 //! Which files of a mirror refer to objects that are not in its own bucket.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use futures::{StreamExt, TryStreamExt};
 use heliofs_proto::ids::Ino;
@@ -21,7 +21,7 @@ const SHOWN_MAX: usize = 20;
 const ASKED_AT_ONCE: usize = 32;
 
 /// Segments that are asked for by id; with more, all extents are asked for and looked through here.
-const ASKED_BY_ID_MAX: usize = 50_000;
+const ASKED_BY_ID_MAX: usize = 2000;
 
 /// Files that can't be read whole without the other bucket.
 #[derive(Debug, Default)]
@@ -60,21 +60,32 @@ impl Incomplete {
             true => &any,
             false => missing,
         };
-        // The first byte of each file that is not here.
-        let mut files: BTreeMap<u64, u64> = BTreeMap::new();
+        // The first byte of each file that is not here; extents come by inode.
+        let mut files: Vec<(u64, u64)> = Vec::new();
+        let mut count = 0;
+        let mut last = None;
         segments::each_extent(session, asked, |ino, extent| {
-            if missing.contains(&extent.segment) {
-                let first = files.entry(ino).or_insert(extent.offset);
+            if !missing.contains(&extent.segment) {
+                return;
+            }
+            if last.replace(ino) != Some(ino) {
+                count += 1;
+                if files.len() < NAMED_MAX {
+                    files.push((ino, extent.offset));
+                }
+            } else if let Some((of, first)) = files.last_mut()
+                && *of == ino
+            {
                 *first = extent.offset.min(*first);
             }
         })
         .await?;
-        let unnamed = files.len().saturating_sub(NAMED_MAX) as u64;
-        let names = files.iter().take(NAMED_MAX).map(|(ino, first)| async move {
-            let ino = Ino(*ino);
+        let unnamed = count - files.len() as u64;
+        let names = files.into_iter().map(|(ino, first)| async move {
+            let ino = Ino(ino);
             match session.get_attr(ino).await {
                 // What was cut off, and is not erased yet.
-                Ok((attr, _)) if attr.size <= *first => Ok(None),
+                Ok((attr, _)) if attr.size <= first => Ok(None),
                 Ok(_) => session.path_of(ino).await,
                 Err(ClientError::Verdict(_)) => Ok(None),
                 Err(error) => Err(error),

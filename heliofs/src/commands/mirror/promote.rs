@@ -18,7 +18,6 @@ use mirror_sync::fence::{self, How, TakeError, marker::Me};
 use serde_json::json;
 
 use super::handover::{REPEAT, expect_dead, hand_over, other_side, seal, take_back, way_back};
-use super::incomplete::Incomplete;
 use super::promoted::{Begun, Loss, Promoted, row};
 use crate::cli::Access;
 use crate::commands::config;
@@ -69,6 +68,9 @@ pub(crate) struct Options {
     even_if_stopped: bool,
 }
 
+/// Files that are not complete are looked for this long: the volume is written here by then, and people wait for what it came to.
+const LOOK_WITHIN: Duration = Duration::from_secs(60);
+
 pub(super) async fn run(options: Options, json: bool) -> Outcome {
     let connected = options.access.connect(&options.url)?;
     if options.name.is_none() && connected.url.volume.is_none() {
@@ -78,11 +80,15 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
         .access
         .target(&options.url, options.name.as_deref())?;
     let status = status_of(&target).await?;
-    let promoted = promote(&options, &target, status).await?;
-    if json {
-        return output::print_json(&promoted.as_json());
+    let mut promoted = promote(&options, &target, status).await?;
+    if !json {
+        promoted.print()?;
     }
-    promoted.print()
+    promoted.look(&target, Instant::now() + LOOK_WITHIN).await;
+    match json {
+        true => output::print_json(&promoted.as_json()),
+        false => promoted.print_incomplete(),
+    }
 }
 
 /// Every volume that the cluster mirrors: by force at once, so that what a dead source takes is taken once; else one after
@@ -102,18 +108,25 @@ async fn run_all(options: &Options, connected: Connected, json: bool) -> Outcome
         mirror.is_some_and(|mirror| !mirror.was_handed_over())
     });
     let each = mirrors.map(|status| {
-        let volume = status.name.clone();
         let target = Target {
             cluster: connected.cluster.clone(),
             url: MetaUrl {
-                volume: Some(volume.clone()),
+                volume: Some(status.name.clone()),
                 ..connected.url.clone()
             },
-            volume: volume.clone(),
+            volume: status.name.clone(),
         };
-        async move { (volume, promote(options, &target, status).await) }
+        async move {
+            let promoted = promote(options, &target, status).await;
+            // What is known of the source goes with the promotion: at once.
+            let printed = match &promoted {
+                Ok(promoted) if !json => promoted.print(),
+                _ => Ok(()),
+            };
+            (target, promoted.and_then(|it| printed.map(|()| it)))
+        }
     });
-    let promoted: Vec<(String, Outcome<Promoted>)> = match options.force {
+    let mut promoted: Vec<(Target, Outcome<Promoted>)> = match options.force {
         true => join_all(each).await,
         false => futures::stream::iter(each).then(|one| one).collect().await,
     };
@@ -122,16 +135,22 @@ async fn run_all(options: &Options, connected: Connected, json: bool) -> Outcome
             "give the META-URL of the mirror's cluster: `heliofs mirror status` lists its mirrors",
         ));
     }
+    let until = Instant::now() + LOOK_WITHIN;
+    for (target, outcome) in &mut promoted {
+        if let Ok(promoted) = outcome {
+            promoted.look(target, until).await;
+        }
+    }
     let failed = promoted.iter().filter(|(_, outcome)| outcome.is_err());
     let failed = failed.count();
     if json {
         let all: Vec<_> = promoted
             .iter()
-            .map(|(volume, outcome)| match outcome {
+            .map(|(target, outcome)| match outcome {
                 Ok(promoted) => promoted.as_json(),
                 Err(failure) => {
                     let mut shown = failure.to_json();
-                    shown["volume"] = json!(volume);
+                    shown["volume"] = json!(target.volume);
                     shown["promoted"] = json!(false);
                     shown
                 }
@@ -147,11 +166,11 @@ async fn run_all(options: &Options, connected: Connected, json: bool) -> Outcome
             "incomplete files",
             "why not",
         ]);
-        for (volume, outcome) in &promoted {
+        for (target, outcome) in &promoted {
             if let Ok(promoted) = outcome {
-                promoted.print()?;
+                promoted.print_incomplete()?;
             }
-            table.add_row(row(volume, outcome));
+            table.add_row(row(&target.volume, outcome));
         }
         output::print_table(&table)?;
     }
@@ -315,11 +334,6 @@ async fn promote(
     let seconds = begun.elapsed().as_secs_f64();
     let pending = status.copies.clone().unwrap_or_default();
     let source_only = pending.pending_segments + pending.quarantined_segments;
-    // Not before: the region waits for its volume, and nobody for this.
-    let incomplete = match forced && source_only > 0 {
-        true => Incomplete::find(target).await,
-        false => Ok(Incomplete::default()),
-    };
     Ok(Promoted::Begun(Box::new(Begun {
         volume: target.volume.clone(),
         last,
@@ -331,7 +345,7 @@ async fn promote(
         seconds,
         fenced,
         waited,
-        incomplete,
+        incomplete: None,
     })))
 }
 

@@ -1,13 +1,14 @@
 //! What a promotion came to: what is lost, what is not complete, and how that is shown.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use heliofs_proto::ids::Position;
 use heliofs_proto::v1;
 use serde_json::json;
 
 use super::incomplete::Incomplete;
-use crate::failure::Outcome;
+use crate::connect::Target;
+use crate::failure::{Failure, Outcome};
 use crate::output;
 
 /// What became of a volume.
@@ -42,8 +43,8 @@ pub(super) fn row(volume: &str, outcome: &Outcome<Promoted>) -> [String; 6] {
                 Loss::Unknown => "not known".to_owned(),
             };
             let incomplete = match &begun.incomplete {
-                Ok(incomplete) => incomplete.files.to_string(),
-                Err(_) => "not known".to_owned(),
+                Some(Ok(incomplete)) => incomplete.files.to_string(),
+                Some(Err(_)) | None => "not known".to_owned(),
             };
             [
                 volume.to_owned(),
@@ -77,10 +78,23 @@ pub(super) struct Begun {
     pub(super) seconds: f64,
     pub(super) fenced: bool,
     pub(super) waited: Duration,
-    pub(super) incomplete: Outcome<Incomplete>,
+    /// `None`: nobody has looked yet.
+    pub(super) incomplete: Option<Outcome<Incomplete>>,
 }
 
 impl Promoted {
+    /// Looks for the files that are not complete, until then. Not before the promotion took effect: the region waits for its
+    /// volume, and nobody for this.
+    pub(super) async fn look(&mut self, target: &Target, until: Instant) {
+        let Self::Begun(begun) = self else { return };
+        begun.incomplete = Some(match begun.forced && begun.source_only > 0 {
+            true => tokio::time::timeout_at(until.into(), Incomplete::find(target))
+                .await
+                .unwrap_or_else(|_| Err(Failure::new("it takes too long"))),
+            false => Ok(Incomplete::default()),
+        });
+    }
+
     pub(super) fn as_json(&self) -> serde_json::Value {
         let begun = match self {
             Self::TakenBack { volume, at } => {
@@ -101,12 +115,14 @@ impl Promoted {
         });
         begun.loss.put(&mut shown);
         // `null`: they could not be looked for.
-        let incomplete = begun.incomplete.as_ref().ok();
+        let incomplete = begun.incomplete.as_ref();
+        let incomplete = incomplete.and_then(|found| found.as_ref().ok());
         shown["incomplete_files"] = json!(incomplete.map(|it| it.files));
         shown["incomplete_file_names"] = json!(incomplete.map(|it| &it.names));
         shown
     }
 
+    /// What it came to, but for the files that are not complete.
     pub(super) fn print(&self) -> Outcome {
         let begun = match self {
             Self::TakenBack { volume, at } => {
@@ -131,11 +147,22 @@ impl Promoted {
             "{} objects are in the source's bucket only: files that need them can be read while that bucket can; \
              `heliofs mirror status --missing` lists them",
             begun.source_only
-        ))?;
+        ))
+    }
+
+    /// The files that are not complete, once they were looked for.
+    pub(super) fn print_incomplete(&self) -> Outcome {
+        let Self::Begun(begun) = self else {
+            return Ok(());
+        };
         match &begun.incomplete {
-            Ok(incomplete) => incomplete.print(),
-            Err(failure) => output::line(format_args!(
-                "which files these are could not be looked for ({}): `heliofs fsck` names them",
+            _ if begun.source_only == 0 => Ok(()),
+            None => Ok(()),
+            Some(Ok(incomplete)) if begun.forced => incomplete.print(),
+            Some(Ok(_)) => Ok(()),
+            Some(Err(failure)) => output::line(format_args!(
+                "which files of {} these are could not be looked for ({}): `heliofs fsck` names them",
+                begun.volume,
                 failure.message()
             )),
         }

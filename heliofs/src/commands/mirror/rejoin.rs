@@ -156,27 +156,22 @@ async fn export(
     // Before the records are dropped: afterwards nobody knows what an inode was.
     let mut paths = match target.session(true).await {
         Ok(session) => Some(TailPaths::new(session)),
-        Err(failure) if force => {
+        Err(failure) => {
             tracing::warn!(why = failure.message(), "inodes of the tail are not named");
             None
         }
-        Err(failure) => return unfinished(failure),
     };
     let mut reader = target.cluster.follow(&target.volume, after, false);
     loop {
         match reader.next().await {
             Ok(Some(ChangelogItem::Entry(entry))) => {
                 let mut line = changelog::as_json(&entry);
-                let put = match &mut paths {
-                    Some(paths) => paths.put(&mut line).await,
-                    None => Ok(()),
-                };
-                match put {
-                    Ok(()) => {}
-                    Err(error) if force => {
-                        tracing::warn!(%error, "inodes of an entry are not named");
-                    }
-                    Err(error) => return unfinished(error.into()),
+                // The names are for people: the tail is what it is without them.
+                if let Some(named) = &mut paths
+                    && let Err(error) = named.put(&mut line).await
+                {
+                    tracing::warn!(%error, "inodes from here on are not named");
+                    paths = None;
                 }
                 serde_json::to_writer(&mut out, &line).map_err(Failure::new)?;
                 out.write_all(b"\n").while_(doing())?;

@@ -195,6 +195,11 @@ pub(super) async fn run(options: Options, json: bool) -> Outcome {
             (true, false) => output::print_json(&all_json(&mirrors, &rotten))?,
             (false, false) if mirrors.is_empty() => {
                 let slots = connected.cluster.list_slots(volume.as_deref()).await?;
+                if slots.is_empty() {
+                    return output::line(
+                        "this cluster mirrors nothing yet, and nobody mirrors it: see `heliofs meta --mirror-of`",
+                    );
+                }
                 output::line("this cluster mirrors nothing; who mirrors its volumes:")?;
                 return super::slots::print(&slots);
             }

@@ -10,6 +10,12 @@ use serde_json::{Value, json};
 /// Entries of a directory per question.
 const PAGE: u32 = 4096;
 
+/// Entries of a directory whose names are remembered; what lies in a larger one gets no path.
+const NAMES_MAX: usize = 100_000;
+
+/// Names of all directories together.
+const REMEMBERED_MAX: usize = 1_000_000;
+
 /// Directories above one another; more are a loop.
 const DEPTH_MAX: usize = 4096;
 
@@ -142,12 +148,21 @@ impl TailPaths {
             for entry in page.entries {
                 names.entry(entry.ino).or_insert(entry.name);
             }
+            if names.len() > NAMES_MAX {
+                tracing::warn!(directory, "it is too large: what lies in it is not named");
+                names.clear();
+                break;
+            }
             match last {
                 Some(last) if !page.end => after = last,
                 _ => break,
             }
         }
         let name = names.get(&ino).cloned();
+        let remembered: usize = self.directories.values().map(BTreeMap::len).sum();
+        if remembered > REMEMBERED_MAX {
+            self.directories.clear();
+        }
         self.directories.insert(directory, names);
         Ok(name)
     }

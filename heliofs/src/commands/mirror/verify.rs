@@ -18,6 +18,9 @@ use crate::{output, units};
 /// Differences that are told.
 const TOLD_MAX: usize = 100;
 
+/// How often the mirror is held: with more it would fall behind for the sake of being looked at.
+const ROUNDS_MAX: u32 = 5;
+
 /// Which mirror, and of what.
 #[derive(Args)]
 pub(crate) struct Options {
@@ -176,7 +179,9 @@ impl Volumes<'_> {
     /// comes to that position, and goes on as soon as its own is open.
     async fn open_both(&self, timeout: Duration) -> Outcome<(Side, Side)> {
         let until = Instant::now() + timeout;
+        let mut rounds = 0;
         loop {
+            rounds += 1;
             // One that is far behind would be held in vain.
             let there = self.source.get_volume(self.source_name).await?;
             let there = there.position.map(Position::from).unwrap_or_default();
@@ -215,9 +220,9 @@ impl Volumes<'_> {
                 Err(error) => error.message().to_owned(),
             };
             tracing::debug!(why, "the mirror was not held where the source is");
-            if Instant::now() > until {
+            if rounds == ROUNDS_MAX || Instant::now() > until {
                 return Err(Failure::new(format!(
-                    "the mirror did not come to the source's {} within {timeout:?}: {why}",
+                    "the mirror did not come to the source's {} in {rounds} attempts: {why}",
                     one.position()
                 )));
             }
