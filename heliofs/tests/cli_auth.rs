@@ -131,7 +131,7 @@ fn a_name_stands_for_the_url_the_token_and_the_keys_of_both_buckets() {
     home.mounted(&["pictures"], &[]).success();
     assert_eq!(tree(&point), expected);
     let shown = home.run(&["info", point.join("f1").to_str().unwrap(), "--json"]);
-    assert_eq!(shown.success().json()["size"], 50_000);
+    assert_eq!(shown.success().json()[0]["size"], 50_000);
     home.unmount();
     let status = home.run(&["mirror", "status", "pictures", "--json"]);
     assert_eq!(status.success().json()[0]["state"], "following");
