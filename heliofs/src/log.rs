@@ -27,7 +27,7 @@ pub(crate) fn start(role: Role, verbose: u8, file: Option<&Path>) -> Outcome {
     };
     // Libraries only when something is odd; openraft reports each refused connection as a warning or error.
     let default = format!(
-        "warn,heliofs={ours},meta_server={ours},meta_client={ours},blockstore={ours},fuse_client={ours},openraft=off"
+        "warn,heliofs={ours},meta_server={ours},meta_client={ours},blockstore={ours},fuse_client={ours},mirror_sync={ours},openraft=off"
     );
     let filter = match std::env::var("RUST_LOG") {
         Ok(wanted) if !wanted.is_empty() => EnvFilter::try_new(&wanted).while_("use RUST_LOG")?,

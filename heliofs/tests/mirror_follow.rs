@@ -30,7 +30,8 @@ fn nodes_killed_on_both_sides_cost_no_entry() {
     load.wait_for_more(30, Duration::from_secs(60));
     // It begins while the source goes on writing.
     let mut mirror = mirror_of(&source, &source.url(), 3, &[]);
-    wait_for_status(&mirror, "load", "the first load", |status| {
+    // Nodes of the mirror are still joining: the first attempt may be broken off.
+    let begun = wait_for_status(&mirror, "load", "the first load", |status| {
         status["state"] == "following"
     });
     let seen = mirror.mount("load");
@@ -59,7 +60,7 @@ fn nodes_killed_on_both_sides_cost_no_entry() {
     assert_mirror_equal(&source, &mirror, "load");
     let status = mirror_status(&mirror, "load").unwrap();
     assert_eq!(
-        status["loads"], 1,
+        status["loads"], begun["loads"],
         "nothing was worth loading anew: {status}"
     );
     // A mount that was there all the time, and one that begins now.

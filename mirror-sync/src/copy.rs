@@ -31,6 +31,12 @@ const REPORT_MAX: usize = 256;
 /// What is under way for long is said this often to be: a third of a lease, after which others would be given the same.
 const RENEW: Duration = Duration::from_secs(20);
 
+/// A read that began before an object was stored has ended after this time.
+const READS_TAKE: Duration = Duration::from_secs(30);
+
+/// Segments stored lately that are remembered.
+const STORED_MAX: usize = 1 << 14;
+
 /// An object that the second bucket does not have is asked for this often, at least [`ABSENT_PAUSE`] apart, before that counts.
 const ABSENT_MAX: u32 = 3;
 const ABSENT_PAUSE: Duration = Duration::from_millis(500);
@@ -102,6 +108,8 @@ pub struct Copier {
     wanted: Vec<SegmentId>,
     pulled: BTreeMap<SegmentId, Bytes>,
     progress: CopyProgress,
+    /// When segments were stored.
+    stored_at: BTreeMap<u64, Instant>,
     /// Of what reads have brought, this much is counted.
     read_bytes: u64,
     /// Segments that are queued or under way here.
@@ -154,6 +162,7 @@ impl Copier {
             pulled: BTreeMap::new(),
             progress: CopyProgress::default(),
             read_bytes: 0,
+            stored_at: BTreeMap::new(),
         }
     }
 
@@ -316,13 +325,32 @@ impl Copier {
                     }
                 }
             }
-            CopyNews::Lost { segment, replace } => {
+            // Who looked for it before it was stored here, and found it in the other bucket after.
+            CopyNews::Lost { segment, asked, .. } if self.is_newer(segment.0, asked) => {}
+            CopyNews::Lost {
+                segment, replace, ..
+            } => {
                 self.report.lost.push(v1::LostCopy {
                     segment: segment.0,
                     replace,
                 });
                 self.report_since.get_or_insert_with(Instant::now);
             }
+        }
+    }
+
+    /// Whether this copier has stored it since.
+    fn is_newer(&self, segment: u64, asked: std::time::Instant) -> bool {
+        let stored = self.stored_at.get(&segment);
+        stored.is_some_and(|stored| stored.into_std() > asked)
+    }
+
+    fn note_stored(&mut self, segment: u64) {
+        if self.stored_at.len() >= STORED_MAX {
+            self.stored_at.retain(|_, at| at.elapsed() < READS_TAKE);
+        }
+        if self.stored_at.len() < STORED_MAX {
+            self.stored_at.insert(segment, Instant::now());
         }
     }
 
@@ -355,6 +383,10 @@ impl Copier {
                 self.progress.found_segments += u64::from(whence == Whence::Found);
                 self.progress.repacked_segments += u64::from(whence == Whence::Repacked);
                 self.report.stored.push(task.segment);
+                self.note_stored(task.segment);
+                // Who found it missing looked before.
+                let before = |lost: &v1::LostCopy| lost.segment != task.segment || lost.replace;
+                self.report.lost.retain(before);
             }
             Ended::Bad(reason) => {
                 tracing::error!(segment = task.segment, reason, "a segment can't be copied");

@@ -51,6 +51,8 @@ pub enum CopyNews {
         segment: SegmentId,
         /// A bad object lies there.
         replace: bool,
+        /// When the own bucket was asked.
+        asked: Instant,
     },
 }
 
@@ -255,6 +257,7 @@ impl Shared {
         attempt: u32,
     ) -> Result<(Bytes, Origin), StoreError> {
         let name = segment.object_name();
+        let asked = Instant::now();
         let own = || part.get(&self.bucket, &name);
         let Some(second) = &self.second else {
             return Ok((own().await?, Origin::Own));
@@ -283,6 +286,7 @@ impl Shared {
                     second.tell(CopyNews::Lost {
                         segment,
                         replace: false,
+                        asked,
                     });
                 }
                 Ok((bytes, Origin::Second))

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use heliofs_proto::ids::SegmentId;
@@ -359,6 +360,7 @@ impl Shared {
             (Origin::Second, false) if *bad_copy => second.tell(CopyNews::Lost {
                 segment,
                 replace: true,
+                asked: Instant::now(),
             }),
             _ => {}
         }
